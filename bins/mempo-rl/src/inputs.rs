@@ -1,0 +1,91 @@
+//! What `mempo-rl train` reads, checked to belong together before anything is computed.
+
+use anyhow::anyhow;
+use mempo_model::Config;
+use mempo_run::{Input, ResultExt};
+use mempo_train::STATE_FILE;
+use tracing::warn;
+
+use crate::load::Source;
+use crate::train::TrainArguments;
+
+/// Everything read, checked to belong together.
+pub(crate) struct Inputs {
+    pub(crate) rollouts: Input,
+    pub(crate) advantages: Input,
+    pub(crate) logprobs: Option<Input>,
+    pub(crate) model: Input,
+    /// The optimizer state that is carried on.
+    pub(crate) trainer: Option<Input>,
+}
+
+impl Inputs {
+    pub(crate) fn open(arguments: &TrainArguments) -> anyhow::Result<Self> {
+        let state = arguments.model.join("trainer").join(STATE_FILE);
+        let carried = !arguments.fresh_optimizer && state.is_file();
+        let logprobs = arguments.logprobs.as_deref();
+        let inputs = Self {
+            rollouts: Input::stage("rollouts", &arguments.rollouts)?,
+            advantages: Input::stage("advantages", &arguments.advantages)?,
+            logprobs: logprobs.map(|dir| Input::stage("logprobs", dir)).transpose()?,
+            model: Input::model("model", &arguments.model)?,
+            // It holds the digests of the other files of the state.
+            trainer: carried.then(|| Input::files("trainer", &[state])).transpose()?,
+        };
+        inputs.check()?;
+        Ok(inputs)
+    }
+
+    pub(crate) fn list(&self) -> Vec<&Input> {
+        let required = [&self.rollouts, &self.advantages, &self.model];
+        required.into_iter().chain(&self.logprobs).chain(&self.trainer).collect()
+    }
+
+    /// Refuses tables made from other rollouts; warns of log-probs of another checkpoint.
+    fn check(&self) -> anyhow::Result<()> {
+        for input in std::iter::once(&self.advantages).chain(&self.logprobs) {
+            if recorded(input, "rollouts").is_some_and(|digest| digest != self.rollouts.digest()) {
+                let (dir, rollouts) = (input.dir().display(), self.rollouts.dir().display());
+                return Err(anyhow!("{dir}: made from other rollouts than {rollouts}; make it again")).bad_input();
+            }
+        }
+        let source = self.logprobs.as_ref().unwrap_or(&self.rollouts);
+        if recorded(source, "model").is_some_and(|digest| digest != self.model.digest()) {
+            let (dir, model) = (source.dir().display(), self.model.dir().display());
+            warn!("the log-probs in {dir} are those of another checkpoint than {model}: ratios will not start at 1");
+        }
+        Ok(())
+    }
+
+    pub(crate) fn source(&self, arguments: &TrainArguments) -> anyhow::Result<Source> {
+        let config = Config::load(&arguments.model).bad_input()?;
+        let vocabulary_size = config.vocab_size as i32;
+        let source = Source::new(&self.rollouts, &self.advantages, self.logprobs.as_ref(), vocabulary_size)?;
+        let coefficient = arguments.policy.kl_coefficient;
+        if coefficient > 0.0 && !source.has_reference()? {
+            return Err(anyhow!(
+                "--kl-coefficient {coefficient} needs reference log-probs: run `mempo-score logprobs --rollouts {} --model {} \
+                 --reference DIR --out LOGPROBS` and give --logprobs LOGPROBS, or leave the term out with --kl-coefficient 0",
+                arguments.rollouts.display(),
+                arguments.model.display(),
+            ))
+            .usage();
+        }
+        Ok(source)
+    }
+}
+
+/// Digest of what a stage read under this name.
+fn recorded<'a>(input: &'a Input, name: &str) -> Option<&'a str> {
+    let inputs = &input.manifest()?.inputs;
+    inputs.iter().find(|record| record.name == name).map(|record| record.digest.as_str())
+}
+
+/// Temperature of log-probs: what was sampled greedily is scored at 1.
+pub(crate) fn temperature(rollouts: &Input) -> anyhow::Result<f64> {
+    let recorded = rollouts.manifest().and_then(|manifest| manifest.arguments.get("temperature")?.as_f64());
+    let temperature = recorded
+        .ok_or_else(|| anyhow!("{}: its manifest records no temperature; is it a rollout?", rollouts.dir().display()))
+        .bad_input()?;
+    Ok(if temperature > 0.0 { temperature } else { 1.0 })
+}

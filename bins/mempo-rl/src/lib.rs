@@ -1,0 +1,51 @@
+//! `mempo-rl`: rollouts and advantages -> the next checkpoint.
+//!
+//! One subcommand, [`train`]. Beside it: [`plan`] chooses the trajectories and orders them into optimizer steps, [`inputs`] checks what is read,
+//! [`load`] joins the
+//! tables of some of them into training sequences, [`metrics`] keeps `metrics.jsonl`.
+
+mod inputs;
+mod load;
+mod metrics;
+mod plan;
+mod train;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use mempo_run::{LogArgs, StandardCommand};
+
+/// Reinforcement learning: one pass of policy updates over a rollout.
+///
+/// One iteration of the loop, from checkpoint 0 to checkpoint 1:
+///
+///   mempo-rollout sample --tasks tasks --model ckpt0 --search index --out rollouts
+///   mempo-score segments --rollouts rollouts --tasks tasks --model ckpt0 --out scores
+///   mempo-score advantages --rollouts rollouts --scores scores --out advantages
+///   mempo-score logprobs --rollouts rollouts --model ckpt0 --reference sft --out logprobs
+///   mempo-rl train --rollouts rollouts --advantages advantages --logprobs logprobs --model ckpt0 --out ckpt1
+///
+/// A run that was stopped continues with the same words and ends with the same bytes.
+#[derive(Debug, Parser)]
+#[command(name = "mempo-rl", version, about, long_about, verbatim_doc_comment)]
+pub struct Arguments {
+    #[command(flatten)]
+    log: LogArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+#[allow(clippy::large_enum_variant, reason = "one value a process")]
+enum Command {
+    Train(train::TrainArguments),
+    #[command(flatten)]
+    Standard(StandardCommand),
+}
+
+/// Does what the command line asks.
+pub fn run(arguments: Arguments) -> anyhow::Result<()> {
+    arguments.log.init();
+    match arguments.command {
+        Command::Train(arguments) => train::run(&arguments),
+        Command::Standard(command) => command.run(Arguments::command()),
+    }
+}

@@ -1,0 +1,256 @@
+//! `mempo-rl train`: rollouts, advantages and log-probs -> the next checkpoint.
+//!
+//! The optimizer steps are planned from the small tables; the sequences of as many steps as fit in the memory limit are loaded at a time. The state
+//! is saved under `OUT/resume` every so often and removed at the end; a run that was stopped continues from it and ends with
+//! the same bytes.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, anyhow};
+use clap::Args;
+use mempo_model::{DeviceOptions, Model};
+use mempo_run::{ResultExt, Stage, StageArgs};
+use mempo_train::{
+    OptimizerOptions, PolicyOptions, PolicyStats, PolicyTrajectory, Trainer, learning_rate_at, verify_state,
+};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tracing::{info, warn};
+
+use crate::inputs::{Inputs, temperature};
+use crate::load::Source;
+use crate::metrics::{Metric, MetricsFile};
+use crate::plan::{PlannedStep, Selection, plan_steps, window};
+
+const RESUME: &str = "resume";
+const PROGRESS_FILE: &str = "progress.json";
+/// Tokens of the sequences in memory, at about 16 bytes each: half a gibibyte, or one optimizer step if that is more.
+const TOKENS_IN_MEMORY: u64 = 32 << 20;
+
+/// Update a model on a rollout; the output directory is a complete Hugging Face model
+///
+/// The loss is MemPO's: the clipped ratio of every policy token, times the advantage of its trajectory (and, inside the memory,
+/// of the memory), averaged over the tokens of each trajectory and then over trajectories; plus a KL term. The ratio is taken
+/// against `--logprobs`, or without them against the log-probs of sampling. Optimizer state is carried on from MODEL/trainer.
+#[derive(Debug, Args, Serialize)]
+pub(crate) struct TrainArguments {
+    /// Output of `mempo-rollout sample`
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
+    pub(crate) rollouts: PathBuf,
+    /// Output of `mempo-score advantages` for these rollouts
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
+    pub(crate) advantages: PathBuf,
+    /// Output of `mempo-score logprobs` for these rollouts; needed, with --reference, for the KL term
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
+    pub(crate) logprobs: Option<PathBuf>,
+    /// Model to update
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
+    pub(crate) model: PathBuf,
+    /// Whole trajectories of an optimizer step, at most; an epoch is cut into steps of equal size
+    #[arg(long, default_value_t = 128, value_name = "N", value_parser = at_least_one)]
+    trajectories_per_step: usize,
+    /// Times every trajectory is learned from
+    #[arg(long, default_value_t = 1, value_name = "N")]
+    epochs: u32,
+    /// Tokens run through the model at a time, padding included
+    #[arg(long, default_value_t = 16384, value_name = "N", value_parser = at_least_one)]
+    tokens_per_micro_batch: usize,
+    /// Start with new optimizer state, whatever is in MODEL/trainer
+    #[arg(long)]
+    pub(crate) fresh_optimizer: bool,
+    /// Optimizer steps between two saved states
+    #[arg(long, default_value_t = 10, value_name = "N", value_parser = at_least_one)]
+    #[serde(skip)]
+    save_every: usize,
+    #[command(flatten)]
+    pub(crate) policy: PolicyOptions,
+    #[command(flatten)]
+    optimizer: OptimizerOptions,
+    #[command(flatten)]
+    device: DeviceOptions,
+    #[command(flatten)]
+    #[serde(skip)]
+    stage: StageArgs,
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "expected a whole number of at least 1".to_owned())
+}
+
+/// Runs the stage.
+pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
+    if arguments.stage.shard.is_some() {
+        return Err(anyhow!("--shard: training is one run, it cannot be cut")).usage();
+    }
+    arguments.policy.check().usage()?;
+    arguments.optimizer.check().usage()?;
+    let inputs = Inputs::open(arguments)?;
+    let Some(stage) = Stage::open("mempo-rl", "train", &arguments.stage, arguments, &inputs.list())? else {
+        return Ok(());
+    };
+    let selection = Selection::read(&inputs.rollouts, &inputs.advantages)?;
+    if selection.trajectories.is_empty() {
+        return Err(anyhow!("{}: no trajectory has advantages", arguments.advantages.display())).bad_input();
+    }
+    let (epochs, per_step) = (arguments.epochs, arguments.trajectories_per_step);
+    let plan = plan_steps(&selection.trajectories, epochs, per_step, &|parts| stage.seed(parts));
+    info!("{} trajectories, {} optimizer steps", selection.trajectories.len(), plan.len());
+    let source = inputs.source(arguments)?;
+    let mut training = Training::open(arguments, &inputs, stage)?;
+    training.walk(&plan, &selection, &source)?;
+    training.finish(&selection)
+}
+
+/// A run under way.
+struct Training<'a> {
+    arguments: &'a TrainArguments,
+    stage: Stage,
+    trainer: Trainer,
+    metrics: MetricsFile,
+    temperature: f64,
+    /// Optimizer steps of the state under `resume`.
+    saved: usize,
+}
+
+impl<'a> Training<'a> {
+    /// Loads the model with the state of an earlier start, or else the state that came with the model, if there is one.
+    fn open(arguments: &'a TrainArguments, inputs: &Inputs, stage: Stage) -> anyhow::Result<Self> {
+        let runtime = arguments.device.resolve().usage()?;
+        let model = Model::load(&arguments.model, &runtime).bad_input()?;
+        let resume = stage.dir().join(RESUME);
+        let (mut state, mut saved) = (None, 0);
+        if resume.exists() {
+            state = Some(resume.as_path());
+            saved = read_progress(&resume)?;
+            info!("continuing after optimizer step {saved}");
+        } else if let Some(trainer) = &inputs.trainer {
+            verify_state(&model, trainer.dir()).bad_input()?;
+            state = Some(trainer.dir());
+        }
+        let trainer = Trainer::new(model, &arguments.optimizer, state).bad_input()?;
+        let metrics = MetricsFile::open(&stage.dir().join("metrics.jsonl"), saved as u64)?;
+        Ok(Self { arguments, stage, trainer, metrics, temperature: temperature(&inputs.rollouts)?, saved })
+    }
+
+    /// Takes the steps of the plan that are not done yet.
+    fn walk(&mut self, plan: &[PlannedStep], selection: &Selection, source: &Source) -> anyhow::Result<()> {
+        let progress = self.stage.progress("train", plan.len() as u64, "steps");
+        progress.skip(self.saved as u64);
+        let mut done = self.saved;
+        while done < plan.len() {
+            let steps = &plan[done..][..window(&plan[done..], &selection.trajectories, TOKENS_IN_MEMORY)];
+            let members = steps.iter().flat_map(|step| selection.members(step));
+            let mut loaded = source.load(&members.collect::<Vec<_>>())?.into_iter();
+            for step in steps {
+                self.stop_if_interrupted(done)?;
+                let content: Vec<PolicyTrajectory> = loaded.by_ref().take(step.members.len()).collect();
+                let learning_rate = learning_rate_at(&self.arguments.optimizer, done as u64, plan.len() as u64);
+                let stats = self.step(done, &content, learning_rate)?;
+                done += 1;
+                progress.message(format!("loss {:.4}", stats.loss));
+                progress.inc(1);
+                let rewards = selection.members(step).map(|planned| f64::from(planned.reward));
+                self.metrics.push(&Metric {
+                    step: done as u64,
+                    global_step: self.trainer.global_step(),
+                    epoch: step.epoch,
+                    learning_rate,
+                    reward_mean: rewards.sum::<f64>() / step.members.len() as f64,
+                    trajectories: step.members.len() as u64,
+                    stats,
+                })?;
+                if done - self.saved >= self.arguments.save_every {
+                    self.save(done)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The optimizer step after `done` others.
+    fn step(&mut self, done: usize, content: &[PolicyTrajectory], learning_rate: f64) -> anyhow::Result<PolicyStats> {
+        let started = Instant::now();
+        let (options, budget) = (&self.arguments.policy, self.arguments.tokens_per_micro_batch);
+        let stats = match self.trainer.policy_step(content, options, learning_rate, self.temperature, budget) {
+            Err(error @ mempo_train::Error::NonFinite { .. }) => Err(error).quality()?,
+            other => other.with_context(|| format!("optimizer step {}", done + 1))?,
+        };
+        if stats.skipped {
+            warn!("optimizer step {}: the gradient is not finite; the weights were left as they were", done + 1);
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        self.stage.timing(&json!({ "step": done + 1, "seconds": seconds, "policy_tokens": stats.tokens }));
+        Ok(stats)
+    }
+
+    fn stop_if_interrupted(&mut self, done: usize) -> anyhow::Result<()> {
+        if let Err(interrupted) = self.stage.check_interrupt() {
+            if done > self.saved {
+                self.save(done)?;
+            }
+            return Err(interrupted);
+        }
+        Ok(())
+    }
+
+    /// Makes the run so far durable.
+    fn save(&mut self, done: usize) -> anyhow::Result<()> {
+        self.metrics.sync()?;
+        self.stage.replace_dir(RESUME, |dir| {
+            self.trainer.save_state(dir)?;
+            fs_err::write(dir.join(PROGRESS_FILE), json!({ "steps": done }).to_string())?;
+            Ok(())
+        })?;
+        self.saved = done;
+        Ok(())
+    }
+
+    /// Writes the checkpoint and commits it.
+    fn finish(self, selection: &Selection) -> anyhow::Result<()> {
+        self.metrics.sync()?;
+        self.trainer.save_checkpoint(&self.arguments.model, self.stage.dir())?;
+        let summary = summary(&self.metrics.lines, selection);
+        info!("{summary}");
+        let resume = self.stage.dir().join(RESUME);
+        self.stage.finish(&[], summary)?;
+        if resume.exists() {
+            fs_err::remove_dir_all(&resume)?;
+        }
+        Ok(())
+    }
+}
+
+/// Optimizer steps of the state in `resume`.
+fn read_progress(resume: &Path) -> anyhow::Result<usize> {
+    let path = resume.join(PROGRESS_FILE);
+    let progress: Value = serde_json::from_str(&fs_err::read_to_string(&path)?)
+        .with_context(|| format!("{}: damaged; run with --restart", path.display()))?;
+    let steps = progress["steps"].as_u64().with_context(|| format!("{}: no steps; run with --restart", path.display()))?;
+    Ok(steps as usize)
+}
+
+fn summary(lines: &[Value], selection: &Selection) -> Value {
+    let count = lines.len().max(1) as f64;
+    let mean = |name: &str| lines.iter().filter_map(|line| line[name].as_f64()).sum::<f64>() / count;
+    let last = |name: &str| lines.last().map(|line| line[name].clone());
+    json!({
+        "optimizer_steps": lines.len(),
+        "skipped_steps": lines.iter().filter(|line| line["skipped"] == true).count(),
+        "trajectories": selection.trajectories.len(),
+        "trajectories_without_reward": selection.without_reward,
+        "trajectories_without_advantages": selection.without_advantages,
+        "policy_tokens": lines.iter().filter_map(|line| line["tokens"].as_u64()).sum::<u64>(),
+        "reward_mean": mean("reward_mean"),
+        "clip_fraction_mean": mean("clip_fraction"),
+        "gradient_norm_mean": mean("gradient_norm"),
+        "last_loss": last("loss"),
+        "last_kl": last("kl"),
+        "last_entropy": last("entropy"),
+        "global_step": last("global_step"),
+    })
+}

@@ -1,0 +1,60 @@
+//! `mempo-rollout`: questions -> tasks, documents -> search index, tasks and checkpoint -> rollouts.
+//!
+//! One file a subcommand. [`compose`] joins questions into tasks of n objectives; [`index`] makes a corpus table and a
+//! BM25 index; [`sample`] lets a checkpoint work on the tasks and records every step; [`show`] prints what it did.
+//! Beside them: [`rows`] reads JSON Lines and Parquet, [`question`] understands question rows, [`local_engine`] puts a
+//! model behind the agent, [`tally`] keeps the books.
+
+mod compose;
+mod index;
+mod local_engine;
+mod question;
+mod rows;
+mod sample;
+mod show;
+mod tally;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use mempo_run::{LogArgs, StandardCommand};
+
+/// Rollouts: compose tasks, index documents, let a checkpoint search and answer, look at what it did.
+///
+/// A run from nothing:
+///
+///   mempo-rollout compose --questions questions.jsonl --objectives 2 --out tasks
+///   mempo-rollout index --corpus corpus.jsonl --out index
+///   mempo-rollout sample --tasks tasks --model MODEL --search index --out rollouts
+///   mempo-rollout show rollouts --where reward=1
+///
+/// Every subcommand can be stopped and started again with the same words; it continues where it was.
+#[derive(Parser)]
+#[command(name = "mempo-rollout", version, about, long_about, verbatim_doc_comment)]
+pub struct Arguments {
+    #[command(flatten)]
+    log: LogArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+#[allow(clippy::large_enum_variant, reason = "one value a process")]
+enum Command {
+    Compose(compose::ComposeArguments),
+    Index(index::IndexArguments),
+    Sample(sample::SampleArguments),
+    Show(show::ShowArguments),
+    #[command(flatten)]
+    Standard(StandardCommand),
+}
+
+/// Does what the command line asks.
+pub fn run(arguments: Arguments) -> anyhow::Result<()> {
+    arguments.log.init();
+    match arguments.command {
+        Command::Compose(arguments) => compose::run(&arguments),
+        Command::Index(arguments) => index::run(&arguments),
+        Command::Sample(arguments) => sample::run(arguments),
+        Command::Show(arguments) => show::run(&arguments),
+        Command::Standard(command) => command.run(Arguments::command()),
+    }
+}

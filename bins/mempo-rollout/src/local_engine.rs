@@ -1,0 +1,120 @@
+//! A model in this process as the agent's engine: stop strings, end-of-turn and forbidden ids as the tokenizer has them.
+
+use std::collections::HashMap;
+
+use mempo_agent::{Engine, Generation, Request, SamplingOptions};
+use mempo_data::StopReason;
+use mempo_model::{Finish, GenerateOptions, GenerateRequest, Generated, Model, generate};
+use mempo_text::{PromptBuilder, Tokenizer};
+
+/// Generates with a model in this process.
+pub(crate) struct LocalEngine<'a> {
+    model: &'a Model,
+    tokenizer: &'a Tokenizer,
+    stop: Vec<Vec<u8>>,
+    options: GenerateOptions,
+    interrupted: &'a dyn Fn() -> bool,
+}
+
+impl<'a> LocalEngine<'a> {
+    /// Control ids other than end-of-turn are never sampled, nor are ids that the tokenizer does not know. Once
+    /// `interrupted` says so, every call ends at once with an error.
+    pub(crate) fn new(
+        model: &'a Model,
+        builder: &'a PromptBuilder,
+        sampling: &SamplingOptions,
+        interrupted: &'a dyn Fn() -> bool,
+    ) -> Self {
+        let tokenizer = builder.tokenizer();
+        let mut end_ids = tokenizer.end_of_turn_ids().to_vec();
+        end_ids.extend(builder.end_of_turn_id().filter(|id| !tokenizer.end_of_turn_ids().contains(id)));
+        let banned = tokenizer.control_ids().iter().filter(|id| !end_ids.contains(id));
+        let options = GenerateOptions {
+            temperature: sampling.temperature,
+            top_p: sampling.top_p,
+            max_tokens: sampling.max_completion_tokens,
+            banned_ids: banned.copied().collect(),
+            end_ids,
+            vocabulary_limit: tokenizer.vocabulary_size(),
+        };
+        let stop = builder.profile().stop.iter().map(|text| text.clone().into_bytes()).collect();
+        Self { model, tokenizer, stop, options, interrupted }
+    }
+}
+
+impl Engine for LocalEngine<'_> {
+    fn generate(&mut self, requests: &[Request]) -> Result<Vec<Generation>, String> {
+        let requests: Vec<GenerateRequest> = requests
+            .iter()
+            .map(|request| GenerateRequest { prompt_ids: request.prompt_ids.clone(), seed: request.seed })
+            .collect();
+        let mut stop = StopStrings::new(&self.stop);
+        let mut stops = |row: usize, ids: &[i32]| {
+            (self.interrupted)() || stop.is_complete(row, ids, |id| self.tokenizer.token_bytes(id))
+        };
+        let generated =
+            generate(self.model, &requests, &self.options, &mut stops).map_err(|error| error.to_string())?;
+        if (self.interrupted)() {
+            return Err("interrupted".to_owned());
+        }
+        Ok(generated.into_iter().map(generation).collect())
+    }
+}
+
+fn generation(generated: Generated) -> Generation {
+    let stop_reason = match generated.finish {
+        Finish::Stop => StopReason::StopString,
+        Finish::End => StopReason::Eos,
+        Finish::Length => StopReason::MaxTokens,
+    };
+    Generation { ids: generated.ids, logprobs: generated.logprobs, stop_reason }
+}
+
+/// Finds stop strings in growing completions by looking at new bytes only.
+struct StopStrings<'a> {
+    texts: &'a [Vec<u8>],
+    /// Of each row: how many ids were looked at, and the last bytes of them, too few for a whole stop string.
+    rows: HashMap<usize, (usize, Vec<u8>)>,
+}
+
+impl<'a> StopStrings<'a> {
+    fn new(texts: &'a [Vec<u8>]) -> Self {
+        Self { texts, rows: HashMap::new() }
+    }
+
+    /// Whether a stop string ends within the ids that are new since the last call for this row.
+    fn is_complete<'t>(&mut self, row: usize, ids: &[i32], bytes_of: impl Fn(i32) -> &'t [u8]) -> bool {
+        let (seen, tail) = self.rows.entry(row).or_default();
+        ids[*seen..].iter().for_each(|id| tail.extend_from_slice(bytes_of(*id)));
+        *seen = ids.len();
+        let complete = self.texts.iter().any(|text| tail.windows(text.len()).any(|window| window == text.as_slice()));
+        let keep = self.texts.iter().map(Vec::len).max().unwrap_or(1) - 1;
+        tail.drain(..tail.len().saturating_sub(keep));
+        complete
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Every cut of a text into tokens finds the stop string at the token that completes it, row by row.
+    #[test]
+    fn stop_strings_are_found_however_they_are_cut() {
+        let text = b"<a></ans</answer>x</answer>".as_slice();
+        let texts = [b"</answer>".to_vec(), b"never".to_vec()];
+        let end = 17;
+        for size in 1..=text.len() {
+            let tokens: Vec<&[u8]> = text.chunks(size).collect();
+            let ids: Vec<i32> = (0..tokens.len() as i32).collect();
+            let mut stop = StopStrings::new(&texts);
+            for count in 1..=ids.len() {
+                assert!(!stop.is_complete(1, &ids[..count], |_| b"</answer"), "another row, another text");
+                let complete = stop.is_complete(0, &ids[..count], |id| tokens[id as usize]);
+                let before = (count - 1) * size;
+                let second = before < text.len() && count * size >= text.len();
+                assert_eq!(complete, (before < end && count * size >= end) || second, "{size} {count}");
+            }
+        }
+    }
+}

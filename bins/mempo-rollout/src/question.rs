@@ -1,0 +1,142 @@
+//! Question rows as question-answering data sets ship them.
+
+use anyhow::{Context, bail};
+use serde_json::Value;
+
+use crate::rows::{Located, texts};
+
+/// One question with its gold answers.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Question {
+    /// Its own id, or file name and line.
+    pub(crate) id: String,
+    pub(crate) source: String,
+    pub(crate) split: String,
+    /// Ends in `?`.
+    pub(crate) text: String,
+    /// The first is canonical.
+    pub(crate) answers: Vec<String>,
+    pub(crate) metadata: Option<Value>,
+    /// What no other question of its task may share.
+    pub(crate) distinct: Vec<String>,
+}
+
+/// What a row lacks.
+pub(crate) struct Defaults<'a> {
+    pub(crate) source: &'a str,
+    pub(crate) split: &'a str,
+    /// The column that [`Question::distinct`] is read from.
+    pub(crate) distinct: Option<&'a str>,
+}
+
+impl Question {
+    /// Reads a row; also gives how many answers were left out because they hold `;`, which separates answers. Without any
+    /// answer left there is no question.
+    pub(crate) fn parse(row: &Located, defaults: &Defaults<'_>) -> anyhow::Result<(Option<Self>, u64)> {
+        let place = &row.place;
+        let text = row.text(&["question", "query"])?.trim().to_owned();
+        if text.is_empty() {
+            bail!("{place}: the question is empty");
+        }
+        let answers = answers(row)?;
+        let all = answers.len();
+        let answers: Vec<String> = answers.into_iter().filter(|answer| !answer.contains(';')).collect();
+        let rejected = (all - answers.len()) as u64;
+        if answers.is_empty() {
+            return Ok((None, rejected));
+        }
+        let question = Self {
+            id: row.optional_text(&["id"])?.unwrap_or_else(|| file_name(place).to_owned()),
+            source: row.optional_text(&["source", "data_source"])?.unwrap_or_else(|| defaults.source.to_owned()),
+            split: row.optional_text(&["split"])?.unwrap_or_else(|| defaults.split.to_owned()),
+            text: if text.ends_with('?') { text } else { format!("{text}?") },
+            answers,
+            metadata: row.fields.get("metadata").cloned(),
+            distinct: distinct(row, defaults.distinct)?,
+        };
+        Ok((Some(question), rejected))
+    }
+}
+
+fn answers(row: &Located) -> anyhow::Result<Vec<String>> {
+    let place = &row.place;
+    let value = row.first_of(&["golden_answers", "answers", "answer"])?;
+    let answers = texts(value).with_context(|| format!("{place}: answers are expected as text or a list of texts"))?;
+    let answers: Vec<String> =
+        answers.iter().map(|answer| answer.trim().to_owned()).filter(|answer| !answer.is_empty()).collect();
+    if answers.is_empty() {
+        bail!("{place}: there is no answer; remove the row or give its answer");
+    }
+    Ok(answers)
+}
+
+fn distinct(row: &Located, column: Option<&str>) -> anyhow::Result<Vec<String>> {
+    let Some(column) = column else {
+        return Ok(Vec::new());
+    };
+    let value = row.first_of(&[column])?;
+    texts(value).with_context(|| format!("{}: column `{column}` is expected to hold a list of texts", row.place))
+}
+
+/// The place without the folder, so that where a file lies changes nothing.
+fn file_name(place: &str) -> &str {
+    place.rsplit('/').next().unwrap_or(place)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn parse(row: &Value, distinct: Option<&str>) -> anyhow::Result<(Option<Question>, u64)> {
+        let fields = row.as_object().unwrap().clone();
+        let row = Located { place: "data/nq.jsonl:7".to_owned(), fields };
+        Question::parse(&row, &Defaults { source: "nq", split: "train", distinct })
+    }
+
+    #[test]
+    fn every_shape_of_answers_is_read() {
+        for (column, value) in [
+            ("golden_answers", json!(["Paris"])),
+            ("answers", json!({"text": ["Paris"], "answer_start": [3]})),
+            ("answer", json!(" Paris ")),
+        ] {
+            let (question, rejected) = parse(&json!({"query": "Where", column: value}), None).unwrap();
+            let question = question.unwrap();
+            assert_eq!((question.text.as_str(), rejected), ("Where?", 0));
+            assert_eq!(question.answers, ["Paris"]);
+            assert_eq!(
+                (question.id.as_str(), question.source.as_str(), question.split.as_str()),
+                ("nq.jsonl:7", "nq", "train")
+            );
+        }
+        let full = json!({"id": 3, "question": "When?", "answer": 1889, "data_source": "web", "split": "dev", "entities": ["E"]});
+        let question = parse(&full, Some("entities")).unwrap().0.unwrap();
+        assert_eq!((question.id.as_str(), question.source.as_str(), question.split.as_str()), ("3", "web", "dev"));
+        assert_eq!((question.answers, question.distinct), (vec!["1889".to_owned()], vec!["E".to_owned()]));
+    }
+
+    #[test]
+    fn answers_with_the_separator_are_left_out_and_counted() {
+        let (question, rejected) = parse(&json!({"question": "q", "answers": ["a; b", "c"]}), None).unwrap();
+        assert_eq!((question.unwrap().answers, rejected), (vec!["c".to_owned()], 1));
+        assert_eq!(parse(&json!({"question": "q", "answers": ["a;b"]}), None).unwrap(), (None, 1));
+    }
+
+    #[test]
+    fn faults_name_file_and_line() {
+        for (row, told) in [
+            (json!({"answer": "x"}), "`question` or `query`, found `answer`"),
+            (json!({"question": "q"}), "`golden_answers` or `answers` or `answer`"),
+            (json!({"question": "q", "answers": []}), "no answer"),
+            (json!({"question": "q", "answers": [" "]}), "no answer"),
+            (json!({"question": "q", "answers": [["nested"]]}), "list of texts"),
+            (json!({"question": " ", "answer": "x"}), "question is empty"),
+            (json!({"question": "q", "answer": "x", "links": ["y"]}), "`entities`"),
+        ] {
+            let error = format!("{:#}", parse(&row, Some("entities")).unwrap_err());
+            assert!(error.contains("data/nq.jsonl:7") && error.contains(told), "{row}: {error}");
+        }
+    }
+}

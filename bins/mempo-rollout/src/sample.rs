@@ -1,0 +1,275 @@
+//! `sample`: a checkpoint works on tasks; every trajectory and every step is recorded.
+
+use std::num::NonZeroUsize;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::{Context, anyhow};
+use clap::Args;
+use mempo_agent::{Agent, LimitOptions, SamplingOptions, SearchIndex, Toolbox, Unit, context_policy};
+use mempo_data::{Task, Trajectory, read_rows, write_rows};
+use mempo_model::{Config, DeviceOptions, Model};
+use mempo_run::{Input, ResultExt, Stage, StageArgs, seed_of};
+use mempo_text::{ChatTemplate, Profile, PromptBuilder, Tokenizer, ToolSpec};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::index::INDEX_FOLDER;
+use crate::local_engine::LocalEngine;
+use crate::tally::Tally;
+
+/// Let a checkpoint work on tasks, each several times.
+///
+/// Writes the tables `trajectories` and `steps`. Work is cut into units of consecutive tasks whose trajectories advance
+/// together; a unit that is done stays done when the run is stopped and started again.
+#[derive(Debug, Args, Serialize)]
+pub(crate) struct SampleArguments {
+    /// Tasks, as `compose` writes them
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
+    tasks: PathBuf,
+    /// Checkpoint: a Hugging Face model directory
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
+    model: PathBuf,
+    /// Search index, as `index` writes it
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
+    search: PathBuf,
+    /// Trajectories a task
+    #[arg(long, value_name = "N", default_value = "16")]
+    group_size: NonZeroUsize,
+    /// What a step sees of the past: its last step alone, or every step
+    #[arg(long, default_value = "mempo", value_parser = ["mempo", "react"])]
+    context: String,
+    /// How the agent talks: a built-in profile or a folder with profile.json and system.txt [default: as --context]
+    #[arg(long, value_name = "NAME|DIR")]
+    #[serde(skip)]
+    profile: Option<String>,
+    /// Use the first tasks only
+    #[arg(long, value_name = "N")]
+    max_tasks: Option<NonZeroUsize>,
+    /// Tasks in one unit: what is generated together and committed together
+    #[arg(long, value_name = "N", default_value = "16")]
+    tasks_per_unit: NonZeroUsize,
+    /// Share of trajectories that may fail through no fault of the policy; more end the run with exit code 3
+    #[arg(long, value_name = "SHARE", default_value_t = 0.05, value_parser = share)]
+    max_error_rate: f64,
+    #[command(flatten)]
+    #[serde(flatten)]
+    sampling: SamplingOptions,
+    #[command(flatten)]
+    #[serde(flatten)]
+    limits: LimitOptions,
+    #[command(flatten)]
+    #[serde(flatten)]
+    device: DeviceOptions,
+    #[command(flatten)]
+    #[serde(skip)]
+    stage: StageArgs,
+}
+
+/// What the manifest holds: the arguments, and the profile by its name or its folder's.
+#[derive(Serialize)]
+struct Resolved<'a> {
+    #[serde(flatten)]
+    arguments: &'a SampleArguments,
+    profile: &'a str,
+}
+
+/// What a rollout is made from.
+struct Inputs {
+    tasks: Input,
+    model: Input,
+    search: Input,
+    /// The files of a profile that is a folder.
+    profile: Option<Input>,
+}
+
+impl Inputs {
+    fn open(arguments: &SampleArguments) -> anyhow::Result<Self> {
+        let profile = Path::new(arguments.profile());
+        let files = [profile.join("profile.json"), profile.join("system.txt")];
+        Ok(Self {
+            tasks: Input::stage("tasks", &arguments.tasks)?,
+            model: Input::model("model", &arguments.model)?,
+            search: Input::stage("search", &arguments.search)?,
+            profile: if profile.is_dir() { Some(Input::files("profile", &files)?) } else { None },
+        })
+    }
+
+    fn all(&self) -> Vec<&Input> {
+        [&self.tasks, &self.model, &self.search].into_iter().chain(&self.profile).collect()
+    }
+}
+
+impl SampleArguments {
+    fn profile(&self) -> &str {
+        self.profile.as_deref().unwrap_or(&self.context)
+    }
+}
+
+/// Runs `sample`.
+pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
+    let inputs = Inputs::open(&arguments)?;
+    let task_files = inputs.tasks.table("tasks")?;
+    let task_count = count_tasks(&task_files, arguments.max_tasks)?;
+    let builder = prompt_builder(&arguments)?;
+    fit_to_model(&mut arguments, &builder)?;
+    let resolved = Resolved { arguments: &arguments, profile: arguments.profile() };
+    let Some(stage) = Stage::open("mempo-rollout", "sample", &arguments.stage, &resolved, &inputs.all())? else {
+        return Ok(());
+    };
+    let index = SearchIndex::open(&inputs.search.dir().join(INDEX_FOLDER)).bad_input()?;
+    let toolbox = Toolbox::new(index, builder.profile(), arguments.limits.top_k);
+    let context = context_policy(&arguments.context).usage()?;
+    let model = Model::load(&arguments.model, &arguments.device.resolve().usage()?).bad_input()?;
+    let (seed, policy) = (arguments.stage.seed, inputs.model.digest());
+    let seed_of = |task_id: &str, trajectory_index: i32, step_index: i32| {
+        seed_of(seed, &["sample", policy, task_id, &trajectory_index.to_string(), &step_index.to_string()])
+    };
+    let agent = Agent {
+        builder: &builder,
+        context: &*context,
+        toolbox: &toolbox,
+        limits: &arguments.limits,
+        group_size: arguments.group_size.get(),
+        policy: policy.to_owned(),
+        seed,
+        seed_of: &seed_of,
+    };
+    let interrupted = || stage.check_interrupt().is_err();
+    let mut engine = LocalEngine::new(&model, &builder, &arguments.sampling, &interrupted);
+    let sampling = Sampling { arguments: &arguments, stage: &stage, agent: &agent, task_count };
+    let tally = sampling.run(&mut engine, &task_files)?;
+    let summary = tally.summary();
+    tracing::info!("{summary}");
+    stage.finish(&[("trajectories", tally.trajectories), ("steps", tally.steps)], summary)
+}
+
+fn prompt_builder(arguments: &SampleArguments) -> anyhow::Result<PromptBuilder> {
+    let profile = Profile::load(arguments.profile()).usage()?;
+    let tokenizer = Tokenizer::load(&arguments.model).bad_input()?;
+    let template = ChatTemplate::load(&arguments.model).bad_input()?;
+    PromptBuilder::new(Arc::new(tokenizer), template, profile, &[ToolSpec::search()]).bad_input()
+}
+
+/// Refuses a tokenizer that is not the model's; limits prompts so that a completion fits among the model's positions.
+fn fit_to_model(arguments: &mut SampleArguments, builder: &PromptBuilder) -> anyhow::Result<()> {
+    let config = Config::load(&arguments.model).bad_input()?;
+    let (ids, rows, dir) = (builder.tokenizer().vocabulary_size(), config.vocab_size, arguments.model.display());
+    if ids as i64 > rows {
+        return Err(anyhow!("{dir}: the tokenizer has {ids} ids, the model {rows}: they do not belong together"))
+            .bad_input();
+    }
+    let (positions, completion) = (config.max_position_embeddings, arguments.sampling.max_completion_tokens);
+    if completion >= positions {
+        return Err(anyhow!(
+            "--max-completion-tokens {completion} leaves no room for a prompt: the model has {positions} positions"
+        ))
+        .usage();
+    }
+    if positions - completion < arguments.limits.max_prompt_tokens {
+        arguments.limits.max_prompt_tokens = positions - completion;
+        tracing::info!(
+            "prompts are limited to {} tokens, the model's {positions} positions less --max-completion-tokens",
+            positions - completion
+        );
+    }
+    Ok(())
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share: f64 = text.parse().map_err(|error| format!("not a number: {error}"))?;
+    if (0.0..=1.0).contains(&share) { Ok(share) } else { Err("must be between 0 and 1".to_owned()) }
+}
+
+fn count_tasks(files: &[PathBuf], most: Option<NonZeroUsize>) -> anyhow::Result<usize> {
+    let most = most.map_or(usize::MAX, NonZeroUsize::get);
+    let mut count = 0;
+    for task in read_rows::<Task>(files).bad_input()?.take(most) {
+        let task = task.bad_input()?;
+        if task.objectives.is_empty() {
+            return Err(anyhow!("task `{}` has no objectives: there is nothing to answer", task.task_id)).bad_input();
+        }
+        count += 1;
+    }
+    if count == 0 {
+        return Err(anyhow!("the table `tasks` is empty")).bad_input();
+    }
+    Ok(count)
+}
+
+/// The work of one run, unit by unit.
+struct Sampling<'a> {
+    arguments: &'a SampleArguments,
+    stage: &'a Stage,
+    agent: &'a Agent<'a>,
+    task_count: usize,
+}
+
+impl Sampling<'_> {
+    fn run(&self, engine: &mut LocalEngine<'_>, task_files: &[PathBuf]) -> anyhow::Result<Tally> {
+        let size = self.arguments.tasks_per_unit.get();
+        let units = self.stage.shard_range(self.task_count.div_ceil(size));
+        let first = units.start * size;
+        let count = (units.end * size).min(self.task_count).saturating_sub(first);
+        let planned = (count * self.agent.group_size) as u64;
+        let progress = self.stage.progress("sample", planned, "trajectories");
+        let mut tasks = read_rows::<Task>(task_files).bad_input()?.skip(first).take(count);
+        let mut tally = Tally::default();
+        for unit in units {
+            let tasks: Vec<Task> = tasks.by_ref().take(size).collect::<Result<_, _>>().bad_input()?;
+            self.stage.check_interrupt()?;
+            let trajectories = (tasks.len() * self.agent.group_size) as u64;
+            if self.stage.has_part("trajectories", unit) {
+                self.count_part(unit, &mut tally)?;
+                progress.skip(trajectories);
+            } else {
+                self.sample_unit(unit, &tasks, engine, &mut tally, planned)?;
+                progress.inc(trajectories);
+                progress.message(tally.progress());
+            }
+        }
+        Ok(tally)
+    }
+
+    fn sample_unit(
+        &self,
+        unit: usize,
+        tasks: &[Task],
+        engine: &mut LocalEngine<'_>,
+        tally: &mut Tally,
+        planned: u64,
+    ) -> anyhow::Result<()> {
+        let (start, tokens) = (Instant::now(), tally.generated_tokens);
+        let Unit { trajectories, steps } = self.agent.run_unit(engine, tasks).bad_input()?;
+        self.stage.check_interrupt()?;
+        for row in &trajectories {
+            tally.add(row);
+        }
+        tally.check(self.arguments.max_error_rate, planned)?;
+        self.stage.write_part("steps", unit, |file| Ok(write_rows(&steps, file).map(drop)?))?;
+        self.stage.write_part("trajectories", unit, |file| Ok(write_rows(&trajectories, file).map(drop)?))?;
+        let seconds = start.elapsed().as_secs_f64();
+        tally.sampled_seconds += seconds;
+        tally.sampled_tokens += tally.generated_tokens - tokens;
+        self.stage.timing(&json!({
+            "unit": unit,
+            "seconds": seconds,
+            "trajectories": trajectories.len(),
+            "generated_tokens": tally.generated_tokens - tokens,
+        }));
+        Ok(())
+    }
+
+    /// Counts a unit that an earlier run finished.
+    fn count_part(&self, unit: usize, tally: &mut Tally) -> anyhow::Result<()> {
+        let path = self.stage.dir().join(format!("trajectories/part-{unit:05}.parquet"));
+        for row in read_rows::<Trajectory>(std::slice::from_ref(&path))? {
+            tally.add(&row.with_context(|| format!("{}: run again with --restart", path.display()))?);
+        }
+        Ok(())
+    }
+}

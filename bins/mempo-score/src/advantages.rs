@@ -1,0 +1,402 @@
+//! `mempo-score advantages`: from rewards to what the update needs of every step.
+
+use std::path::PathBuf;
+
+use anyhow::anyhow;
+use clap::{Args, ValueEnum};
+use mempo_data::{Advantage, Key, write_rows};
+use mempo_run::{Input, ResultExt, Stage, StageArgs};
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use crate::normalise::{GroupAdvantages, GroupState, NormaliseOptions, Rewarded, group_advantages};
+use crate::query::Session;
+use crate::rollouts::Rollouts;
+use crate::sums::Sums;
+
+/// Consecutive tasks whose rows make one part.
+const TASKS_PER_PART: usize = 1024;
+
+/// Which advantages are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Estimator {
+    /// Trajectory and memory advantages (MemPO, arXiv 2603.00680).
+    Mempo,
+    /// Trajectory advantages alone.
+    Grpo,
+}
+
+/// Turn rewards and scores into advantages (table `advantages`)
+#[derive(Debug, Args, Serialize)]
+pub(crate) struct AdvantagesArguments {
+    /// Directory of a finished `mempo-rollout sample`
+    #[arg(long)]
+    #[serde(skip)]
+    rollouts: PathBuf,
+    /// Directory of a finished `mempo-score segments` of the same rollout; unused with `--estimator grpo`
+    #[arg(long)]
+    #[serde(skip)]
+    scores: Option<PathBuf>,
+    /// Advantages to compute: trajectory and memory, or trajectory alone
+    #[arg(long, value_enum, default_value = "mempo")]
+    estimator: Estimator,
+    #[command(flatten)]
+    normalise: NormaliseOptions,
+    /// Memory for joining and sorting tables, in MiB; more is spilled to disk
+    #[arg(long, default_value_t = 1024)]
+    #[serde(skip)]
+    memory_limit_mib: usize,
+    #[command(flatten)]
+    #[serde(skip)]
+    stage: StageArgs,
+}
+
+/// Joins trajectories, steps and scores by key, computes advantages task by task, writes `advantages`.
+pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
+    let rollouts = Rollouts::open(&arguments.rollouts)?;
+    let scores = match (arguments.estimator, &arguments.scores) {
+        (Estimator::Grpo, _) => None,
+        (Estimator::Mempo, Some(path)) => Some(Input::stage("scores", path)?),
+        (Estimator::Mempo, None) => {
+            return Err(anyhow!("--estimator mempo needs --scores DIR, the output of `mempo-score segments`")).usage();
+        }
+    };
+    scores.as_ref().map_or(Ok(()), |scores| check_lineage(scores, &rollouts.input)).bad_input()?;
+    let inputs: Vec<&Input> = std::iter::once(&rollouts.input).chain(&scores).collect();
+    let Some(stage) = Stage::open("mempo-score", "advantages", &arguments.stage, arguments, &inputs)? else {
+        return Ok(());
+    };
+    let session = Session::new(arguments.memory_limit_mib << 20)?;
+    let mut rows = joined_rows(&session, &rollouts, scores.as_ref())?.peekable();
+    let task_count = rollouts.count_tasks()?;
+    let parts = stage.shard_range(task_count.div_ceil(TASKS_PER_PART));
+    let progress = stage.progress("advantages", (parts.len() * TASKS_PER_PART).min(task_count) as u64, "tasks");
+    let (mut sums, mut written) = (Sums::default(), 0);
+    for part in 0..parts.end {
+        let mut advantages = Vec::new();
+        for _ in 0..TASKS_PER_PART.min(task_count - part * TASKS_PER_PART) {
+            stage.check_interrupt()?;
+            let task = next_task(&mut rows)?;
+            if parts.contains(&part) {
+                advantages.extend(task_advantages(&task, &arguments.normalise, scores.is_some(), &mut sums)?);
+                progress.inc(1);
+            }
+        }
+        written += advantages.len() as u64;
+        if parts.contains(&part) && !stage.has_part("advantages", part) {
+            stage.write_part("advantages", part, |file| Ok(write_rows(&advantages, file).map(drop)?))?;
+        }
+    }
+    let summary = summary(&sums);
+    tracing::info!("{summary}");
+    stage.finish(&[("advantages", written)], summary)
+}
+
+/// Scores of other rollouts may have the same keys: the manifest says what was scored.
+fn check_lineage(scores: &Input, rollouts: &Input) -> anyhow::Result<()> {
+    let records = scores.manifest().into_iter().flat_map(|manifest| &manifest.inputs);
+    if records.into_iter().any(|record| record.name == "rollouts" && record.digest == rollouts.digest()) {
+        return Ok(());
+    }
+    let (scores, rollouts) = (scores.dir().display(), rollouts.dir().display());
+    Err(anyhow!("{scores}: not the scores of {rollouts}: run `mempo-score segments --rollouts {rollouts}`"))
+}
+
+/// A step with its trajectory and its score; a trajectory without steps has one row.
+#[derive(Debug, Clone, Deserialize)]
+struct JoinedRow {
+    task_id: String,
+    trajectory_index: i32,
+    step_count: i32,
+    reward: Option<f32>,
+    format_valid: bool,
+    step_index: Option<i32>,
+    segments: Option<Vec<SegmentCells>>,
+    scored: bool,
+    memory_reward: Option<f64>,
+}
+
+#[derive(Debug, Clone, Deserialize)]
+struct SegmentCells {
+    kind: String,
+    start: i32,
+    end: i32,
+}
+
+impl JoinedRow {
+    fn memory(&self) -> Option<&SegmentCells> {
+        self.segments.iter().flatten().find(|segment| segment.kind == "memory")
+    }
+
+    fn key(&self) -> Key {
+        Key::of_step(&self.task_id, self.trajectory_index, self.step_index.unwrap_or(0))
+    }
+}
+
+fn joined_rows(
+    session: &Session,
+    rollouts: &Rollouts,
+    scores: Option<&Input>,
+) -> anyhow::Result<impl Iterator<Item = anyhow::Result<JoinedRow>>> {
+    let step_key = ["task_id", "trajectory_index", "step_index"];
+    session.register("trajectories", &rollouts.input.table("trajectories")?, &step_key[..2])?;
+    session.register("steps", &rollouts.input.table("steps")?, &step_key)?;
+    let (score_columns, score_join) = match scores {
+        Some(scores) => {
+            session.register("scores", &scores.table("scores")?, &step_key)?;
+            ("scores.step_index IS NOT NULL", "LEFT JOIN scores USING (task_id, trajectory_index, step_index)")
+        }
+        None => ("false", ""),
+    };
+    let memory_reward = if scores.is_some() { "scores.memory_reward" } else { "CAST(NULL AS DOUBLE)" };
+    session.rows(&format!(
+        "SELECT trajectories.task_id, trajectories.trajectory_index, step_count, reward, format_valid,
+             steps.step_index, segments, {score_columns} AS scored, {memory_reward} AS memory_reward
+         FROM trajectories LEFT JOIN steps USING (task_id, trajectory_index) {score_join}
+         ORDER BY trajectories.task_id, trajectories.trajectory_index, steps.step_index"
+    ))
+}
+
+type Rows<I> = std::iter::Peekable<I>;
+
+/// The rows of the next task.
+fn next_task(rows: &mut Rows<impl Iterator<Item = anyhow::Result<JoinedRow>>>) -> anyhow::Result<Vec<JoinedRow>> {
+    let mut task: Vec<JoinedRow> = rows.next().transpose()?.into_iter().collect();
+    while let Some(row) =
+        rows.next_if(|row| row.as_ref().map_or(true, |row| task.first().is_some_and(|first| first.task_id == row.task_id)))
+    {
+        task.push(row?);
+    }
+    Ok(task)
+}
+
+/// The advantages of every step of a task. A trajectory without a reward has no rows and counts in no group; a memory
+/// without a reward (its context was past the model's window) gets memory advantage 0 and counts in no group either.
+fn task_advantages(
+    rows: &[JoinedRow],
+    options: &NormaliseOptions,
+    with_scores: bool,
+    sums: &mut Sums,
+) -> anyhow::Result<Vec<Advantage>> {
+    let (mut attempts, mut chunks) = (Vec::new(), Vec::new());
+    for chunk in rows.chunk_by(|a, b| a.trajectory_index == b.trajectory_index) {
+        check_steps(chunk, with_scores).bad_input()?;
+        let first = &chunk[0];
+        sums.add("trajectories", 1.0);
+        let Some(reward) = first.reward else {
+            sums.add("trajectories_without_reward", 1.0);
+            continue;
+        };
+        let memories = chunk.iter().filter(|row| row.memory().is_some());
+        let memories = memories.filter_map(|row| Some((row.step_index?, row.memory_reward?))).collect();
+        attempts.push(Rewarded { reward: f64::from(reward), format_valid: first.format_valid, memories });
+        chunks.push(chunk);
+    }
+    let found = group_advantages(&attempts, options);
+    count_states(&attempts, &found, sums);
+    let parts = chunks.iter().zip(&found.trajectory).zip(&found.memory);
+    Ok(parts.flat_map(|((chunk, trajectory), memory)| step_advantages(chunk, *trajectory, memory, with_scores)).collect())
+}
+
+fn check_steps(chunk: &[JoinedRow], with_scores: bool) -> anyhow::Result<()> {
+    let first = &chunk[0];
+    let found = chunk.iter().filter(|row| row.step_index.is_some()).count();
+    if found != first.step_count as usize {
+        let (key, expected) = (first.key(), first.step_count);
+        return Err(anyhow!("{key}: `steps` has {found} rows of the trajectory, which counts {expected}: sample again"));
+    }
+    let unscored = chunk.iter().find(|row| with_scores && row.memory().is_some() && !row.scored);
+    unscored.map_or(Ok(()), |row| {
+        Err(anyhow!("{}: `scores` has no row for this memory: run `segments` on this rollout again", row.key()))
+    })
+}
+
+fn step_advantages(chunk: &[JoinedRow], trajectory: f64, memory: &[f64], with_scores: bool) -> Vec<Advantage> {
+    let mut memory = memory.iter();
+    let steps = chunk.iter().filter(|row| row.step_index.is_some());
+    steps
+        .map(|row| {
+            let segment = row.memory().filter(|_| with_scores);
+            let advantage = segment.and(row.memory_reward).and_then(|_| memory.next()).copied().unwrap_or(0.0);
+            Advantage {
+                task_id: row.task_id.clone(),
+                trajectory_index: row.trajectory_index,
+                step_index: row.key().step_index,
+                trajectory_advantage: trajectory as f32,
+                memory_advantage: segment.map(|_| advantage as f32),
+                memory_start: segment.map(|segment| segment.start),
+                memory_end: segment.map(|segment| segment.end),
+                loss_weight: 1.0,
+            }
+        })
+        .collect()
+}
+
+fn count_states(attempts: &[Rewarded], found: &GroupAdvantages, sums: &mut Sums) {
+    let all = |value: f64| attempts.iter().all(|attempt| attempt.reward == value);
+    sums.add("tasks", 1.0);
+    sums.add("memories", found.memory.iter().map(|memories| memories.len() as f64).sum());
+    sums.add(
+        match found.trajectory_state {
+            GroupState::Mixed => "trajectory_mixed",
+            GroupState::Small => "trajectory_too_small",
+            GroupState::Equal if all(0.0) => "trajectory_all_zero",
+            GroupState::Equal if all(1.0) => "trajectory_all_one",
+            GroupState::Equal => "trajectory_all_equal",
+        },
+        1.0,
+    );
+    for state in &found.memory_states {
+        let name = match state {
+            GroupState::Mixed => "memory_mixed",
+            GroupState::Small => "memory_too_small",
+            GroupState::Equal => "memory_all_equal",
+        };
+        sums.add(name, 1.0);
+    }
+}
+
+fn summary(sums: &Sums) -> serde_json::Value {
+    let states = |kind: &str, names: &[&str]| {
+        let counts = names.iter().map(|name| ((*name).to_owned(), sums.count(&format!("{kind}_{name}"))));
+        let counts: Vec<(String, u64)> = counts.collect();
+        let total: u64 = counts.iter().map(|(_, count)| count).sum();
+        let degenerate = total - sums.count(&format!("{kind}_mixed"));
+        let share = (total > 0).then(|| degenerate as f64 / total as f64);
+        json!({"groups": total, "degenerate_share": share, "by_state": serde_json::Map::from_iter(
+            counts.into_iter().map(|(name, count)| (name, count.into())))})
+    };
+    json!({
+        "tasks": sums.count("tasks"),
+        "trajectories": sums.count("trajectories"),
+        "trajectories_without_reward": sums.count("trajectories_without_reward"),
+        "memories_compared": sums.count("memories"),
+        "trajectory_groups": states("trajectory", &["mixed", "all_zero", "all_one", "all_equal", "too_small"]),
+        "memory_groups": states("memory", &["mixed", "all_equal", "too_small"]),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use mempo_data::{Row, Score, Step, Trajectory};
+    use mempo_run::Failure;
+
+    use super::*;
+    use crate::fixture::{Chain, failure};
+
+    const COMMAND: &str = "advantages --rollouts @rollouts --scores @scores";
+    const SEGMENTS: &str = "segments --rollouts @rollouts --tasks @tasks --model @model --dtype f32 --device cpu --out @scores";
+
+    /// `(value - mean) / sample std` of every value, written the long way round.
+    fn standardised(values: &[f64]) -> Vec<f64> {
+        let count = values.len() as f64;
+        let pairs = values.iter().flat_map(|a| values.iter().map(move |b| (a - b).powi(2)));
+        let std = (pairs.sum::<f64>() / (2.0 * count * (count - 1.0))).sqrt();
+        let mean = values.iter().sum::<f64>() / count;
+        values.iter().map(|value| (value - mean) / std).collect()
+    }
+
+    #[test]
+    fn the_join_gives_what_brute_force_gives() {
+        let chain = Chain::new();
+        chain.run(SEGMENTS).unwrap();
+        for scope in ["per-step", "pooled"] {
+            chain.run(&format!("{COMMAND} --memory-scope {scope} --min-memory-group 2 --alpha 0.5 --out @{scope}")).unwrap();
+            let rows = chain.rows::<Advantage>(scope);
+            let mut groups: BTreeMap<(String, i32), Vec<(Key, f64)>> = BTreeMap::new();
+            let counted = |row: &&Trajectory| row.reward.is_some();
+            let kept: Vec<Key> = chain.trajectories.iter().filter(counted).map(Row::key).collect();
+            let is_kept = |task: &str, index| kept.contains(&Key::of_step(task, index, 0));
+            for score in chain.rows::<Score>("scores").iter().filter(|row| is_kept(&row.task_id, row.trajectory_index)) {
+                let step = if scope == "pooled" { 0 } else { score.step_index };
+                let group = groups.entry((score.task_id.clone(), step)).or_default();
+                group.push((score.key(), score.memory_reward.unwrap()));
+            }
+            let mut expected: BTreeMap<Key, f64> = BTreeMap::new();
+            for group in groups.into_values().filter(|group| group.len() > 1) {
+                let values: Vec<f64> = group.iter().map(|(_, value)| *value).collect();
+                let found = if values.iter().all(|v| *v == values[0]) { vec![0.0; values.len()] } else { standardised(&values) };
+                expected.extend(group.into_iter().map(|(key, _)| key).zip(found));
+            }
+            let steps: Vec<&Step> = chain.steps.iter().filter(|row| is_kept(&row.task_id, row.trajectory_index)).collect();
+            assert_eq!(rows.len(), steps.len());
+            for (row, step) in rows.iter().zip(steps) {
+                assert_eq!(row.key(), step.key());
+                let memory = 0.5 * expected.get(&row.key()).copied().unwrap_or(0.0);
+                assert!((f64::from(row.memory_advantage.unwrap()) - memory).abs() < 1e-5, "{}", row.key());
+                assert_eq!((row.memory_start, row.memory_end), (Some(step.segments[0].start), Some(step.segments[0].end)));
+                let task = chain.trajectories.iter().filter(|other| other.task_id == row.task_id);
+                let rewards: Vec<f64> = task.filter(counted).map(|row| f64::from(row.reward.unwrap())).collect();
+                let expected = if rewards.len() < 2 { 0.0 } else { standardised(&rewards)[row.trajectory_index as usize] };
+                assert!((f64::from(row.trajectory_advantage) - expected).abs() < 1e-6);
+            }
+        }
+        let summary = chain.summary("per-step");
+        assert_eq!(summary["trajectories_without_reward"], 1);
+        assert_eq!(summary["trajectory_groups"]["by_state"], json!({"mixed": 16, "all_zero": 0, "all_one": 0, "all_equal": 0, "too_small": 1}));
+        assert_eq!(summary["memory_groups"]["groups"], 17 * 3);
+    }
+
+    #[test]
+    fn grpo_needs_no_scores_and_pays_memories_nothing() {
+        let chain = Chain::new();
+        chain.run("advantages --rollouts @rollouts --estimator grpo --out @grpo").unwrap();
+        let rows = chain.rows::<Advantage>("grpo");
+        assert_eq!(rows.len(), chain.steps.len() - 3);
+        assert!(rows.iter().all(|row| row.memory_advantage.is_none() && row.memory_start.is_none()));
+        assert!((rows[0].trajectory_advantage - 0.5_f32.sqrt()).abs() < 1e-6);
+        let error = chain.run("advantages --rollouts @rollouts --out @mempo").unwrap_err();
+        assert!(matches!(failure(&error).0, Failure::Usage(..)));
+    }
+
+    #[test]
+    fn scores_that_do_not_fit_are_refused() {
+        let mut chain = Chain::new();
+        chain.run(SEGMENTS).unwrap();
+        chain.run("logprobs --rollouts @rollouts --model @model --dtype f32 --device cpu --out @logprobs").unwrap();
+        let error = chain.run("advantages --rollouts @rollouts --scores @logprobs --out @a").unwrap_err();
+        assert!(matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("scores")), "{error:#}");
+
+        for step in &mut chain.steps {
+            step.trajectory_index += 7;
+        }
+        for trajectory in &mut chain.trajectories {
+            trajectory.trajectory_index += 7;
+        }
+        chain.write();
+        let error = chain.run(&format!("{COMMAND} --out @b")).unwrap_err();
+        assert!(matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("not the scores of")), "{error:#}");
+    }
+
+    fn row(trajectory_index: i32, step_index: Option<i32>, scored: bool) -> JoinedRow {
+        let memory = SegmentCells { kind: "memory".to_owned(), start: 1, end: 3 };
+        JoinedRow {
+            task_id: "t".to_owned(),
+            trajectory_index,
+            step_count: 1,
+            reward: Some(0.0),
+            format_valid: true,
+            step_index,
+            segments: step_index.map(|_| vec![memory]),
+            scored,
+            memory_reward: None,
+        }
+    }
+
+    #[test]
+    fn rows_that_are_missing_are_named() {
+        let options = crate::fixture::normalise_options();
+        let missing = |rows: &[JoinedRow]| {
+            let error = task_advantages(rows, &options, true, &mut Sums::default()).unwrap_err();
+            failure(&error).1
+        };
+        assert!(missing(&[row(0, Some(0), false)]).contains("t/trajectory 0/step 0: `scores` has no row"));
+        assert!(missing(&[row(2, None, false)]).contains("t/trajectory 2/step 0: `steps` has 0 rows"));
+        // A memory whose context was past the window has a row without a reward: it earns nothing.
+        let found = task_advantages(&[row(0, Some(0), true)], &options, true, &mut Sums::default()).unwrap();
+        assert_eq!((found[0].memory_advantage, found[0].memory_end, found[0].loss_weight), (Some(0.0), Some(3), 1.0));
+    }
+}

@@ -1,0 +1,246 @@
+//! `mempo-score evaluate`: how good policies are, with intervals, side by side and paired.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, anyhow};
+use clap::Args;
+use mempo_data::{Trajectory, groups, read_rows};
+use mempo_run::{Input, ResultExt, print_data, print_table};
+
+use crate::baseline::{LabelledFile, read_answers};
+use crate::bootstrap::{LEVEL, RESAMPLES};
+use crate::facts::Facts;
+use crate::measure::{By, TaskFigures, group_figures, groups_of, paired_figures, task_figures};
+use crate::report::{Difference, Intervals, Report, Run, Table};
+use crate::rollouts::{Rollouts, Settings};
+
+/// Report F1, exact match and token counts with intervals, several rollouts side by side
+///
+/// Figures are means over trajectories (F1 and exact match: mean over objectives first) with 95 % bootstrap intervals
+/// clustered by task. Differences are paired: over the tasks that both have. Trajectories that a tool or the engine broke
+/// count in `errors.v1` alone.
+#[derive(Debug, Args)]
+pub(crate) struct EvaluateArguments {
+    /// Directories of finished `mempo-rollout sample`
+    #[arg(long, required = true, num_args = 1.., value_name = "DIR")]
+    rollouts: Vec<PathBuf>,
+    /// Names for them, in the same order (default: the directories' names)
+    #[arg(long, num_args = 1.., value_name = "LABEL")]
+    name: Vec<String>,
+    /// Answers from JSON lines {"task_id", "answer"} as one more column; needs --tasks
+    #[arg(long, num_args = 1.., value_name = "LABEL=FILE", requires = "tasks")]
+    answers: Vec<LabelledFile>,
+    /// The tasks that were sampled: their sources, gold answers, and (metadata `entities`) which are not independent
+    #[arg(long, num_args = 1.., value_name = "DIR")]
+    tasks: Vec<PathBuf>,
+    /// Also report by these; `source` needs --tasks
+    #[arg(long, value_enum, value_delimiter = ',')]
+    by: Vec<By>,
+    /// What the others are compared with (default: the first rollout)
+    #[arg(long, value_name = "LABEL")]
+    baseline: Option<String>,
+    /// Print JSON instead of tables
+    #[arg(long)]
+    json: bool,
+    /// Also write the JSON to this file
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    /// Seed of the bootstrap
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+/// Reads trajectories, measures them by task, prints the report.
+pub(crate) fn run(arguments: &EvaluateArguments) -> anyhow::Result<()> {
+    let report = evaluate(arguments)?;
+    let json = format!("{}\n", serde_json::to_string_pretty(&report)?);
+    if let Some(path) = &arguments.out {
+        write_whole(path, &json)?;
+    }
+    if arguments.json {
+        print_data(&json);
+    } else {
+        print(report.settings_table());
+        print_data("\n");
+        print(report.figures_table());
+    }
+    Ok(())
+}
+
+fn print((header, rows): Table) {
+    print_table(&header.iter().map(String::as_str).collect::<Vec<_>>(), &rows);
+}
+
+/// A run's trajectories, summed up by task.
+struct Measured {
+    label: String,
+    settings: Option<Settings>,
+    policies: Vec<String>,
+    tasks: Vec<TaskFigures>,
+}
+
+fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<Report> {
+    let inputs = arguments.tasks.iter().map(|path| Input::stage("tasks", path)).collect::<anyhow::Result<Vec<_>>>()?;
+    let facts = if inputs.is_empty() { None } else { Some(Facts::read(&inputs)?) };
+    if arguments.by.contains(&By::Source) && facts.is_none() {
+        return Err(anyhow!("--by source needs --tasks DIR, which hold the sources")).usage();
+    }
+    let labels = labels(arguments).usage()?;
+    let baseline = arguments.baseline.as_ref().unwrap_or(&labels[0]);
+    let baseline = labels.iter().position(|label| label == baseline);
+    let baseline = baseline.ok_or_else(|| anyhow!("--baseline is none of {}", labels.join(", "))).usage()?;
+    let mut labels = labels.into_iter();
+    let mut measured = Vec::new();
+    for (path, label) in arguments.rollouts.iter().zip(&mut labels) {
+        measured.push(measure_rollouts(path, label, &arguments.by, facts.as_ref())?);
+    }
+    for (file, label) in arguments.answers.iter().zip(labels) {
+        let facts = facts.as_ref().expect("clap requires --tasks with --answers");
+        let rows = read_answers(&file.path, facts)?;
+        let tasks = rows.iter().map(|row| task_figures(std::slice::from_ref(row), &arguments.by, Some(facts)));
+        measured.push(Measured { label, settings: None, policies: vec![], tasks: tasks.collect() });
+    }
+    Ok(report(measured, baseline, facts.is_some(), arguments.seed))
+}
+
+/// One label a run, all different.
+fn labels(arguments: &EvaluateArguments) -> anyhow::Result<Vec<String>> {
+    let paths = &arguments.rollouts;
+    if !arguments.name.is_empty() && arguments.name.len() != paths.len() {
+        return Err(anyhow!("{} names for {} rollouts: give as many", arguments.name.len(), paths.len()));
+    }
+    let names = || paths.iter().map(|path| path.file_name().map(|name| name.to_string_lossy().into_owned()));
+    let unique = |labels: &[String]| labels.iter().enumerate().all(|(place, label)| !labels[..place].contains(label));
+    let mut labels = match names().collect::<Option<Vec<_>>>() {
+        _ if !arguments.name.is_empty() => arguments.name.clone(),
+        Some(names) if unique(&names) => names,
+        _ => paths.iter().map(|path| path.display().to_string()).collect(),
+    };
+    labels.extend(arguments.answers.iter().map(|file| file.label.clone()));
+    if !unique(&labels) {
+        return Err(anyhow!("labels must differ, found {}: give each rollout a --name", labels.join(", ")));
+    }
+    Ok(labels)
+}
+
+fn measure_rollouts(path: &Path, label: String, by: &[By], facts: Option<&Facts>) -> anyhow::Result<Measured> {
+    let rollouts = Rollouts::open(path)?;
+    let (mut tasks, mut policies) = (Vec::new(), Vec::new());
+    for group in groups(read_rows::<Trajectory>(&rollouts.input.table("trajectories")?).bad_input()?) {
+        let group = group.bad_input()?;
+        let task_id = &group[0].task_id;
+        if facts.is_some_and(|facts| facts.of(task_id).is_none()) {
+            return Err(anyhow!("{}: trajectories of task `{task_id}`, which --tasks lack", path.display())).bad_input();
+        }
+        let new = group.iter().map(|row| &row.policy).filter(|policy| !policies.contains(*policy)).cloned();
+        let new: Vec<String> = new.take(1).collect();
+        policies.extend(new);
+        tasks.push(task_figures(&group, by, facts));
+    }
+    Ok(Measured { label, settings: Some(rollouts.settings), policies, tasks })
+}
+
+fn report(measured: Vec<Measured>, baseline: usize, with_tasks: bool, seed: u64) -> Report {
+    let found = groups_of(measured.iter().flat_map(|run| &run.tasks));
+    let differences = measured.iter().enumerate().filter(|(place, _)| *place != baseline).map(|(_, run)| Difference {
+        label: run.label.clone(),
+        baseline: measured[baseline].label.clone(),
+        groups: found.iter().map(|group| paired_figures(&run.tasks, &measured[baseline].tasks, group, seed)).collect(),
+    });
+    let differences = differences.collect();
+    let runs = measured.into_iter().map(|run| Run {
+        groups: found.iter().map(|group| group_figures(&run.tasks, group, seed)).collect(),
+        label: run.label,
+        settings: run.settings,
+        policies: run.policies,
+    });
+    let clusters = if with_tasks { "tasks that share entities" } else { "task" };
+    let intervals = Intervals { method: "percentile bootstrap", clusters, level: LEVEL, resamples: RESAMPLES, seed };
+    Report { intervals, runs: runs.collect(), differences }
+}
+
+/// Writes a file whole or not at all.
+fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
+    let mut name = path.file_name().with_context(|| format!("{}: not a file name", path.display())).usage()?.to_owned();
+    name.push(".tmp");
+    let temporary = path.with_file_name(name);
+    let mut file = fs_err::File::create(&temporary)?;
+    file.write_all(text.as_bytes())?;
+    file.sync_all()?;
+    Ok(fs_err::rename(&temporary, path)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use mempo_run::Failure;
+    use serde_json::{Value, json};
+
+    use crate::fixture::{Chain, failure};
+
+    fn report(chain: &Chain, line: &str) -> Value {
+        chain.run(&format!("evaluate {line} --json --out @report.json")).unwrap();
+        serde_json::from_str(&fs_err::read_to_string(chain.path("report.json")).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn rollouts_and_answers_stand_side_by_side() {
+        let chain = Chain::new();
+        let answers = chain.tasks.iter().map(|task| json!({"task_id": task.task_id, "answer": "ANY; the purple"}).to_string());
+        fs_err::write(chain.path("answers.jsonl"), answers.collect::<Vec<_>>().join("\n")).unwrap();
+        let found = report(
+            &chain,
+            "--rollouts @rollouts --name policy --tasks @tasks --answers majority=@answers.jsonl --by objectives,source",
+        );
+        let labels: Vec<&Value> = found["runs"].as_array().unwrap().iter().map(|run| &run["label"]).collect();
+        assert_eq!(labels, ["policy", "majority"]);
+        assert_eq!(found["runs"][0]["settings"]["context"], "mempo");
+        let groups: Vec<&Value> = found["runs"][0]["groups"].as_array().unwrap().iter().map(|group| &group["group"]).collect();
+        assert_eq!(groups, [&json!({}), &json!({"objectives": 2, "source": "even"}), &json!({"objectives": 2, "source": "odd"})]);
+
+        let (policy, majority) = (&found["runs"][0]["groups"][0], &found["runs"][1]["groups"][0]);
+        assert_eq!((&policy["tasks"], &policy["trajectories"]), (&json!(17), &json!(34)));
+        assert_eq!(policy["clusters"], 9, "tasks 2k and 2k + 1 share an entity");
+        // 17 right and 16 half right count; the broken one does not.
+        let em = (17.0 + 16.0 * 0.5) / 33.0;
+        assert!((policy["metrics"]["em.v1"]["value"].as_f64().unwrap() - em).abs() < 1e-12);
+        assert_eq!(policy["metrics"]["errors.v1"]["value"], json!(1.0 / 34.0));
+        assert_eq!(majority["metrics"]["em.v1"], json!({"value": 0.5, "low": 0.5, "high": 0.5}));
+        assert_eq!(majority["metrics"]["tokens_total.v1"]["value"], 0.0);
+        let difference = &found["differences"][0];
+        assert_eq!((&difference["label"], &difference["baseline"]), (&json!("majority"), &json!("policy")));
+        let value = difference["groups"][0]["metrics"]["em.v1"]["value"].as_f64().unwrap();
+        assert!((value - (0.5 - em)).abs() < 1e-12);
+        assert!(!chain.path("report.json.tmp").exists());
+    }
+
+    #[test]
+    fn a_rollout_does_not_differ_from_itself_and_tables_print() {
+        let chain = Chain::new();
+        let found = report(&chain, "--rollouts @rollouts @rollouts --name a b --baseline b");
+        assert_eq!(found["differences"].as_array().unwrap().len(), 1);
+        assert_eq!(found["differences"][0]["groups"][0]["metrics"]["f1_squad.v1"], json!({"value": 0.0, "low": 0.0, "high": 0.0}));
+        assert_eq!(found["differences"][0]["label"], "a");
+        assert_eq!(found["runs"][0]["groups"][0]["clusters"], 17);
+        chain.run("evaluate --rollouts @rollouts --by objectives").unwrap();
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let mut chain = Chain::new();
+        fs_err::write(chain.path("answers.jsonl"), "{\"task_id\": \"task-00\", \"answer\": null}\n{\"task_id\": \"nowhere\"}\n").unwrap();
+        let usage = ["--rollouts @rollouts --by source", "--rollouts @rollouts @rollouts", "--rollouts @rollouts --baseline x"];
+        for line in usage {
+            let error = chain.run(&format!("evaluate {line}")).unwrap_err();
+            assert!(matches!(failure(&error).0, Failure::Usage(..)), "{line}: {error:#}");
+        }
+        let error = chain.run("evaluate --rollouts @rollouts --tasks @tasks --answers m=@answers.jsonl").unwrap_err();
+        assert!(matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("answers.jsonl:2")), "{error:#}");
+        let error = chain.run("evaluate --rollouts @tasks").unwrap_err();
+        assert!(matches!(failure(&error).0, Failure::BadInput(..)), "{error:#}");
+        chain.tasks.pop();
+        chain.write();
+        let error = chain.run("evaluate --rollouts @rollouts --tasks @tasks").unwrap_err();
+        assert!(matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("task-16")), "{error:#}");
+    }
+}

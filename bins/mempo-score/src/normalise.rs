@@ -1,0 +1,272 @@
+//! Group-normalised advantages (MemPO, arXiv 2603.00680, eq. 3-8), as values in and values out.
+//!
+//! Sums run in the order of the rows, in float64, so that equal input gives equal bytes.
+
+use std::collections::BTreeMap;
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+/// Among which memories a memory reward is centred and scaled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum MemoryScope {
+    /// Memories at the same step of the task's trajectories.
+    PerStep,
+    /// All memories of the task.
+    Pooled,
+    /// Memories of one trajectory.
+    PerTrajectory,
+}
+
+/// Which trajectories' memories get a memory advantage; the others get 0 and do not count in the group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum MemoryApply {
+    /// All with a reward.
+    All,
+    /// Those with valid format.
+    WellFormed,
+    /// Those with reward 1 (InfoMem, arXiv 2606.03329).
+    Success,
+}
+
+/// How rewards become advantages.
+#[derive(Debug, Clone, Args, Serialize)]
+pub(crate) struct NormaliseOptions {
+    /// Memories compared with each other
+    #[arg(long, value_enum, default_value = "per-step")]
+    pub(crate) memory_scope: MemoryScope,
+    /// Trajectories whose memories get a memory advantage
+    #[arg(long, value_enum, default_value = "all")]
+    pub(crate) memory_apply: MemoryApply,
+    /// Memories a group must have; smaller groups have memory advantage 0
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..))]
+    pub(crate) min_memory_group: u32,
+    /// Weight of the memory advantage beside the trajectory's
+    #[arg(long, default_value_t = 1.0)]
+    pub(crate) alpha: f64,
+    /// Least standard deviation to divide by
+    #[arg(long, default_value_t = 1e-6)]
+    pub(crate) std_floor: f64,
+    /// Centre only, without dividing by the standard deviation (Dr. GRPO, arXiv 2503.20783)
+    #[arg(long)]
+    pub(crate) no_std: bool,
+}
+
+/// A trajectory that has a reward, with its memories.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Rewarded {
+    pub(crate) reward: f64,
+    pub(crate) format_valid: bool,
+    /// Step index and reward of each memory that has a reward.
+    pub(crate) memories: Vec<(i32, f64)>,
+}
+
+impl Rewarded {
+    fn counts(&self, apply: MemoryApply) -> bool {
+        match apply {
+            MemoryApply::All => true,
+            MemoryApply::WellFormed => self.format_valid,
+            MemoryApply::Success => self.reward >= 1.0,
+        }
+    }
+}
+
+/// What a group of values can teach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum GroupState {
+    /// Values differ.
+    Mixed,
+    /// All values are the same number: nothing to prefer.
+    Equal,
+    /// Fewer values than it takes.
+    Small,
+}
+
+/// `(value - mean) / max(std, floor)` with the sample (n - 1) standard deviation; 0 for all if there are fewer than
+/// `least` values or all are equal. Equality is exact: rounding noise in the deviation can not pass for a signal.
+pub(crate) fn normalise(values: &[f64], least: usize, options: &NormaliseOptions) -> (Vec<f64>, GroupState) {
+    let zeros = vec![0.0; values.len()];
+    if values.len() < least.max(2) {
+        return (zeros, GroupState::Small);
+    }
+    if values.iter().all(|&value| value == values[0]) {
+        return (zeros, GroupState::Equal);
+    }
+    let count = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / count;
+    let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
+    let scale = if options.no_std { 1.0 } else { (squares / (count - 1.0)).sqrt().max(options.std_floor) };
+    (values.iter().map(|value| (value - mean) / scale).collect(), GroupState::Mixed)
+}
+
+/// Advantages of one task's trajectories.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct GroupAdvantages {
+    /// One a trajectory.
+    pub(crate) trajectory: Vec<f64>,
+    pub(crate) trajectory_state: GroupState,
+    /// One a memory with a reward, in the order of [`Rewarded::memories`], already weighted by alpha.
+    pub(crate) memory: Vec<Vec<f64>>,
+    pub(crate) memory_states: Vec<GroupState>,
+}
+
+/// Computes both advantages of a task's group.
+pub(crate) fn group_advantages(attempts: &[Rewarded], options: &NormaliseOptions) -> GroupAdvantages {
+    let rewards: Vec<f64> = attempts.iter().map(|attempt| attempt.reward).collect();
+    let (trajectory, trajectory_state) = normalise(&rewards, 2, options);
+    let mut memory: Vec<Vec<f64>> = attempts.iter().map(|attempt| vec![0.0; attempt.memories.len()]).collect();
+    let mut memory_states = Vec::new();
+    for members in memory_groups(attempts, options).values() {
+        let values: Vec<f64> = members.iter().map(|&(attempt, place)| attempts[attempt].memories[place].1).collect();
+        let (advantages, state) = normalise(&values, options.min_memory_group as usize, options);
+        memory_states.push(state);
+        for (&(attempt, place), advantage) in members.iter().zip(advantages) {
+            memory[attempt][place] = options.alpha * advantage;
+        }
+    }
+    GroupAdvantages { trajectory, trajectory_state, memory, memory_states }
+}
+
+/// Trajectory and place in it of each memory that counts, by comparison group.
+fn memory_groups(attempts: &[Rewarded], options: &NormaliseOptions) -> BTreeMap<i32, Vec<(usize, usize)>> {
+    let mut groups: BTreeMap<i32, Vec<(usize, usize)>> = BTreeMap::new();
+    for (index, attempt) in attempts.iter().enumerate().filter(|(_, attempt)| attempt.counts(options.memory_apply)) {
+        for (place, (step_index, _)) in attempt.memories.iter().enumerate() {
+            let group = match options.memory_scope {
+                MemoryScope::PerStep => *step_index,
+                MemoryScope::Pooled => 0,
+                MemoryScope::PerTrajectory => index as i32,
+            };
+            groups.entry(group).or_default().push((index, place));
+        }
+    }
+    groups
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::fixture::normalise_options;
+
+    fn options(scope: MemoryScope, least: u32) -> NormaliseOptions {
+        NormaliseOptions { memory_scope: scope, min_memory_group: least, ..normalise_options() }
+    }
+
+    fn attempt(reward: f64, memories: &[(i32, f64)]) -> Rewarded {
+        Rewarded { reward, format_valid: true, memories: memories.to_vec() }
+    }
+
+    #[track_caller]
+    fn close(found: &[f64], expected: &[f64]) {
+        assert_eq!(found.len(), expected.len());
+        assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{found:?}, expected {expected:?}");
+    }
+
+    /// Two trajectories of two steps: step 1 is easier by 0.5 for both, trajectory 1 better by 0.2 at both steps.
+    fn toy() -> [Rewarded; 2] {
+        [attempt(0.0, &[(0, 0.1), (1, 0.6)]), attempt(1.0, &[(0, 0.3), (1, 0.8)])]
+    }
+
+    #[test]
+    fn per_step_removes_what_the_step_is_worth_and_pooled_keeps_it() {
+        let half = 0.5_f64.sqrt();
+        let per_step = group_advantages(&toy(), &options(MemoryScope::PerStep, 2));
+        close(&per_step.memory.concat(), &[-half, -half, half, half]);
+        close(&per_step.trajectory, &[-half, half]);
+
+        // Mean 0.45; deviations -0.35, 0.15, -0.15, 0.35; sample variance 0.29 / 3.
+        let std = (0.29_f64 / 3.0).sqrt();
+        let pooled = group_advantages(&toy(), &options(MemoryScope::Pooled, 2));
+        close(&pooled.memory.concat(), &[-0.35 / std, 0.15 / std, -0.15 / std, 0.35 / std]);
+
+        let own = group_advantages(&toy(), &options(MemoryScope::PerTrajectory, 2));
+        close(&own.memory.concat(), &[-half, half, -half, half]);
+    }
+
+    #[test]
+    fn small_and_equal_groups_say_nothing() {
+        let found = group_advantages(&toy(), &options(MemoryScope::PerStep, 4));
+        assert_eq!(found.memory.concat(), [0.0; 4]);
+        assert_eq!(found.memory_states, [GroupState::Small; 2]);
+        let alone = group_advantages(&toy()[..1], &options(MemoryScope::Pooled, 2));
+        assert_eq!((alone.trajectory, alone.trajectory_state), (vec![0.0], GroupState::Small));
+        // 0.1 three times: the naive deviation is not exactly 0.
+        let (values, state) = normalise(&[0.1; 3], 2, &options(MemoryScope::Pooled, 2));
+        assert_eq!((values, state), (vec![0.0; 3], GroupState::Equal));
+    }
+
+    #[test]
+    fn only_memories_that_apply_count_in_their_group() {
+        let mut attempts = vec![
+            attempt(1.0, &[(1, 0.2)]),
+            attempt(0.0, &[(1, 0.9)]),
+            attempt(1.0, &[(1, 0.4)]),
+            attempt(1.0, &[]),
+        ];
+        attempts[2].format_valid = false;
+        let with = |apply| {
+            let options = NormaliseOptions { memory_apply: apply, alpha: 2.0, ..options(MemoryScope::PerStep, 2) };
+            group_advantages(&attempts, &options).memory.concat()
+        };
+        close(&with(MemoryApply::Success), &[-2.0_f64.sqrt(), 0.0, 2.0_f64.sqrt()]);
+        close(&with(MemoryApply::WellFormed), &[-2.0_f64.sqrt(), 2.0_f64.sqrt(), 0.0]);
+    }
+
+    #[test]
+    fn the_floor_shrinks_small_differences_and_no_std_leaves_units() {
+        let floored = NormaliseOptions { std_floor: 0.1, ..options(MemoryScope::Pooled, 2) };
+        close(&normalise(&[0.0, 0.01], 2, &floored).0, &[-0.05, 0.05]);
+        let plain = NormaliseOptions { no_std: true, ..options(MemoryScope::Pooled, 2) };
+        close(&normalise(&[0.0, 3.0, 0.0], 2, &plain).0, &[-1.0, 2.0, -1.0]);
+    }
+
+    proptest! {
+        #[test]
+        fn normalised_groups_are_centred_and_ignore_shift_and_scale(
+            values in proptest::collection::vec(-4..5_i32, 2..20), shift in -3..4_i32, scale in 1..5_i32,
+        ) {
+            let options = options(MemoryScope::Pooled, 2);
+            let values: Vec<f64> = values.iter().map(|&value| f64::from(value)).collect();
+            let (found, state) = normalise(&values, 2, &options);
+            prop_assert!(found.iter().sum::<f64>().abs() < 1e-9);
+            if state == GroupState::Mixed {
+                let square: f64 = found.iter().map(|value| value * value).sum();
+                prop_assert!((square - (values.len() - 1) as f64).abs() < 1e-9, "unit variance");
+            }
+            let moved: Vec<f64> = values.iter().map(|value| value * f64::from(scale) + f64::from(shift)).collect();
+            for (a, b) in found.iter().zip(normalise(&moved, 2, &options).0) {
+                prop_assert!((a - b).abs() < 1e-9);
+            }
+        }
+
+        #[test]
+        fn the_order_of_trajectories_makes_no_difference(
+            rewards in proptest::collection::vec((0..2_i32, proptest::collection::vec(0..9_i32, 0..5)), 2..9),
+            turn in 0..9_usize,
+        ) {
+            let attempts: Vec<Rewarded> = rewards.iter().map(|(reward, memories)| {
+                let memories = (0..).zip(memories).map(|(step, value)| (step, f64::from(*value) / 8.0));
+                Rewarded { reward: f64::from(*reward), format_valid: true, memories: memories.collect() }
+            }).collect();
+            let turn = turn % attempts.len();
+            let mut turned = attempts.clone();
+            turned.rotate_left(turn);
+            for scope in [MemoryScope::PerStep, MemoryScope::Pooled, MemoryScope::PerTrajectory] {
+                let mut expected = group_advantages(&attempts, &options(scope, 3));
+                let found = group_advantages(&turned, &options(scope, 3));
+                expected.memory.rotate_left(turn);
+                expected.trajectory.rotate_left(turn);
+                for (a, b) in expected.memory.concat().iter().zip(found.memory.concat()) {
+                    prop_assert!((a - b).abs() < 1e-9);
+                }
+                for (a, b) in expected.trajectory.iter().zip(found.trajectory) {
+                    prop_assert!((a - b).abs() < 1e-9);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! What is asked of the model: the gold answer after a memory, and after what the bias conditions on.
+//!
+//! A probe is a context followed by answer ids, and only the answer counts. MemPO, arXiv 2603.00680, eq. 5-6:
+//! `P[ans | x]` is the geometric mean of the answer tokens' probabilities, `R^M = P[ans | memory] - P[ans | bias]`.
+
+use std::ops::Range;
+
+use anyhow::{anyhow, ensure};
+use clap::{Args, ValueEnum};
+use mempo_agent::{ContextPolicy, React};
+use mempo_data::{Key, Segment, SegmentKind, Step, StopReason, Task};
+use mempo_run::ResultExt;
+use mempo_text::PromptBuilder;
+use serde::Serialize;
+
+use crate::rollouts::Attempt;
+
+/// What the bias conditions on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Bias {
+    /// Question and all earlier steps, as they were.
+    Prefix,
+    /// What the policy saw at the step.
+    Context,
+    /// Question and the memory of the step before.
+    PreviousMemory,
+    /// The question alone.
+    Null,
+    /// No bias: the reward is the answer's probability.
+    None,
+}
+
+/// Where the memory is shown to the model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum ProbeKind {
+    /// After the question alone.
+    Memory,
+    /// After the step's own prompt.
+    InPlace,
+}
+
+/// A context and the answer ids after it.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Probe {
+    pub(crate) ids: Vec<i32>,
+    /// Where the answer starts.
+    pub(crate) answer_start: usize,
+}
+
+impl Probe {
+    pub(crate) fn answer(&self) -> Range<usize> {
+        self.answer_start..self.ids.len()
+    }
+}
+
+/// What is asked about one memory.
+#[derive(Debug, Clone)]
+pub(crate) struct MemoryProbes {
+    pub(crate) key: Key,
+    pub(crate) memory: Probe,
+    pub(crate) bias: Option<Probe>,
+    /// The memory hit a length limit.
+    pub(crate) truncated: bool,
+}
+
+/// What is asked about one task.
+#[derive(Debug, Clone)]
+pub(crate) struct TaskProbes {
+    pub(crate) task_id: String,
+    /// The question alone: what the model knows by heart.
+    pub(crate) closed_book: Probe,
+    /// Each objective's own tokens within the answer.
+    pub(crate) spans: Vec<Range<usize>>,
+    pub(crate) memories: Vec<MemoryProbes>,
+}
+
+impl TaskProbes {
+    /// Every probe, repeated as often as it is asked for.
+    pub(crate) fn probes(&self) -> impl Iterator<Item = &Probe> {
+        let memories = self.memories.iter().flat_map(|memory| std::iter::once(&memory.memory).chain(&memory.bias));
+        std::iter::once(&self.closed_book).chain(memories)
+    }
+}
+
+/// What decides the contexts.
+#[derive(Debug, Clone, Copy, Args, Serialize)]
+pub(crate) struct ProbeOptions {
+    /// What the bias conditions on
+    #[arg(long, value_enum, default_value = "prefix")]
+    pub(crate) bias: Bias,
+    /// Where the memory is shown to the model
+    #[arg(long, value_enum, default_value = "memory")]
+    pub(crate) probe: ProbeKind,
+}
+
+/// Lays out the probes of a task's memories.
+pub(crate) fn task_probes(
+    builder: &PromptBuilder,
+    options: ProbeOptions,
+    task: &Task,
+    attempts: &[Attempt],
+) -> anyhow::Result<TaskProbes> {
+    let canonical = task.objectives.iter().map(|objective| objective.answers.first().map(String::as_str));
+    let canonical = canonical.collect::<Option<Vec<_>>>().unwrap_or_default();
+    let answer = builder.answer_ids(&canonical);
+    if canonical.is_empty() || answer.spans.iter().any(Range::is_empty) {
+        return Err(anyhow!("task {}: an objective has no answer to score: compose the tasks again", task.task_id)).bad_input();
+    }
+    let question_prompt = builder.prompt(&task.question, &[]).bad_input()?;
+    let layout = Layout { builder, options, task, question_prompt, answer: answer.ids };
+    let mut memories = Vec::new();
+    for attempt in attempts {
+        layout.check_first_prompt(&attempt.steps)?;
+        for index in 0..attempt.steps.len() {
+            memories.extend(layout.memory_probes(&attempt.steps, index)?);
+        }
+    }
+    let closed_book = layout.probe(layout.question_prompt.clone());
+    Ok(TaskProbes { task_id: task.task_id.clone(), closed_book, spans: answer.spans, memories })
+}
+
+struct Layout<'a> {
+    builder: &'a PromptBuilder,
+    options: ProbeOptions,
+    task: &'a Task,
+    question_prompt: Vec<i32>,
+    answer: Vec<i32>,
+}
+
+impl Layout<'_> {
+    /// The context, the answer's opening exactly as the policy writes it, the answer.
+    fn probe(&self, mut ids: Vec<i32>) -> Probe {
+        ids.extend(self.builder.answer_opening_ids());
+        let answer_start = ids.len();
+        ids.extend(&self.answer);
+        Probe { ids, answer_start }
+    }
+
+    fn memory_probes(&self, steps: &[Step], index: usize) -> anyhow::Result<Option<MemoryProbes>> {
+        let step = &steps[index];
+        let Some(memory) = memory_segment(step)? else { return Ok(None) };
+        let bias = self.bias_context(steps, index)?;
+        Ok(Some(MemoryProbes {
+            key: key(step),
+            memory: self.probe(self.memory_context(step, memory)),
+            bias: bias.map(|context| self.probe(context)),
+            truncated: step.stop_reason == StopReason::MaxTokens && memory.end as usize == step.completion_ids.len(),
+        }))
+    }
+
+    fn memory_context(&self, step: &Step, memory: Segment) -> Vec<i32> {
+        let range = memory.start as usize..memory.end as usize;
+        let before = match self.options.probe {
+            ProbeKind::Memory => self.question_prompt.clone(),
+            ProbeKind::InPlace => [&step.prompt_ids, &step.completion_ids[..range.start]].concat(),
+        };
+        let segment = mempo_text::Segment { kind: mempo_text::SegmentKind::Memory, range };
+        [before, self.builder.memory_ids(&step.completion_ids, &segment)].concat()
+    }
+
+    fn bias_context(&self, steps: &[Step], index: usize) -> anyhow::Result<Option<Vec<i32>>> {
+        let (earlier, step) = (&steps[..index], &steps[index]);
+        Ok(match self.options.bias {
+            Bias::None => None,
+            Bias::Null => Some(self.question_prompt.clone()),
+            Bias::Context => Some(step.prompt_ids.clone()),
+            Bias::Prefix => Some(self.builder.prompt(&self.task.question, &React.carried(earlier)).bad_input()?),
+            Bias::PreviousMemory => {
+                let memory = earlier.last().map(|step| Ok::<_, anyhow::Error>((step, memory_segment(step)?))).transpose()?;
+                Some(match memory {
+                    Some((step, Some(memory))) => self.memory_context(step, memory),
+                    _ => self.question_prompt.clone(),
+                })
+            }
+        })
+    }
+
+    /// The prompt rebuilt from the task must be the one that was sampled from: else the tasks, the tokenizer or the
+    /// profile are not the rollout's own, and every score would be about something else.
+    fn check_first_prompt(&self, steps: &[Step]) -> anyhow::Result<()> {
+        let Some(first) = steps.first() else { return Ok(()) };
+        if first.prompt_ids == self.question_prompt {
+            return Ok(());
+        }
+        let pairs = first.prompt_ids.iter().zip(&self.question_prompt);
+        let place = pairs.take_while(|(found, expected)| found == expected).count();
+        Err(anyhow!(
+            "{}: prompt_ids differ at position {place} from the prompt built for the task: use the tasks and the \
+             tokenizer that the rollout was sampled with",
+            key(first)
+        ))
+        .bad_input()
+    }
+}
+
+pub(crate) fn key(step: &Step) -> Key {
+    Key::of_step(&step.task_id, step.trajectory_index, step.step_index)
+}
+
+/// The step's memory: the first segment of that kind.
+pub(crate) fn memory_segment(step: &Step) -> anyhow::Result<Option<Segment>> {
+    let memory = step.segments.iter().find(|segment| segment.kind == SegmentKind::Memory).copied();
+    memory.map(|segment| check_range(step, segment).bad_input()).transpose()
+}
+
+fn check_range(step: &Step, segment: Segment) -> anyhow::Result<Segment> {
+    let (Segment { start, end, .. }, count) = (segment, step.completion_ids.len());
+    ensure!(
+        0 <= start && start < end && end as usize <= count,
+        "{}: memory segment {start}..{end} is not a range of the completion's {count} ids",
+        key(step)
+    );
+    Ok(segment)
+}

@@ -1,0 +1,123 @@
+//! An evaluation as tables for the terminal and as JSON.
+
+use serde::Serialize;
+
+use crate::bootstrap::Estimate;
+use crate::measure::{Group, GroupFigures, METRICS, Metric};
+use crate::rollouts::Settings;
+
+/// Everything an evaluation found.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    pub(crate) intervals: Intervals,
+    pub(crate) runs: Vec<Run>,
+    pub(crate) differences: Vec<Difference>,
+}
+
+/// How intervals were made.
+#[derive(Debug, Serialize)]
+pub(crate) struct Intervals {
+    pub(crate) method: &'static str,
+    pub(crate) clusters: &'static str,
+    pub(crate) level: f64,
+    pub(crate) resamples: usize,
+    pub(crate) seed: u64,
+}
+
+/// One policy's figures.
+#[derive(Debug, Serialize)]
+pub(crate) struct Run {
+    pub(crate) label: String,
+    /// How it was sampled; nothing for answers from a file.
+    pub(crate) settings: Option<Settings>,
+    /// Digests of the checkpoints that sampled.
+    pub(crate) policies: Vec<String>,
+    pub(crate) groups: Vec<GroupFigures>,
+}
+
+/// `label - baseline` over the tasks both have.
+#[derive(Debug, Serialize)]
+pub(crate) struct Difference {
+    pub(crate) label: String,
+    pub(crate) baseline: String,
+    pub(crate) groups: Vec<GroupFigures>,
+}
+
+/// Header and rows.
+pub(crate) type Table = (Vec<String>, Vec<Vec<String>>);
+
+impl Report {
+    /// How each run was sampled, one column a run.
+    pub(crate) fn settings_table(&self) -> Table {
+        let row = |name: &str, value: &dyn Fn(&Run) -> Option<String>| {
+            let cells = self.runs.iter().map(|run| value(run).unwrap_or_else(|| "-".to_owned()));
+            std::iter::once(name.to_owned()).chain(cells).collect()
+        };
+        let setting = |value: fn(&Settings) -> String| move |run: &Run| run.settings.as_ref().map(value);
+        let policies = |run: &Run| {
+            let short = run.policies.iter().map(|digest| digest.chars().take(12).collect::<String>());
+            Some(short.collect::<Vec<_>>().join(" ")).filter(|text| !text.is_empty())
+        };
+        let rows = vec![
+            row("profile", &setting(|settings| settings.profile.clone())),
+            row("context", &setting(|settings| settings.context.clone())),
+            row("temperature", &setting(|settings| settings.temperature.to_string())),
+            row("top_p", &setting(|settings| settings.top_p.to_string())),
+            row("group_size", &setting(|settings| settings.group_size.to_string())),
+            row("policy", &policies),
+        ];
+        (self.header(&["setting"], false), rows)
+    }
+
+    /// Every figure with its interval, one column a run and one a difference.
+    pub(crate) fn figures_table(&self) -> Table {
+        let mut rows = Vec::new();
+        for place in 0..self.runs.first().map_or(0, |run| run.groups.len()) {
+            let runs = self.runs.iter().map(|run| &run.groups[place]);
+            let differences = self.differences.iter().map(|difference| &difference.groups[place]);
+            let columns: Vec<(&GroupFigures, bool)> =
+                runs.map(|figures| (figures, false)).chain(differences.map(|figures| (figures, true))).collect();
+            let group = render_group(&columns[0].0.group);
+            let mut push = |name: &str, cell: &dyn Fn(&GroupFigures, bool) -> String| {
+                let cells = columns.iter().map(|(figures, signed)| cell(figures, *signed));
+                rows.push([group.clone(), name.to_owned()].into_iter().chain(cells).collect());
+            };
+            push("tasks", &|figures, _| figures.tasks.to_string());
+            push("trajectories", &|figures, _| figures.trajectories.to_string());
+            for (index, metric) in METRICS.iter().enumerate() {
+                let name = if metric.share { format!("{}, %", metric.name) } else { metric.name.to_owned() };
+                push(&name, &|figures, signed| render_estimate(metric, figures.metrics[index], signed));
+            }
+        }
+        (self.header(&["group", "metric"], true), rows)
+    }
+
+    fn header(&self, first: &[&str], with_differences: bool) -> Vec<String> {
+        let labels = self.runs.iter().map(|run| run.label.clone());
+        let differences = self.differences.iter().filter(|_| with_differences);
+        let differences = differences.map(|difference| format!("{} - {}", difference.label, difference.baseline));
+        first.iter().map(ToString::to_string).chain(labels).chain(differences).collect()
+    }
+}
+
+fn render_group(group: &Group) -> String {
+    let objectives = group.objectives.map(|count| format!("objectives={count}"));
+    let source = group.source.as_ref().map(|source| format!("source={source}"));
+    let parts: Vec<String> = objectives.into_iter().chain(source).collect();
+    if parts.is_empty() { "all".to_owned() } else { parts.join(" ") }
+}
+
+fn render_estimate(metric: &Metric, estimate: Estimate, signed: bool) -> String {
+    let scale = if metric.share { 100.0 } else { 1.0 };
+    let render = |value: f64| match signed {
+        true => format!("{:+.1}", value * scale),
+        false => format!("{:.1}", value * scale),
+    };
+    match estimate {
+        Estimate { value: None, .. } => "-".to_owned(),
+        Estimate { value: Some(value), low: Some(low), high: Some(high) } => {
+            format!("{} [{}, {}]", render(value), render(low), render(high))
+        }
+        Estimate { value: Some(value), .. } => render(value),
+    }
+}

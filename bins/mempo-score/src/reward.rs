@@ -1,0 +1,313 @@
+//! From the model's answers to score rows.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use anyhow::anyhow;
+use clap::{Args, ValueEnum};
+use mempo_data::{Context, Key, Score};
+use mempo_model::ScoredSequence;
+use mempo_run::ResultExt;
+use serde::Serialize;
+
+use crate::probe::{MemoryProbes, Probe, TaskProbes};
+use crate::sums::Sums;
+
+/// Which mean over the answer's tokens the reward is made of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum AnswerMean {
+    /// One mean over all tokens of the answer.
+    Joint,
+    /// The mean over objectives of each one's own.
+    PerObjective,
+}
+
+/// In what unit memory and bias are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Difference {
+    /// Probabilities, as in the paper.
+    Probability,
+    /// Log-probabilities: information gain in nats a token.
+    Logprob,
+}
+
+/// What the memory reward is made of.
+#[derive(Debug, Clone, Copy, Args, Serialize)]
+pub(crate) struct RewardOptions {
+    /// Whether the reward uses the joint mean or the mean over objectives of their own
+    #[arg(long, value_enum, default_value = "joint")]
+    pub(crate) answer: AnswerMean,
+    /// What is subtracted from what
+    #[arg(long, value_enum, default_value = "probability")]
+    pub(crate) difference: Difference,
+}
+
+/// Log-probabilities of the answer tokens, by probe; a probe past the model's window has none.
+pub(crate) struct Answers<'a> {
+    places: HashMap<&'a Probe, usize>,
+    logprobs: Vec<Vec<f32>>,
+    pub(crate) tokens_asked: u64,
+    pub(crate) tokens_computed: u64,
+}
+
+/// Scores each distinct probe of at most `window` ids once; `score` is the model.
+pub(crate) fn ask<'a>(
+    probes: impl Iterator<Item = &'a Probe>,
+    window: usize,
+    score: impl FnOnce(&[ScoredSequence]) -> anyhow::Result<Vec<Vec<f32>>>,
+) -> anyhow::Result<Answers<'a>> {
+    let (mut places, mut sequences, mut tokens_asked) = (HashMap::new(), Vec::new(), 0);
+    for probe in probes.filter(|probe| probe.ids.len() <= window) {
+        tokens_asked += probe.ids.len() as u64;
+        places.entry(probe).or_insert_with(|| {
+            sequences.push(ScoredSequence { ids: probe.ids.clone(), targets: probe.answer() });
+            sequences.len() - 1
+        });
+    }
+    let tokens_computed = sequences.iter().map(|sequence| sequence.ids.len() as u64).sum();
+    let logprobs = score(&sequences)?;
+    Ok(Answers { places, logprobs, tokens_asked, tokens_computed })
+}
+
+impl Answers<'_> {
+    fn of(&self, probe: &Probe) -> Option<&[f32]> {
+        self.places.get(probe).map(|&place| self.logprobs[place].as_slice())
+    }
+}
+
+/// The rows of a unit, and what they add to the summary.
+pub(crate) fn score_rows(
+    tasks: &[TaskProbes],
+    answers: &Answers<'_>,
+    options: RewardOptions,
+) -> anyhow::Result<(Vec<Score>, Sums)> {
+    let (mut rows, mut sums) = (Vec::new(), Sums::default());
+    sums.add("tokens_asked", answers.tokens_asked as f64);
+    sums.add("tokens_computed", answers.tokens_computed as f64);
+    for task in tasks {
+        let key = Key::of_id(&task.task_id);
+        let closed_book = answers.of(&task.closed_book);
+        let means = closed_book.map(|logprobs| Means::new(logprobs, &task.spans, &key, "closed-book")).transpose()?;
+        sums.add("tasks", 1.0);
+        sums.add_known("closed_book_probability", means.map(|means| means.joint.exp()));
+        for memory in &task.memories {
+            let row = score_row(memory, &task.spans, answers, options)?;
+            count(&mut sums, &row, memory.bias.is_some());
+            rows.push(row);
+        }
+    }
+    Ok((rows, sums))
+}
+
+fn count(sums: &mut Sums, row: &Score, has_bias: bool) {
+    let number = |condition: bool| f64::from(u8::from(condition));
+    sums.add("memories", 1.0);
+    sums.add("memories_truncated", number(row.truncated));
+    sums.add("memories_past_window", number(row.answer_probability.is_none()));
+    sums.add("biases_past_window", number(has_bias && row.bias_probability.is_none()));
+    sums.add_known("answer_probability", row.answer_probability);
+    sums.add_known("bias_probability", row.bias_probability);
+    sums.add_known("memory_reward", row.memory_reward);
+}
+
+fn score_row(
+    probes: &MemoryProbes,
+    spans: &[Range<usize>],
+    answers: &Answers<'_>,
+    options: RewardOptions,
+) -> anyhow::Result<Score> {
+    let means = |probe: &Probe, kind: &str| {
+        answers.of(probe).map(|logprobs| Means::new(logprobs, spans, &probes.key, kind)).transpose()
+    };
+    let memory = means(&probes.memory, "memory")?;
+    let bias = probes.bias.as_ref().map(|probe| means(probe, "bias")).transpose()?.flatten();
+    let value = |means: &Option<Means>| means.as_ref().map(|means| means.value(options));
+    let memory_reward = match (value(&memory), value(&bias), &probes.bias) {
+        (Some(memory), Some(bias), _) => Some(memory - bias),
+        (memory, _, None) => memory,
+        _ => None,
+    };
+    Ok(Score {
+        task_id: probes.key.task_id.clone(),
+        trajectory_index: probes.key.trajectory_index,
+        step_index: probes.key.step_index,
+        answer_logprob: memory.as_ref().map(|means| means.joint),
+        answer_probability: memory.as_ref().map(|means| means.joint.exp()),
+        bias_logprob: bias.as_ref().map(|means| means.joint),
+        bias_probability: bias.as_ref().map(|means| means.joint.exp()),
+        objective_logprobs: memory.map(|means| means.objectives),
+        memory_reward,
+        answer_token_count: probes.memory.answer().len() as i32,
+        truncated: probes.truncated,
+    })
+}
+
+/// Mean log-probabilities of the gold answer in one context.
+struct Means {
+    joint: f64,
+    objectives: Vec<f64>,
+}
+
+impl Means {
+    fn new(logprobs: &[f32], spans: &[Range<usize>], key: &Key, kind: &str) -> anyhow::Result<Self> {
+        if let Some(place) = logprobs.iter().position(|value| !value.is_finite()) {
+            let found = logprobs[place];
+            return Err(anyhow!(
+                "{key}: log-probability {found} of answer token {place} in the {kind} context, expected a finite \
+                 number: the checkpoint is damaged, or its weights overflow (try --dtype f32)"
+            ))
+            .quality();
+        }
+        let objectives = spans.iter().map(|span| mean(&logprobs[span.clone()])).collect();
+        Ok(Self { joint: mean(logprobs), objectives })
+    }
+
+    fn value(&self, options: RewardOptions) -> f64 {
+        let parts = match options.answer {
+            AnswerMean::Joint => std::slice::from_ref(&self.joint),
+            AnswerMean::PerObjective => &self.objectives,
+        };
+        let unit = |logprob: &f64| match options.difference {
+            Difference::Probability => logprob.exp(),
+            Difference::Logprob => *logprob,
+        };
+        parts.iter().map(unit).sum::<f64>() / parts.len() as f64
+    }
+}
+
+fn mean(logprobs: &[f32]) -> f64 {
+    logprobs.iter().map(|&value| f64::from(value)).sum::<f64>() / logprobs.len() as f64
+}
+
+/// Exactly what was scored, for whoever wants to compute it again with another tool.
+pub(crate) fn context_rows(tasks: &[TaskProbes]) -> Vec<Context> {
+    let row = |key: &Key, kind: &str, probe: &Probe| Context {
+        task_id: key.task_id.clone(),
+        trajectory_index: key.trajectory_index,
+        step_index: key.step_index,
+        kind: kind.to_owned(),
+        context_ids: probe.ids[..probe.answer_start].to_vec(),
+        answer_ids: probe.ids[probe.answer()].to_vec(),
+    };
+    let memories = tasks.iter().flat_map(|task| &task.memories);
+    memories
+        .flat_map(|memory| {
+            let bias = memory.bias.iter().map(|probe| row(&memory.key, "bias", probe));
+            std::iter::once(row(&memory.key, "memory", &memory.memory)).chain(bias).collect::<Vec<_>>()
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OPTIONS: RewardOptions = RewardOptions { answer: AnswerMean::Joint, difference: Difference::Probability };
+
+    fn probe(ids: &[i32]) -> Probe {
+        Probe { ids: ids.to_vec(), answer_start: ids.len() - 3 }
+    }
+
+    /// One task with two memories; the second one's bias is the closed book, and its memory is 12 ids long.
+    fn task() -> TaskProbes {
+        let memory = |step_index, memory: &[i32], bias: &[i32]| MemoryProbes {
+            key: Key::of_step("t", 0, step_index),
+            memory: probe(memory),
+            bias: Some(probe(bias)),
+            truncated: false,
+        };
+        TaskProbes {
+            task_id: "t".to_owned(),
+            closed_book: probe(&[1, 7, 8, 9]),
+            spans: vec![0..1, 2..3],
+            memories: vec![
+                memory(0, &[1, 2, 7, 8, 9], &[1, 7, 8, 9]),
+                memory(1, &[1, 2, 3, 4, 5, 6, 1, 2, 3, 7, 8, 9], &[1, 7, 8, 9]),
+            ],
+        }
+    }
+
+    /// A model whose answer tokens have log-probabilities -1, -2, -3 after two ids and twice that after one.
+    fn model(sequences: &[ScoredSequence]) -> anyhow::Result<Vec<Vec<f32>>> {
+        Ok(sequences
+            .iter()
+            .map(|sequence| {
+                let scale = if sequence.targets.start == 1 { -2.0 } else { -1.0 };
+                (1..=sequence.targets.len()).map(|place| scale * place as f32).collect()
+            })
+            .collect())
+    }
+
+    #[test]
+    fn equal_probes_are_computed_once_and_long_ones_not_at_all() {
+        let task = task();
+        let answers = ask(task.probes(), 8, |sequences| {
+            assert_eq!(sequences.len(), 2, "closed book (asked for three times) and the first memory");
+            model(sequences)
+        });
+        let answers = answers.unwrap();
+        assert_eq!((answers.tokens_asked, answers.tokens_computed), (3 * 4 + 5, 4 + 5));
+        let (rows, sums) = score_rows(std::slice::from_ref(&task), &answers, OPTIONS).unwrap();
+        assert_eq!((rows[1].answer_logprob, rows[1].bias_logprob, rows[1].memory_reward), (None, Some(-4.0), None));
+        let counts = ["memories", "memories_past_window", "biases_past_window"].map(|name| sums.count(name));
+        assert_eq!(counts, [2, 1, 0]);
+        assert_eq!(sums.mean("closed_book_probability"), Some((-4.0_f64).exp()));
+        assert_eq!(sums.mean("memory_reward"), Some((-2.0_f64).exp() - (-4.0_f64).exp()));
+    }
+
+    #[track_caller]
+    fn check(answer: AnswerMean, difference: Difference, expected: f64) {
+        let task = task();
+        let answers = ask(task.probes(), 100, model).unwrap();
+        let (rows, _) = score_rows(std::slice::from_ref(&task), &answers, RewardOptions { answer, difference }).unwrap();
+        assert!((rows[0].memory_reward.unwrap() - expected).abs() < 1e-12, "{answer:?} {difference:?}");
+        assert_eq!(rows[0].objective_logprobs, Some(vec![-1.0, -3.0]), "the separator is left out");
+        assert_eq!((rows[0].answer_logprob, rows[0].answer_token_count), (Some(-2.0), 3));
+    }
+
+    #[test]
+    fn rewards_are_what_the_options_say() {
+        let p = |logprob: f64| logprob.exp();
+        check(AnswerMean::Joint, Difference::Probability, p(-2.0) - p(-4.0));
+        check(AnswerMean::Joint, Difference::Logprob, 2.0);
+        let (memory, bias) = ((p(-1.0) + p(-3.0)) / 2.0, (p(-2.0) + p(-6.0)) / 2.0);
+        check(AnswerMean::PerObjective, Difference::Probability, memory - bias);
+        check(AnswerMean::PerObjective, Difference::Logprob, -2.0 + 4.0);
+    }
+
+    #[test]
+    fn without_a_bias_the_reward_is_the_probability() {
+        let mut task = task();
+        task.memories.truncate(1);
+        task.memories[0].bias = None;
+        let answers = ask(task.probes(), 100, model).unwrap();
+        let (rows, sums) = score_rows(std::slice::from_ref(&task), &answers, OPTIONS).unwrap();
+        assert_eq!((rows[0].memory_reward, rows[0].bias_logprob), (Some((-2.0_f64).exp()), None));
+        assert_eq!((sums.count("biases_past_window"), sums.mean("bias_probability")), (0, None));
+    }
+
+    #[test]
+    fn what_is_not_a_number_stops_with_the_key() {
+        for bad in [f32::NAN, f32::NEG_INFINITY] {
+            let task = task();
+            let answers = ask(task.probes(), 100, |sequences| {
+                let mut found = model(sequences)?;
+                found[1][2] = bad;
+                Ok(found)
+            });
+            let error = score_rows(std::slice::from_ref(&task), &answers.unwrap(), OPTIONS).unwrap_err();
+            assert!(error.chain().any(|cause| matches!(cause.downcast_ref(), Some(mempo_run::Failure::Quality(..)))));
+            assert!(format!("{error:#}").contains("t/trajectory 0/step 0"), "{error:#}");
+        }
+    }
+
+    #[test]
+    fn contexts_are_what_was_scored() {
+        let rows = context_rows(&[task()]);
+        let kinds: Vec<(&str, i32)> = rows.iter().map(|row| (row.kind.as_str(), row.step_index)).collect();
+        assert_eq!(kinds, [("memory", 0), ("bias", 0), ("memory", 1), ("bias", 1)]);
+        assert_eq!((rows[0].context_ids.as_slice(), rows[0].answer_ids.as_slice()), (&[1, 2][..], &[7, 8, 9][..]));
+    }
+}

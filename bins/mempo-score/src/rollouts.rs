@@ -1,0 +1,114 @@
+//! Reading a rollout: its settings, and its trajectories with their steps, unit by unit.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::{Context as _, anyhow};
+use mempo_data::{Cursor, Key, Step, Trajectory, groups, read_rows};
+use mempo_run::{Input, ResultExt};
+use mempo_text::{ChatTemplate, Profile, PromptBuilder, Tokenizer, ToolSpec};
+use serde::{Deserialize, Serialize};
+
+/// Consecutive tasks that are scored, written and committed together.
+pub(crate) const TASKS_PER_UNIT: usize = 16;
+
+/// How a rollout was sampled, from its manifest.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Settings {
+    pub(crate) profile: String,
+    pub(crate) context: String,
+    pub(crate) temperature: f64,
+    pub(crate) top_p: f64,
+    pub(crate) group_size: u64,
+}
+
+/// A trajectory with its steps, in order.
+#[derive(Debug, Clone)]
+pub(crate) struct Attempt {
+    pub(crate) trajectory: Trajectory,
+    pub(crate) steps: Vec<Step>,
+}
+
+/// A finished rollout.
+pub(crate) struct Rollouts {
+    pub(crate) input: Input,
+    pub(crate) settings: Settings,
+}
+
+impl Rollouts {
+    /// Checks the directory's files and reads its settings.
+    pub(crate) fn open(directory: &Path) -> anyhow::Result<Self> {
+        let input = Input::stage("rollouts", directory)?;
+        let manifest = input.manifest().ok_or_else(|| anyhow!("{}: no manifest", directory.display())).bad_input()?;
+        let settings = serde_json::from_value(manifest.arguments.clone())
+            .with_context(|| format!("{}: the manifest's arguments are not those of a rollout", directory.display()))
+            .bad_input()?;
+        Ok(Self { input, settings })
+    }
+
+    /// The temperature of log-probabilities: what was sampled greedily is scored at 1.
+    pub(crate) fn temperature(&self) -> f64 {
+        if self.settings.temperature > 0.0 { self.settings.temperature } else { 1.0 }
+    }
+
+    /// The builder of the prompts that were sampled from, with the tokenizer and chat template of `model`.
+    pub(crate) fn prompt_builder(&self, model: &Path) -> anyhow::Result<PromptBuilder> {
+        let tokenizer = Arc::new(Tokenizer::load(model).bad_input()?);
+        let template = ChatTemplate::load(model).bad_input()?;
+        let profile = Profile::load(&self.settings.profile).bad_input()?;
+        PromptBuilder::new(tokenizer, template, profile, &[ToolSpec::search()]).bad_input()
+    }
+
+    /// Number of tasks; reads the whole table of trajectories once.
+    pub(crate) fn count_tasks(&self) -> anyhow::Result<usize> {
+        let mut count = 0;
+        for group in groups(read_rows::<Trajectory>(&self.input.table("trajectories")?).bad_input()?) {
+            group.bad_input()?;
+            count += 1;
+        }
+        Ok(count)
+    }
+
+    /// Starts reading at the first task.
+    pub(crate) fn reader(&self) -> anyhow::Result<Reader> {
+        let trajectories = read_rows::<Trajectory>(&self.input.table("trajectories")?).bad_input()?;
+        let steps = read_rows::<Step>(&self.input.table("steps")?).bad_input()?;
+        Ok(Reader {
+            tasks: Box::new(groups(trajectories)),
+            steps: Cursor::new(steps),
+            directory: self.input.dir().to_path_buf(),
+        })
+    }
+}
+
+/// Walks trajectories and steps side by side.
+pub(crate) struct Reader {
+    tasks: Box<dyn Iterator<Item = mempo_data::Result<Vec<Trajectory>>>>,
+    steps: Cursor<Step>,
+    directory: PathBuf,
+}
+
+impl Reader {
+    /// The trajectories of the next [`TASKS_PER_UNIT`] tasks, grouped by task; without steps unless they are `wanted`.
+    pub(crate) fn next_unit(&mut self, wanted: bool) -> anyhow::Result<Vec<Vec<Attempt>>> {
+        let mut unit = Vec::new();
+        while unit.len() < TASKS_PER_UNIT {
+            let Some(group) = self.tasks.next() else { break };
+            let attempts = group.bad_input()?.into_iter().map(|trajectory| self.attempt(trajectory, wanted));
+            unit.push(attempts.collect::<anyhow::Result<Vec<_>>>()?);
+        }
+        Ok(unit)
+    }
+
+    fn attempt(&mut self, trajectory: Trajectory, wanted: bool) -> anyhow::Result<Attempt> {
+        let count = if wanted { trajectory.step_count } else { 0 };
+        let steps = (0..count).map(|step_index| {
+            let key = Key::of_step(&trajectory.task_id, trajectory.trajectory_index, step_index);
+            let step = self.steps.take(&key).bad_input()?;
+            step.ok_or_else(|| anyhow!("{}: `steps` has no row {key}, but its trajectory counts {count} steps", self.directory.display()))
+                .bad_input()
+        });
+        let steps = steps.collect::<anyhow::Result<Vec<_>>>()?;
+        Ok(Attempt { trajectory, steps })
+    }
+}

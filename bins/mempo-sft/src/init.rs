@@ -1,0 +1,156 @@
+//! `mempo-sft init`: a configuration and text -> a fresh model directory.
+//!
+//! The tokenizer is trained on the text, the configuration takes its vocabulary size and end ids from it, the weights
+//! are random. The same inputs and seed give the same bytes.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow};
+use fs_err as fs;
+use mempo_model::{Config, DeviceOptions, Model};
+use mempo_run::{Input, ResultExt, Stage, StageArgs};
+use mempo_text::{Tokenizer, train_tokenizer};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tracing::info;
+
+use crate::chat::{Form, parse_record};
+use crate::source::{data_files, has_extension, lines};
+
+/// Make a fresh model directory: random weights and a tokenizer trained on text.
+///
+/// The configuration is a Hugging Face config.json; its vocabulary size and its end and padding ids are set to those of
+/// the new tokenizer. The text may be plain (.txt), JSON lines or Parquet with `text`, `prompt` and `completion`, or
+/// `messages`.
+#[derive(Debug, clap::Args, Serialize)]
+pub(crate) struct InitArguments {
+    /// config.json of the model to make
+    #[arg(long, value_name = "FILE")]
+    #[serde(skip)]
+    config: PathBuf,
+    /// Text for the tokenizer
+    #[arg(long, required = true, num_args = 1.., value_name = "FILE")]
+    #[serde(skip)]
+    corpus: Vec<PathBuf>,
+    /// Most tokens in the vocabulary [default: `vocab_size` of the configuration]
+    #[arg(long, value_name = "N")]
+    vocabulary_size: Option<usize>,
+    #[command(flatten)]
+    #[serde(skip)]
+    stage: StageArgs,
+}
+
+/// Runs the stage.
+pub(crate) fn run(arguments: &InitArguments) -> anyhow::Result<()> {
+    let files = corpus_files(&arguments.corpus)?;
+    let config_input = Input::files("config", std::slice::from_ref(&arguments.config))?;
+    let corpus_input = Input::files("corpus", &files)?;
+    let mut config = read_json(&arguments.config)?;
+    let vocabulary_size = wanted_size(&config, arguments)?;
+    let stage = Stage::open("mempo-sft", "init", &arguments.stage, arguments, &[&config_input, &corpus_input])?;
+    let Some(stage) = stage else { return Ok(()) };
+
+    let mut broken = None;
+    let texts = files.iter().flat_map(|file| texts_of(file));
+    let texts = texts.map_while(|text| text.map_err(|error| broken = Some(error)).ok());
+    train_tokenizer(texts, vocabulary_size, stage.dir()).bad_input()?;
+    if let Some(error) = broken {
+        return Err(error);
+    }
+    stage.check_interrupt()?;
+
+    let tokenizer = Tokenizer::load(stage.dir())?;
+    set_tokens(&mut config, &tokenizer, &read_json(&stage.dir().join("tokenizer_config.json"))?);
+    write_json(&stage, "config.json", &config)?;
+    let generation = json!({ "eos_token_id": config["eos_token_id"], "pad_token_id": config["pad_token_id"] });
+    write_json(&stage, "generation_config.json", &generation)?;
+    let parameters = write_weights(&stage)?;
+    info!("a model of {parameters} parameters, {} tokens in the vocabulary", tokenizer.vocabulary_size());
+    let summary = json!({ "parameters": parameters, "vocabulary_size": tokenizer.vocabulary_size() });
+    stage.finish(&[], summary)
+}
+
+/// Random weights in float32 on the CPU, so that the machine makes no difference; their number.
+fn write_weights(stage: &Stage) -> anyhow::Result<u64> {
+    let options = DeviceOptions { device: "cpu".to_owned(), dtype: "f32".to_owned(), threads: Some(1) };
+    let runtime = options.resolve()?;
+    let model = Model::initialise(Config::load(stage.dir()).bad_input()?, stage.seed(&["initialise"]), &runtime)?;
+    model.save_weights(stage.dir(), runtime.kind)?;
+    Ok(model.parameters().iter().map(|(_, tensor)| tensor.numel() as u64).sum())
+}
+
+fn read_json(path: &Path) -> anyhow::Result<Value> {
+    let text = fs::read_to_string(path).bad_input()?;
+    let config: Value =
+        serde_json::from_str(&text).with_context(|| format!("{}: not JSON", path.display())).bad_input()?;
+    if !config.is_object() {
+        return Err(anyhow!("{}: expected a JSON object", path.display())).bad_input();
+    }
+    Ok(config)
+}
+
+fn wanted_size(config: &Value, arguments: &InitArguments) -> anyhow::Result<usize> {
+    let configured = config["vocab_size"].as_u64().map(|size| size as usize);
+    arguments
+        .vocabulary_size
+        .or(configured)
+        .ok_or_else(|| anyhow!("{}: no `vocab_size`; add it or give --vocabulary-size N", arguments.config.display()))
+        .usage()
+}
+
+/// Sets what the configuration must know of the tokenizer, whose `tokens` are named in tokenizer_config.json.
+fn set_tokens(config: &mut Value, tokenizer: &Tokenizer, tokens: &Value) {
+    config["vocab_size"] = json!(tokenizer.vocabulary_size());
+    for name in ["bos", "eos", "pad"] {
+        let token = tokens[format!("{name}_token")].as_str();
+        config[format!("{name}_token_id")] = json!(token.and_then(|token| tokenizer.encode_trusted(token).pop()));
+    }
+}
+
+fn write_json(stage: &Stage, name: &str, value: &Value) -> anyhow::Result<()> {
+    stage.write_file(name, |sink| {
+        serde_json::to_writer_pretty(&mut *sink, value)?;
+        std::io::Write::write_all(sink, b"\n")?;
+        Ok(())
+    })
+}
+
+fn corpus_files(paths: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in paths {
+        if has_extension(path, ".txt") {
+            files.push(path.clone());
+        } else {
+            files.extend(data_files(path)?);
+        }
+    }
+    Ok(files)
+}
+
+/// The texts of one file, one after another.
+fn texts_of(path: &Path) -> Box<dyn Iterator<Item = anyhow::Result<String>> + Send> {
+    let lines = match lines(path) {
+        Ok(lines) => lines,
+        Err(error) => return Box::new(std::iter::once(Err(error))),
+    };
+    let plain = has_extension(path, ".txt");
+    let path = path.to_path_buf();
+    Box::new(lines.map(move |line| {
+        let (number, bytes) = line?;
+        let text =
+            if plain { String::from_utf8(bytes).map_err(|error| error.to_string()) } else { text_of_row(&bytes) };
+        text.map_err(|problem| anyhow!("{}:{number}: {problem}", path.display())).bad_input()
+    }))
+}
+
+/// All the text of a row that a model would read or write.
+fn text_of_row(json: &[u8]) -> Result<String, String> {
+    Ok(match parse_record(json)?.form {
+        Form::Text(text) => text,
+        Form::Pair { prompt, completion } => format!("{prompt}\n{completion}"),
+        Form::Chat(chat) => {
+            let turns = chat.turns.into_iter().flat_map(|turn| [Some(turn.completion), turn.observation]).flatten();
+            std::iter::once(chat.question).chain(turns).collect::<Vec<_>>().join("\n")
+        }
+    })
+}

@@ -1,0 +1,243 @@
+//! `mempo-sft train`: examples and a model -> checkpoint.
+//!
+//! The order of examples and the size of each optimizer step are planned before the first one; the run is then a walk
+//! along that plan. The state is saved under `OUT/resume` every so often and removed at the end; a run that was stopped
+//! continues from it and ends with the same bytes.
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use anyhow::{Context, anyhow};
+use mempo_model::{Config, DeviceOptions, Model, Runtime};
+use mempo_run::{Input, Progress, ResultExt, Stage, StageArgs};
+use mempo_train::{OptimizerOptions, StepStats, TrainSequence, Trainer, learning_rate_at};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tracing::{info, warn};
+
+use crate::dataset::{Dataset, ModelLimits};
+use crate::metrics::{Metric, MetricsFile};
+use crate::schedule::{PlannedStep, plan_steps};
+
+const RESUME: &str = "resume";
+
+/// Fit a model to examples; the output directory is a complete Hugging Face model.
+///
+/// Several example directories are mixed in one shuffle. The loss is the mean over the target tokens of the whole
+/// optimizer step, however it is cut into micro-batches. All examples are held in memory, five bytes a token.
+#[derive(Debug, clap::Args, Serialize)]
+#[command(
+    mut_arg("learning_rate", |arg| arg.default_value("1e-5")),
+    mut_arg("warmup_ratio", |arg| arg.default_value("0.05")),
+    mut_arg("schedule", |arg| arg.default_value("cosine")),
+    mut_arg("beta2", |arg| arg.default_value("0.95"))
+)]
+pub(crate) struct TrainArguments {
+    /// Directories written by `mempo-sft build`
+    #[arg(long, required = true, num_args = 1.., value_name = "DIR")]
+    #[serde(skip)]
+    examples: Vec<PathBuf>,
+    /// Model directory to start from
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
+    model: PathBuf,
+    /// Times every example is seen
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    epochs: u32,
+    /// Stop after this many optimizer steps; the learning rate follows the shorter schedule
+    #[arg(long, value_name = "N")]
+    max_steps: Option<usize>,
+    /// Tokens of an optimizer step, padding included (whole examples)
+    #[arg(long, default_value_t = 16384, value_parser = clap::value_parser!(u64).range(1..))]
+    tokens_per_batch: u64,
+    /// Tokens run through the model at a time, padding included
+    #[arg(long, default_value_t = 8192)]
+    tokens_per_micro_batch: usize,
+    /// Examples to measure the loss on
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
+    validation: Option<PathBuf>,
+    /// Optimizer steps between two such measurements; the last step is always measured
+    #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    validate_every: u64,
+    /// Optimizer steps between two saved states
+    #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[serde(skip)]
+    save_every: u64,
+    #[command(flatten)]
+    optimizer: OptimizerOptions,
+    #[command(flatten)]
+    device: DeviceOptions,
+    #[command(flatten)]
+    #[serde(skip)]
+    stage: StageArgs,
+}
+
+/// Runs the stage.
+pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
+    if arguments.stage.shard.is_some() {
+        return Err(anyhow!("--shard: training is one run, it cannot be cut")).usage();
+    }
+    arguments.optimizer.check().usage()?;
+    let runtime = arguments.device.resolve().usage()?;
+    let stages = |dirs: &[PathBuf], name| dirs.iter().map(|dir| Input::stage(name, dir)).collect::<Result<Vec<_>, _>>();
+    let examples = stages(&arguments.examples, "examples")?;
+    let validation = stages(arguments.validation.as_slice(), "validation")?;
+    let model = Input::model("model", &arguments.model)?;
+    let inputs: Vec<&Input> = examples.iter().chain(&validation).chain([&model]).collect();
+    let Some(stage) = Stage::open("mempo-sft", "train", &arguments.stage, arguments, &inputs)? else { return Ok(()) };
+
+    let config = Config::load(&arguments.model).bad_input()?;
+    let limits =
+        ModelLimits { vocabulary_size: config.vocab_size as usize, max_tokens: config.max_position_embeddings };
+    let dataset = Dataset::read(&examples, limits)?;
+    let validation =
+        if validation.is_empty() { Vec::new() } else { Dataset::read(&validation, limits)?.all_sequences() };
+    let lengths = dataset.lengths();
+    let mut plan = plan_steps(&lengths, arguments.epochs, arguments.tokens_per_batch, &|parts| stage.seed(parts));
+    plan.truncate(arguments.max_steps.unwrap_or(usize::MAX));
+    info!("{} examples, {} tokens, {} optimizer steps", lengths.len(), lengths.iter().sum::<usize>(), plan.len());
+
+    let mut training = Training::open(arguments, &runtime, stage, dataset, validation)?;
+    training.walk(&plan)?;
+    training.finish(plan.len())
+}
+
+/// A run under way.
+struct Training<'a> {
+    arguments: &'a TrainArguments,
+    stage: Stage,
+    dataset: Dataset,
+    validation: Vec<TrainSequence>,
+    trainer: Trainer,
+    metrics: MetricsFile,
+    /// Step of the state under `resume`.
+    saved_step: u64,
+}
+
+impl<'a> Training<'a> {
+    /// Loads the model, and the state of an earlier start where there is one.
+    fn open(
+        arguments: &'a TrainArguments,
+        runtime: &Runtime,
+        stage: Stage,
+        dataset: Dataset,
+        validation: Vec<TrainSequence>,
+    ) -> anyhow::Result<Self> {
+        let model = Model::load(&arguments.model, runtime).bad_input()?;
+        let resume = stage.dir().join(RESUME);
+        let trainer = Trainer::new(model, &arguments.optimizer, resume.exists().then_some(resume.as_path()))?;
+        let saved_step = trainer.global_step();
+        if saved_step > 0 {
+            info!("continuing after optimizer step {saved_step}");
+        }
+        let metrics = MetricsFile::open(&stage.dir().join("metrics.jsonl"), saved_step)?;
+        Ok(Self { arguments, stage, dataset, validation, trainer, metrics, saved_step })
+    }
+
+    /// Takes the steps of the plan that are not done yet.
+    fn walk(&mut self, plan: &[PlannedStep]) -> anyhow::Result<()> {
+        let progress = self.stage.progress("training", plan.len() as u64, "steps");
+        progress.skip(self.saved_step);
+        for step in self.saved_step..plan.len() as u64 {
+            if let Err(interrupted) = self.stage.check_interrupt() {
+                self.save()?;
+                return Err(interrupted);
+            }
+            self.take_step(&plan[step as usize], plan.len() as u64, &progress)?;
+            if (step + 1).is_multiple_of(self.arguments.save_every) {
+                self.save()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn take_step(&mut self, planned: &PlannedStep, total_steps: u64, progress: &Progress) -> anyhow::Result<()> {
+        let start = Instant::now();
+        let done = self.trainer.global_step();
+        let learning_rate = learning_rate_at(&self.arguments.optimizer, done, total_steps);
+        let sequences = self.dataset.sequences(&planned.examples);
+        let stats = self.trainer.sft_step(&sequences, learning_rate, self.arguments.tokens_per_micro_batch);
+        let stats = self.judge(stats, planned)?;
+        if stats.skipped {
+            warn!("optimizer step {}: the gradient is not finite, the weights stay as they are", done + 1);
+        }
+        let elapsed = start.elapsed().as_secs_f64();
+        let measured = (done + 1).is_multiple_of(self.arguments.validate_every) || done + 1 == total_steps;
+        let validation_loss = if measured && !self.validation.is_empty() {
+            Some(self.trainer.validation_loss(&self.validation, self.arguments.tokens_per_micro_batch)?)
+        } else {
+            None
+        };
+        let tokens_per_second = stats.tokens as f64 / elapsed;
+        let at_validation = validation_loss.map_or_else(String::new, |loss| format!(", validation {loss:.4}"));
+        progress.message(format!("loss {:.4}{at_validation}, {tokens_per_second:.0} tokens/s", stats.loss));
+        progress.inc(1);
+        self.stage.timing(&json!({ "step": done + 1, "seconds": elapsed, "tokens_per_second": tokens_per_second }));
+        self.metrics.push(Metric {
+            step: done + 1,
+            epoch: planned.epoch,
+            loss: finite(stats.loss),
+            learning_rate,
+            gradient_norm: finite(stats.gradient_norm),
+            tokens: stats.tokens,
+            target_tokens: stats.target_tokens,
+            validation_loss: validation_loss.and_then(finite),
+        })
+    }
+
+    /// Names the examples of a step that failed; numbers that are none stop the stage as a quality gate.
+    fn judge(&self, stats: Result<StepStats, mempo_train::Error>, planned: &PlannedStep) -> anyhow::Result<StepStats> {
+        let is_quality = matches!(stats, Err(mempo_train::Error::NonFinite { .. }));
+        let stats = stats.with_context(|| {
+            let named: Vec<String> =
+                planned.examples.iter().take(4).map(|index| self.dataset.describe(*index)).collect();
+            let count = planned.examples.len();
+            format!("an optimizer step of {count} examples (mempo-sft show {} …)", named.join("; "))
+        });
+        if is_quality { stats.quality() } else { stats }
+    }
+
+    /// Makes the run so far durable.
+    fn save(&mut self) -> anyhow::Result<()> {
+        let step = self.trainer.global_step();
+        if step > self.saved_step {
+            self.metrics.sync()?;
+            self.stage.replace_dir(RESUME, |dir| Ok(self.trainer.save_state(dir)?))?;
+            self.saved_step = step;
+        }
+        Ok(())
+    }
+
+    /// Writes the checkpoint and commits it.
+    fn finish(self, planned_steps: usize) -> anyhow::Result<()> {
+        self.metrics.sync()?;
+        self.trainer.save_checkpoint(&self.arguments.model, self.stage.dir())?;
+        let summary = summary(&self.metrics, planned_steps);
+        info!("{summary}");
+        let resume = self.stage.dir().join(RESUME);
+        self.stage.finish(&[], summary)?;
+        if resume.exists() {
+            fs_err::remove_dir_all(&resume)?;
+        }
+        Ok(())
+    }
+}
+
+fn finite(value: f64) -> Option<f64> {
+    value.is_finite().then_some(value)
+}
+
+fn summary(metrics: &MetricsFile, planned_steps: usize) -> Value {
+    let sum = |of: fn(&Metric) -> u64| metrics.lines.iter().map(of).sum::<u64>();
+    json!({
+        "optimizer_steps": planned_steps,
+        "tokens": sum(|line| line.tokens),
+        "target_tokens": sum(|line| line.target_tokens),
+        "skipped_steps": metrics.lines.iter().filter(|line| line.gradient_norm.is_none()).count(),
+        "first_loss": metrics.lines.first().and_then(|line| line.loss),
+        "last_loss": metrics.lines.last().and_then(|line| line.loss),
+        "best_validation_loss": metrics.best_validation().map(|(_, loss)| loss),
+        "best_validation_step": metrics.best_validation().map(|(step, _)| step),
+    })
+}

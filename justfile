@@ -1,0 +1,33 @@
+# One line a recipe; every line works without just. `./just` lists them.
+
+mod demo 'pipelines/demo.just'
+mod smollm2 'pipelines/smollm2.just'
+
+_list:
+    @{{ just_executable() }} --list --list-submodules
+
+# fetch libtorch for the CPU; or `cuda` (GPU libraries, found at run time); or `python` (transformers, for parity checks)
+setup part="cpu":
+    python3 tools/setup.py {{ part }}
+
+# build every program into target/debug
+build *flags:
+    cargo build --locked --workspace --bins {{ flags }}
+
+# formatting, lints, every test with a small end-to-end run, schemas and tidiness
+test *flags: lint
+    cargo test --locked --workspace {{ flags }}
+
+# formatting and lints alone
+lint:
+    cargo fmt --all --check
+    cargo clippy --locked --workspace --all-targets --quiet -- --deny warnings
+
+# rewrite schemas/ from the code
+schemas:
+    MEMPO_UPDATE_SCHEMAS=1 cargo test --locked --package mempo-data schema
+
+# compare golden files with transformers and PyTorch again (needs `./just setup python`)
+parity:
+    .tools/python/bin/python lib/mempo-text/tests/golden/make.py --check
+    .tools/python/bin/python lib/mempo-model/tests/golden/make.py --check

@@ -1,0 +1,157 @@
+//! A trajectory in the making: its steps so far, how it ended, what it cost.
+
+use mempo_data::{Status, Step, StopReason, Task, Trajectory};
+use mempo_text::{ParsedCompletion, ToolCall, parse_completion};
+
+use crate::outcome::{format_problem, outcome, row_segments};
+use crate::{Agent, Generation, ToolFailure, observation};
+
+/// One attempt at a task.
+pub(crate) struct Attempt<'t> {
+    pub(crate) task: &'t Task,
+    pub(crate) trajectory_index: i32,
+    pub(crate) steps: Vec<Step>,
+    end: Option<End>,
+    tags_valid: bool,
+    tool_calls: i32,
+    unique_tokens: usize,
+}
+
+struct End {
+    status: Status,
+    answer: Option<String>,
+    error: Option<String>,
+}
+
+impl<'t> Attempt<'t> {
+    pub(crate) fn new(task: &'t Task, trajectory_index: i32) -> Self {
+        let (steps, end) = (Vec::new(), None);
+        Self { task, trajectory_index, steps, end, tags_valid: true, tool_calls: 0, unique_tokens: 0 }
+    }
+
+    pub(crate) fn is_active(&self) -> bool {
+        self.end.is_none()
+    }
+
+    /// Ends the attempt without an answer; `error` says why in words.
+    pub(crate) fn stop(&mut self, status: Status, error: &str) {
+        let error = format!("step {}: {error}", self.steps.len());
+        self.end = Some(End { status, answer: None, error: Some(error) });
+    }
+
+    /// Takes in what the engine made of `prompt_ids`: one step more, and an end or an observation.
+    pub(crate) fn advance(&mut self, agent: &Agent<'_>, prompt_ids: Vec<i32>, generation: Generation) {
+        if generation.stop_reason == StopReason::Error {
+            return self.stop(Status::EngineError, "the engine failed for this prompt");
+        }
+        if generation.ids.len() != generation.logprobs.len() {
+            let (ids, logprobs) = (generation.ids.len(), generation.logprobs.len());
+            return self.stop(Status::EngineError, &format!("{ids} ids came with {logprobs} log-probabilities"));
+        }
+        let profile = agent.builder.profile();
+        let parsed = parse_completion(agent.builder.tokenizer(), &generation.ids, profile);
+        let readable = !matches!(parsed.tool_call, Some(Err(_)));
+        self.tags_valid &= readable && format_problem(profile.memory, self.steps.len(), &parsed).is_none();
+        self.unique_tokens += new_tokens(&self.steps, &prompt_ids) + generation.ids.len();
+        let mut step = self.step(prompt_ids, generation, &parsed);
+        self.act(agent, parsed, &mut step);
+        self.steps.push(step);
+    }
+
+    fn step(&self, prompt_ids: Vec<i32>, generation: Generation, parsed: &ParsedCompletion) -> Step {
+        Step {
+            task_id: self.task.task_id.clone(),
+            trajectory_index: self.trajectory_index,
+            step_index: self.steps.len() as i32,
+            prompt_ids,
+            completion_ids: generation.ids,
+            sampling_logprobs: generation.logprobs,
+            segments: row_segments(parsed),
+            completion: parsed.text.clone(),
+            observation: None,
+            observation_ids: None,
+            stop_reason: generation.stop_reason,
+        }
+    }
+
+    fn act(&mut self, agent: &Agent<'_>, parsed: ParsedCompletion, step: &mut Step) {
+        let last = self.steps.len() + 1 == agent.limits.max_steps;
+        match (parsed.answer, parsed.tool_call) {
+            (Some(answer), _) => self.end = Some(End { status: Status::Ok, answer: Some(answer), error: None }),
+            (None, Some(_)) if last => {
+                self.stop(Status::MaxSteps, &format!("no answer within {} steps", agent.limits.max_steps));
+            }
+            (None, Some(Ok(call))) => self.call(agent, &call, step),
+            (None, Some(Err(problem))) => self.correct(agent, format!("Error: {problem}"), step),
+            (None, None) => {
+                self.tags_valid = false;
+                if step.stop_reason == StopReason::MaxTokens {
+                    let length = step.completion_ids.len();
+                    self.stop(Status::Truncated, &format!("no tool call or answer within {length} tokens"));
+                } else {
+                    self.stop(Status::ParseError, "neither a tool call nor an answer");
+                }
+            }
+        }
+    }
+
+    fn call(&mut self, agent: &Agent<'_>, call: &ToolCall, step: &mut Step) {
+        self.tool_calls += 1;
+        match agent.toolbox.call(call) {
+            Ok(results) => observe(agent, results, step),
+            Err(ToolFailure::BadArguments(problem)) => self.correct(agent, problem, step),
+            Err(ToolFailure::Failed(error)) => self.stop(Status::ToolError, &format!("tool `{}`: {error}", call.name)),
+        }
+    }
+
+    /// Tells the policy what it did wrong. It may go on, but the format is broken.
+    fn correct(&mut self, agent: &Agent<'_>, problem: String, step: &mut Step) {
+        self.tags_valid = false;
+        observe(agent, problem, step);
+    }
+
+    /// The finished attempt as rows.
+    pub(crate) fn finish(self, agent: &Agent<'_>) -> (Trajectory, Vec<Step>) {
+        let unfinished = || End { status: Status::MaxSteps, answer: None, error: None };
+        let End { status, answer, error } = self.end.unwrap_or_else(unfinished);
+        let judged = outcome(&self.task.objectives, answer.as_deref(), self.tags_valid, status);
+        let sizes = self.steps.iter().map(|step| step.prompt_ids.len() + step.completion_ids.len());
+        let trajectory = Trajectory {
+            task_id: self.task.task_id.clone(),
+            trajectory_index: self.trajectory_index,
+            step_count: self.steps.len() as i32,
+            status,
+            answer,
+            format_valid: judged.format_valid,
+            exact_match: judged.exact_match,
+            f1: judged.f1,
+            reward: judged.reward,
+            generated_tokens: self.steps.iter().map(|step| step.completion_ids.len() as i32).sum(),
+            processed_tokens: sizes.clone().sum::<usize>() as i32,
+            unique_tokens: self.unique_tokens as i32,
+            peak_tokens: sizes.max().unwrap_or(0) as i32,
+            tool_calls: self.tool_calls,
+            error,
+            policy: agent.policy.clone(),
+            seed: agent.seed,
+        };
+        (trajectory, self.steps)
+    }
+}
+
+fn observe(agent: &Agent<'_>, results: String, step: &mut Step) {
+    let tokenizer = agent.builder.tokenizer();
+    let results = observation::cut(tokenizer, results, agent.limits.max_observation_tokens);
+    let ids = agent.builder.observation_ids(&results);
+    step.observation = Some(tokenizer.decode(&ids));
+    step.observation_ids = Some(ids);
+}
+
+/// How many of the prompt's tokens a perfect prefix cache of this trajectory has not seen.
+fn new_tokens(steps: &[Step], prompt_ids: &[i32]) -> usize {
+    let shared = steps.iter().map(|step| {
+        let seen = step.prompt_ids.iter().chain(&step.completion_ids);
+        seen.zip(prompt_ids).take_while(|(a, b)| a == b).count()
+    });
+    prompt_ids.len() - shared.max().unwrap_or(0)
+}

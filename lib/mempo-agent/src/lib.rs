@@ -1,0 +1,59 @@
+//! The step loop of an agent that searches: prompt, completion, tool call, observation, until an answer.
+//!
+//! [`Agent::run_unit`] takes tasks and an [`Engine`] and gives back trajectories and steps, the rows of a rollout. What a
+//! step sees of the past is a [`ContextPolicy`]'s choice; what a tool call yields comes from the [`Toolbox`], whose
+//! `search` stands on a [`SearchIndex`]; what an answer is worth says [`outcome`]. This crate knows no model: an engine
+//! takes token ids and returns token ids with their log-probabilities.
+
+mod agent;
+mod attempt;
+mod context;
+mod engine;
+mod observation;
+mod options;
+mod outcome;
+mod read_only;
+mod search;
+mod toolbox;
+
+use std::path::PathBuf;
+
+pub use agent::{Agent, Unit};
+pub use context::{ContextPolicy, Mempo, React, context_policy};
+pub use engine::{Engine, Generation, Request};
+pub use options::{LimitOptions, SamplingOptions};
+pub use outcome::{Outcome, format_problem, outcome, row_segments};
+pub use search::{Hit, SearchIndex};
+pub use toolbox::{ToolFailure, Toolbox};
+
+/// What can go wrong around the agent. The policy's own mistakes are data, never an error.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A name that no context policy bears.
+    #[error("unknown context policy `{0}`: choose `mempo` or `react`")]
+    UnknownContext(String),
+    /// The search index can't be written, opened or read.
+    #[error("search index {}: {source}", path.display())]
+    Index {
+        /// Folder of the index.
+        path: PathBuf,
+        /// What the search library says.
+        source: tantivy::TantivyError,
+    },
+    /// A stored document lacks a field this version writes.
+    #[error("search index {}: a document has no `{field}`: build the index again with `mempo-rollout index`", path.display())]
+    Document {
+        /// Folder of the index.
+        path: PathBuf,
+        /// The field.
+        field: &'static str,
+    },
+    /// A prompt can't be built, whatever the policy does.
+    #[error("task `{task_id}`: {source}")]
+    Prompt {
+        /// The task.
+        task_id: String,
+        /// What the prompt builder says.
+        source: mempo_text::Error,
+    },
+}

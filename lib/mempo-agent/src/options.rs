@@ -1,0 +1,88 @@
+//! Options of sampling and of the agent's limits: flags, API and manifest entry in one.
+
+use clap::Args;
+use serde::Serialize;
+
+/// How completions are drawn.
+#[derive(Debug, Clone, PartialEq, Args, Serialize)]
+pub struct SamplingOptions {
+    /// Sampling temperature; 0 takes the most probable token
+    #[arg(long, default_value_t = 1.0, value_parser = temperature)]
+    pub temperature: f64,
+    /// Sample from the smallest set of tokens with this much probability (training needs 1)
+    #[arg(long, default_value_t = 1.0, value_parser = top_p)]
+    pub top_p: f64,
+    /// Longest completion of one step, in tokens
+    #[arg(long, default_value_t = 512, value_parser = at_least_one)]
+    pub max_completion_tokens: usize,
+}
+
+/// Where a trajectory ends at the latest.
+#[derive(Debug, Clone, PartialEq, Eq, Args, Serialize)]
+pub struct LimitOptions {
+    /// Most steps (model calls) of a trajectory
+    #[arg(long, default_value_t = 16, value_parser = at_least_one)]
+    pub max_steps: usize,
+    /// Longest prompt of one step, in tokens; a longer one ends the trajectory as truncated
+    #[arg(long, default_value_t = 8192, value_parser = at_least_one)]
+    pub max_prompt_tokens: usize,
+    /// Longest observation, in tokens; a longer one is cut and marked
+    #[arg(long, default_value_t = 1024, value_parser = at_least_one)]
+    pub max_observation_tokens: usize,
+    /// Documents a search returns
+    #[arg(long, default_value_t = 3, value_parser = at_least_one)]
+    pub top_k: usize,
+}
+
+fn temperature(text: &str) -> Result<f64, String> {
+    number(text).and_then(|value| if value >= 0.0 { Ok(value) } else { Err("must be 0 or more".to_owned()) })
+}
+
+fn top_p(text: &str) -> Result<f64, String> {
+    let within =
+        |value| if value > 0.0 && value <= 1.0 { Ok(value) } else { Err("must be above 0, at most 1".to_owned()) };
+    number(text).and_then(within)
+}
+
+fn number(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(value) if value.is_finite() => Ok(value),
+        _ => Err("not a number".to_owned()),
+    }
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".to_owned()),
+        Ok(number) => Ok(number),
+        Err(error) => Err(format!("not a whole number: {error}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Line {
+        #[command(flatten)]
+        sampling: SamplingOptions,
+        #[command(flatten)]
+        limits: LimitOptions,
+    }
+
+    #[test]
+    fn values_without_a_meaning_are_refused() {
+        let parse = |words: &str| Line::try_parse_from(std::iter::once("agent").chain(words.split_whitespace()));
+        let defaults = parse("").ok().unwrap();
+        assert_eq!((defaults.sampling.temperature, defaults.limits.top_k), (1.0, 3));
+        assert_eq!(parse("--temperature 0 --top-p 0.5 --max-steps 1").ok().unwrap().limits.max_steps, 1);
+        for words in
+            ["--temperature=-1", "--temperature nan", "--top-p 0", "--top-p 1.1", "--max-steps 0", "--top-k=-1"]
+        {
+            assert!(parse(words).is_err(), "{words}");
+        }
+    }
+}

@@ -1,0 +1,106 @@
+//! What an answer is worth, and whether a completion kept the format.
+
+use mempo_data::{Objective, Segment, SegmentKind, Status};
+use mempo_text::answer::{exact_match, f1, split_answers};
+use mempo_text::{MemoryRule, ParsedCompletion};
+
+/// Judgement of a finished trajectory.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Outcome {
+    /// One per objective, 0 or 1.
+    pub exact_match: Vec<f32>,
+    /// One per objective, word-level F1 in [0, 1].
+    pub f1: Vec<f32>,
+    /// Tags right in every step and no more answers than objectives.
+    pub format_valid: bool,
+    /// 1 if every objective is right and the format valid, 0 otherwise; `None` if something other than the policy failed.
+    pub reward: Option<f32>,
+}
+
+/// Judges `answer`, split at `;`, objective by objective in order. A missing answer is worth 0; surplus answers make the
+/// format invalid. `tags_valid` says whether [`format_problem`] found nothing in any step.
+pub fn outcome(objectives: &[Objective], answer: Option<&str>, tags_valid: bool, status: Status) -> Outcome {
+    let answers = answer.map(split_answers).unwrap_or_default();
+    let judged = objectives.iter().enumerate().map(|(index, objective)| match answers.get(index) {
+        Some(given) => (exact_match(given, &objective.answers), f1(given, &objective.answers) as f32),
+        None => (false, 0.0),
+    });
+    let (right, f1): (Vec<bool>, Vec<f32>) = judged.unzip();
+    let format_valid = tags_valid && answers.len() <= objectives.len();
+    let earned = status == Status::Ok && format_valid && !right.is_empty() && !right.contains(&false);
+    let reward = status.is_policy().then_some(f32::from(earned));
+    let exact_match = right.into_iter().map(f32::from).collect();
+    Outcome { exact_match, f1, format_valid, reward }
+}
+
+/// What is wrong with the tags of one step, if anything: the parser's findings, then the memory rule. With
+/// [`MemoryRule::Required`] every step from the second on holds exactly one memory, the first at most one.
+pub fn format_problem(rule: MemoryRule, step_index: usize, parsed: &ParsedCompletion) -> Option<String> {
+    if let Some(problem) = parsed.problems.first() {
+        return Some(problem.clone());
+    }
+    let least = usize::from(step_index > 0);
+    let count = parsed.memory_count;
+    let wrong = rule == MemoryRule::Required && !(least..=1).contains(&count);
+    wrong.then(|| {
+        format!("{count} memory segments where {} is expected", if least == 1 { "exactly one" } else { "at most one" })
+    })
+}
+
+/// The segments of a completion as a row holds them.
+pub fn row_segments(parsed: &ParsedCompletion) -> Vec<Segment> {
+    let kind = |kind: mempo_text::SegmentKind| match kind {
+        mempo_text::SegmentKind::Memory => SegmentKind::Memory,
+        mempo_text::SegmentKind::Think => SegmentKind::Think,
+        mempo_text::SegmentKind::ToolCall => SegmentKind::ToolCall,
+        mempo_text::SegmentKind::Answer => SegmentKind::Answer,
+    };
+    let segments = parsed.segments.iter();
+    segments
+        .map(|segment| Segment {
+            kind: kind(segment.kind),
+            start: segment.range.start as i32,
+            end: segment.range.end as i32,
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn objective(answers: &[&str]) -> Objective {
+        Objective { question: "?".to_owned(), answers: answers.iter().map(ToString::to_string).collect() }
+    }
+
+    #[track_caller]
+    fn check(answer: Option<&str>, status: Status, exact: [f32; 2], valid: bool, reward: Option<f32>) {
+        let objectives = [objective(&["Paris", "City of Light"]), objective(&["blue whale"])];
+        let outcome = outcome(&objectives, answer, true, status);
+        assert_eq!(outcome.exact_match, exact, "{answer:?}");
+        assert_eq!(outcome.format_valid, valid, "{answer:?}");
+        assert_eq!(outcome.reward, reward, "{answer:?}");
+    }
+
+    #[test]
+    fn answers_are_judged_by_position() {
+        check(Some("paris; The blue whale."), Status::Ok, [1.0, 1.0], true, Some(1.0));
+        check(Some("City of Light;blue whale"), Status::Ok, [1.0, 1.0], true, Some(1.0));
+        check(Some("blue whale; Paris"), Status::Ok, [0.0, 0.0], true, Some(0.0));
+        check(Some("Paris"), Status::Ok, [1.0, 0.0], true, Some(0.0));
+        check(Some("Paris; blue whale; Rome"), Status::Ok, [1.0, 1.0], false, Some(0.0));
+        check(None, Status::MaxSteps, [0.0, 0.0], true, Some(0.0));
+        check(None, Status::ToolError, [0.0, 0.0], true, None);
+        check(None, Status::EngineError, [0.0, 0.0], true, None);
+    }
+
+    #[test]
+    fn f1_counts_shared_words_and_a_broken_format_earns_nothing() {
+        let objectives = [objective(&["blue whale"])];
+        let outcome = outcome(&objectives, Some("grey whale"), true, Status::Ok);
+        assert!((outcome.f1[0] - 0.5).abs() < 1e-6, "one of two words each way");
+        let outcome = super::outcome(&objectives, Some("blue whale"), false, Status::Ok);
+        assert_eq!((outcome.exact_match[0], outcome.reward), (1.0, Some(0.0)));
+        assert_eq!(super::outcome(&[], Some("anything"), true, Status::Ok).reward, Some(0.0));
+    }
+}

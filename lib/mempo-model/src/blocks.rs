@@ -1,0 +1,242 @@
+//! What the families share: norm, projections, rotary positions, attention, MLP.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::builder::Builder;
+use crate::config::Config;
+
+/// How a layer attends: `(layer, q [B,H,T,d], k [B,K,T,d], v [B,K,T,d]) -> [B,H,T,d]`. The caller's choice, because it
+/// holds the cache, if there is one.
+pub(crate) type Attend<'a> = dyn FnMut(usize, Tensor, Tensor, Tensor) -> Tensor + 'a;
+
+/// Every position sees itself and those before it; right padding is never seen by what is real.
+pub(crate) fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    let grouped = q.size()[1] != k.size()[1];
+    Tensor::scaled_dot_product_attention(q, k, v, None::<Tensor>, 0.0, true, None, grouped)
+}
+
+/// Root-mean-square norm (Zhang & Sennrich 2019, eq. 4).
+pub(crate) struct RmsNorm {
+    weight: Tensor,
+    epsilon: f64,
+}
+
+impl RmsNorm {
+    pub(crate) fn new(builder: &mut Builder, name: &str, config: &Config) -> Self {
+        let weight = builder.parameter(format!("{name}.weight"), &[config.hidden_size]);
+        Self {
+            weight,
+            epsilon: config.rms_norm_eps,
+        }
+    }
+
+    /// `[.., D] -> [.., D]`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+        x.rms_norm(self.weight.size(), Some(&self.weight), self.epsilon)
+    }
+}
+
+/// Several projections of one input (`q_proj`, `k_proj`, `v_proj`; `gate_proj`, `up_proj`; or a single one).
+///
+/// Their parameters are leaves of their own, under their own names. Where they lie one after the other in memory, as
+/// they do in a model that was loaded, and need no gradient, one matrix product does them all.
+pub(crate) struct Projections {
+    weights: Vec<Tensor>,
+    biases: Vec<Tensor>,
+    joined: Option<(Tensor, Option<Tensor>)>,
+    outputs: Vec<i64>,
+}
+
+impl Projections {
+    /// `parts` are (name, output size); weights come first, then biases, so that each kind is contiguous.
+    pub(crate) fn new(
+        builder: &mut Builder,
+        prefix: &str,
+        input: i64,
+        parts: &[(&str, i64)],
+        bias: bool,
+    ) -> Self {
+        let mut parameters = |kind: &str, input: &[i64]| -> Vec<Tensor> {
+            let shape = |output: i64| [&[output], input].concat();
+            parts
+                .iter()
+                .map(|(name, output)| {
+                    builder.parameter(format!("{prefix}.{name}.{kind}"), &shape(*output))
+                })
+                .collect()
+        };
+        let weights = parameters("weight", &[input]);
+        let biases = if bias {
+            parameters("bias", &[])
+        } else {
+            Vec::new()
+        };
+        let joined = match (joined(&weights), joined(&biases)) {
+            (Some(weight), Some(bias)) => Some((weight, Some(bias))),
+            (Some(weight), None) if !bias => Some((weight, None)),
+            _ => None,
+        };
+        let outputs = parts.iter().map(|(_, output)| *output).collect();
+        Self {
+            weights,
+            biases,
+            joined,
+            outputs,
+        }
+    }
+
+    /// `[.., input] -> [.., output]` for each part.
+    pub(crate) fn forward(&self, x: &Tensor) -> Vec<Tensor> {
+        if let Some((weight, bias)) = &self.joined {
+            return x
+                .linear(weight, bias.as_ref())
+                .split_with_sizes(&self.outputs, -1);
+        }
+        let each = self.weights.iter().enumerate();
+        each.map(|(part, weight)| x.linear(weight, self.biases.get(part)))
+            .collect()
+    }
+
+    /// The same for a single part.
+    pub(crate) fn forward_one(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weights[0], self.biases.first())
+    }
+}
+
+/// One tensor over all `parts` (stacked along their first axis) if they are neighbours in one storage and need no
+/// gradient. A view, never a copy: it stays true when the parts are updated in place.
+fn joined(parts: &[Tensor]) -> Option<Tensor> {
+    let (first, rest) = parts.split_first()?;
+    let mut end = first.data_ptr() as usize;
+    for part in parts {
+        let neighbours =
+            part.data_ptr() as usize == end && part.is_contiguous() && part.kind() == first.kind();
+        if !neighbours || part.requires_grad() || part.numel() == 0 {
+            return None;
+        }
+        end += part.numel() * part.kind().elt_size_in_bytes();
+    }
+    let mut size = first.size();
+    size[0] += rest.iter().map(|part| part.size()[0]).sum::<i64>();
+    // libtorch refuses a view past the end of the storage, so parts of another storage can never be joined.
+    first.f_as_strided(&size, first.stride(), None).ok()
+}
+
+/// Rotary position embedding (Su et al. 2021, eq. 34), in Hugging Face's layout: the two halves of a head are the pairs.
+pub(crate) struct Rotary {
+    inverse_frequencies: Tensor,
+}
+
+/// Cosines and (signed) sines of some positions, `[B or 1, T, 1, d]`.
+pub(crate) struct RotaryAt {
+    cosines: Tensor,
+    sines: Tensor,
+}
+
+impl Rotary {
+    pub(crate) fn new(config: &Config, device: Device) -> Self {
+        let head_size = config.head_size();
+        // Computed in f32 step by step as the reference does: at far positions the last bit of a frequency shows.
+        let exponents = Tensor::arange_start_step(0, head_size, 2, (Kind::Float, Device::Cpu))
+            / head_size as f64;
+        let inverse_frequencies = Tensor::pow_scalar(config.rotary_base(), &exponents)
+            .reciprocal()
+            .to_device(device);
+        Self {
+            inverse_frequencies,
+        }
+    }
+
+    /// For positions `[B or 1, T]`, int64.
+    pub(crate) fn at(&self, positions: &Tensor, kind: Kind) -> RotaryAt {
+        let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * &self.inverse_frequencies;
+        let (cosines, sines) = (angles.cos(), angles.sin());
+        RotaryAt {
+            cosines: Tensor::cat(&[&cosines, &cosines], -1)
+                .to_kind(kind)
+                .unsqueeze(2),
+            sines: Tensor::cat(&[&sines.neg(), &sines], -1)
+                .to_kind(kind)
+                .unsqueeze(2),
+        }
+    }
+}
+
+impl RotaryAt {
+    /// Turns heads `[B,T,·,d]`.
+    fn rotate(&self, x: &Tensor) -> Tensor {
+        let swapped = x.roll(x.size()[3] / 2, -1);
+        (x * &self.cosines).addcmul(&swapped, &self.sines)
+    }
+}
+
+/// Grouped-query attention with rotary positions.
+pub(crate) struct Attention {
+    qkv_proj: Projections,
+    o_proj: Projections,
+    head_size: i64,
+}
+
+impl Attention {
+    /// `bias`: whether q, k and v have one.
+    pub(crate) fn new(builder: &mut Builder, name: &str, config: &Config, bias: bool) -> Self {
+        let (hidden_size, head_size) = (config.hidden_size, config.head_size());
+        let (queries, keys) = (
+            config.num_attention_heads * head_size,
+            config.key_value_heads() * head_size,
+        );
+        let parts = [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)];
+        Self {
+            qkv_proj: Projections::new(builder, name, hidden_size, &parts, bias),
+            o_proj: Projections::new(builder, name, queries, &[("o_proj", hidden_size)], false),
+            head_size,
+        }
+    }
+
+    /// `[B,T,D] -> [B,T,D]`.
+    pub(crate) fn forward(
+        &self,
+        layer: usize,
+        x: &Tensor,
+        rotary: &RotaryAt,
+        attend: &mut Attend,
+    ) -> Tensor {
+        let qkv = self.qkv_proj.forward(x);
+        let heads = |part: &Tensor| part.unflatten(-1, [-1, self.head_size]);
+        let q = rotary.rotate(&heads(&qkv[0])).transpose(1, 2);
+        let k = rotary.rotate(&heads(&qkv[1])).transpose(1, 2);
+        let v = heads(&qkv[2]).transpose(1, 2);
+        let attended = attend(layer, q, k, v);
+        self.o_proj
+            .forward_one(&attended.transpose(1, 2).flatten(2, 3))
+    }
+}
+
+/// Gated MLP: `down(silu(gate(x)) * up(x))`.
+pub(crate) struct Mlp {
+    gate_up_proj: Projections,
+    down_proj: Projections,
+}
+
+impl Mlp {
+    pub(crate) fn new(builder: &mut Builder, name: &str, config: &Config) -> Self {
+        let (outer, inner) = (config.hidden_size, config.intermediate_size);
+        Self {
+            gate_up_proj: Projections::new(
+                builder,
+                name,
+                outer,
+                &[("gate_proj", inner), ("up_proj", inner)],
+                false,
+            ),
+            down_proj: Projections::new(builder, name, inner, &[("down_proj", outer)], false),
+        }
+    }
+
+    /// `[B,T,D] -> [B,T,D]`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+        let gate_up = self.gate_up_proj.forward(x);
+        self.down_proj
+            .forward_one(&(gate_up[0].silu() * &gate_up[1]))
+    }
+}

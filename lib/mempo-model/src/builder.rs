@@ -1,0 +1,43 @@
+//! One walk over a model's parameters: it lists their names and shapes, or builds the model from tensors in that order.
+
+use tch::{Device, Kind, Tensor};
+
+/// Passed through the constructors of a model; each asks it for its parameters by name and shape.
+pub(crate) struct Builder {
+    listed: Vec<(String, Vec<i64>)>,
+    tensors: Option<std::vec::IntoIter<Tensor>>,
+}
+
+impl Builder {
+    /// Lists what `build` asks for, in order.
+    pub(crate) fn list<M>(build: impl FnOnce(&mut Self) -> M) -> Vec<(String, Vec<i64>)> {
+        let mut builder = Self {
+            listed: Vec::new(),
+            tensors: None,
+        };
+        build(&mut builder);
+        builder.listed
+    }
+
+    /// Builds a model from `tensors`, which must be those that `list` gave, in that order.
+    pub(crate) fn build<M>(tensors: Vec<Tensor>, build: impl FnOnce(&mut Self) -> M) -> M {
+        let mut builder = Self {
+            listed: Vec::new(),
+            tensors: Some(tensors.into_iter()),
+        };
+        build(&mut builder)
+    }
+
+    /// The parameter of this name and shape (nothing yet while listing).
+    pub(crate) fn parameter(&mut self, name: String, shape: &[i64]) -> Tensor {
+        let Some(tensors) = &mut self.tensors else {
+            self.listed.push((name, shape.to_vec()));
+            return Tensor::empty([0], (Kind::Float, Device::Cpu));
+        };
+        let tensor = tensors
+            .next()
+            .expect("the walk that listed the parameters asks for as many");
+        assert_eq!(tensor.size(), shape, "tensor `{name}`");
+        tensor
+    }
+}

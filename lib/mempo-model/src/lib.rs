@@ -1,0 +1,33 @@
+//! Decoder-only language models on libtorch: load and save Hugging Face directories, run them forward, generate with a
+//! key-value cache, score completions.
+//!
+//! Takes and gives token ids; knows nothing of text, prompts, rewards or files other than a model's own. One file a
+//! family (`qwen2`, `llama`) in reading order, with Hugging Face's field names; `blocks` holds what they share.
+//!
+//! Shapes are written as letters: `B` rows of a batch, `T` tokens, `D` hidden size, `H` attention heads, `K` key-value
+//! heads, `d` head size, `V` vocabulary.
+
+mod blocks;
+mod builder;
+mod cache;
+mod checkpoint;
+mod config;
+mod error;
+mod generate;
+mod llama;
+mod model;
+mod qwen2;
+mod random;
+mod runtime;
+mod sampler;
+mod score;
+mod weights;
+
+pub use checkpoint::save_checkpoint;
+pub use config::{Config, Family};
+pub use error::Error;
+pub use generate::{Finish, GenerateOptions, GenerateRequest, Generated, generate};
+pub use model::Model;
+pub use random::{counter_hash, counter_uniform};
+pub use runtime::{DeviceOptions, Runtime};
+pub use score::{ScoreOptions, ScoredSequence, logprobs_at};

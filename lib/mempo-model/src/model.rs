@@ -1,0 +1,205 @@
+//! A model in memory: its config, its parameters by name, and the forward pass over right-padded batches.
+
+use std::path::Path;
+
+use sha2::{Digest, Sha256};
+use tch::{Kind, Tensor};
+
+use crate::blocks::{Attend, Rotary, RotaryAt, causal_attention};
+use crate::builder::Builder;
+use crate::config::{Config, Family};
+use crate::llama::Llama;
+use crate::qwen2::Qwen2;
+use crate::{Error, Runtime, random, weights};
+
+/// The stack of layers of one family.
+pub(crate) trait Decoder {
+    /// Ids `[B,T]` -> hidden states `[B,T,D]` after the final norm.
+    fn forward(&self, ids: &Tensor, rotary: &RotaryAt, attend: &mut Attend) -> Tensor;
+    /// `[V,D]`, the embedding itself where the two are tied.
+    fn head_weight(&self) -> &Tensor;
+}
+
+fn decoder(builder: &mut Builder, config: &Config) -> Box<dyn Decoder + Send> {
+    match config.family() {
+        Some(Family::Qwen2) => Box::new(Qwen2::new(builder, config)),
+        Some(Family::Llama) => Box::new(Llama::new(builder, config)),
+        None => unreachable!("a checked config has a family"),
+    }
+}
+
+/// A decoder-only language model.
+pub struct Model {
+    config: Config,
+    runtime: Runtime,
+    parameters: Vec<(String, Tensor)>,
+    decoder: Box<dyn Decoder + Send>,
+    rotary: Rotary,
+}
+
+impl Model {
+    /// Reads a Hugging Face model directory. Parameters lie in one flat buffer of the runtime's number format and need
+    /// no gradient.
+    pub fn load(dir: &Path, runtime: &Runtime) -> Result<Self, Error> {
+        let config = Config::load(dir)?;
+        let mut model = Self::allocate(config, runtime);
+        weights::load(dir, &mut model.parameters, model.config.tie_word_embeddings)?;
+        Ok(model)
+    }
+
+    /// A fresh model: matrices normal with `initializer_range`, norms one, biases zero, as Hugging Face does it. The
+    /// numbers are a function of `seed` and each tensor's name alone.
+    pub fn initialise(config: Config, seed: u64, runtime: &Runtime) -> Result<Self, Error> {
+        config.check().map_err(|problem| Error::Config {
+            path: "config".into(),
+            problem,
+        })?;
+        let mut model = Self::allocate(config, runtime);
+        let scale = model.config.initializer_range as f32;
+        let _guard = tch::no_grad_guard();
+        for (name, tensor) in &mut model.parameters {
+            if name.ends_with("norm.weight") {
+                let _ = tensor.fill_(1.0);
+            } else if name.ends_with(".bias") {
+                let _ = tensor.fill_(0.0);
+            } else {
+                let digest = Sha256::new()
+                    .chain_update(seed.to_le_bytes())
+                    .chain_update(name.as_bytes())
+                    .finalize();
+                let key =
+                    u64::from_le_bytes(digest[..8].try_into().expect("a digest has 32 bytes"));
+                let values: Vec<f32> = random::normals(key, tensor.numel())
+                    .iter()
+                    .map(|value| value * scale)
+                    .collect();
+                tensor.copy_(&Tensor::from_slice(&values).view_as(tensor));
+            }
+        }
+        Ok(model)
+    }
+
+    fn allocate(config: Config, runtime: &Runtime) -> Self {
+        let shapes = Builder::list(|builder| decoder(builder, &config));
+        let count = |shape: &[i64]| shape.iter().product::<i64>();
+        let total = shapes.iter().map(|(_, shape)| count(shape)).sum::<i64>();
+        let flat = Tensor::zeros([total], (runtime.kind, runtime.device));
+        let mut start = 0;
+        let mut parameters = Vec::with_capacity(shapes.len());
+        for (name, shape) in shapes {
+            parameters.push((name, flat.narrow(0, start, count(&shape)).view(&shape[..])));
+            start += count(&shape);
+        }
+        let tensors = parameters
+            .iter()
+            .map(|(_, tensor)| tensor.shallow_clone())
+            .collect();
+        let decoder = Builder::build(tensors, |builder| decoder(builder, &config));
+        let rotary = Rotary::new(&config, runtime.device);
+        Self {
+            config,
+            runtime: *runtime,
+            parameters,
+            decoder,
+            rotary,
+        }
+    }
+
+    /// Its config.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where and how it computes.
+    pub fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+
+    /// Every parameter under its Hugging Face name, in a fixed order: embedding, layers (of projections that share an
+    /// input first all weights, then all biases), final norm, head. A tied head is not among them.
+    pub fn parameters(&self) -> &[(String, Tensor)] {
+        &self.parameters
+    }
+
+    /// Puts other tensors of the same order and shapes in the parameters' place, such as views of a trainer's flat
+    /// buffer that require gradients.
+    ///
+    /// # Panics
+    /// If their number or a shape differs.
+    pub fn bind_parameters(&mut self, tensors: Vec<Tensor>) {
+        assert_eq!(
+            tensors.len(),
+            self.parameters.len(),
+            "number of tensors to bind"
+        );
+        for ((_, parameter), tensor) in self.parameters.iter_mut().zip(&tensors) {
+            *parameter = tensor.shallow_clone();
+        }
+        self.decoder = Builder::build(tensors, |builder| decoder(builder, &self.config));
+    }
+
+    /// Ids `[B,T]` (int64, right-padded with any id) -> hidden states `[B,T,D]` after the final norm, positions from 0.
+    /// What stands at padding is meaningless and touches nothing else. Differentiable.
+    pub fn hidden(&self, ids: &Tensor) -> Tensor {
+        let positions =
+            Tensor::arange(ids.size()[1], (Kind::Int64, self.runtime.device)).unsqueeze(0);
+        self.forward(ids, &positions, &mut |_, q, k, v| {
+            causal_attention(&q, &k, &v)
+        })
+    }
+
+    /// The head's matrix `[V,D]`.
+    pub fn head_weight(&self) -> &Tensor {
+        self.decoder.head_weight()
+    }
+
+    /// Hidden states `[N,D]` -> logits over a temperature `[N,V]`, float32. A temperature of 0 (greedy) counts as 1.
+    pub(crate) fn scaled_logits(&self, hidden: &Tensor, temperature: f64) -> Tensor {
+        let logits = hidden
+            .linear(self.head_weight(), None::<Tensor>)
+            .to_kind(Kind::Float);
+        // Exact comparison: 1 and 0 are what callers write when they mean them.
+        if temperature == 0.0 || temperature == 1.0 {
+            logits
+        } else {
+            logits / temperature
+        }
+    }
+
+    /// Ids `[B,T]` at positions `[B or 1, T]`, attending as the caller says.
+    pub(crate) fn forward(&self, ids: &Tensor, positions: &Tensor, attend: &mut Attend) -> Tensor {
+        let rotary = self.rotary.at(positions, self.runtime.kind);
+        self.decoder.forward(ids, &rotary, attend)
+    }
+
+    /// Refuses a sequence that is empty, longer than the window, or holds an id outside the vocabulary.
+    pub fn check_ids(&self, row: usize, ids: &[i32]) -> Result<(), Error> {
+        let window = self.config.max_position_embeddings;
+        let size = self.config.vocab_size;
+        let problem = if ids.is_empty() {
+            "is empty; expected at least one id".to_owned()
+        } else if ids.len() > window {
+            format!("has {} tokens; the model's window is {window}", ids.len())
+        } else if let Some(id) = ids.iter().find(|id| !(0..size).contains(&i64::from(**id))) {
+            format!("holds id {id}; the model's vocabulary is 0 to {}", size - 1)
+        } else {
+            return Ok(());
+        };
+        Err(Error::Sequence { row, problem })
+    }
+
+    /// Rows of ids, right-padded with 0 to the longest: `[B,T]`, int64, on the model's device.
+    pub(crate) fn padded(&self, rows: &[&[i32]]) -> Tensor {
+        let width = rows.iter().map(|row| row.len()).max().unwrap_or(0);
+        let mut flat = vec![0i64; rows.len() * width];
+        for (row, padded) in rows.iter().zip(flat.chunks_mut(width.max(1))) {
+            padded
+                .iter_mut()
+                .zip(row.iter())
+                .for_each(|(to, id)| *to = i64::from(*id));
+        }
+        Tensor::from_slice(&flat)
+            .view([rows.len() as i64, width as i64])
+            .to_device(self.runtime.device)
+    }
+}

@@ -1,0 +1,256 @@
+//! Safetensors in and out: one file or shards with an index, every tensor's name, shape and dtype checked.
+
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use crate::{Error, Model};
+
+const SINGLE: &str = "model.safetensors";
+const INDEX: &str = "model.safetensors.index.json";
+/// Hugging Face's shard size, in bytes.
+const SHARD_BYTES: usize = 5_000_000_000;
+
+#[derive(Serialize, Deserialize)]
+struct Index {
+    metadata: serde_json::Value,
+    weight_map: BTreeMap<String, String>,
+}
+
+/// Fills `parameters` from the weights in `dir`, converted to the parameters' number format.
+pub(crate) fn load(
+    dir: &Path,
+    parameters: &mut [(String, Tensor)],
+    tied_head: bool,
+) -> Result<(), Error> {
+    let _guard = tch::no_grad_guard();
+    let (listing, files, index) = weight_files(dir)?;
+    let mut wanted: HashMap<&str, &mut Tensor> = parameters
+        .iter_mut()
+        .map(|(name, tensor)| (name.as_str(), tensor))
+        .collect();
+    let mut found = BTreeSet::new();
+    for path in &files {
+        let file = fs_err::File::open(path)?;
+        #[expect(
+            unsafe_code,
+            reason = "the map is read-only and gone before this function returns; inputs are never modified"
+        )]
+        let bytes = unsafe { memmap2::Mmap::map(file.file()) }?;
+        let tensors = SafeTensors::deserialize(&bytes).map_err(|error| Error::Weights {
+            path: path.clone(),
+            problem: format!(
+                "damaged or cut short ({error}; {} bytes); fetch or copy it again",
+                bytes.len()
+            ),
+        })?;
+        for (name, view) in tensors.iter() {
+            let problem = |problem: String| Error::Tensor {
+                path: path.clone(),
+                tensor: name.to_owned(),
+                problem,
+            };
+            match wanted.get_mut(name) {
+                Some(parameter) => fill(parameter, &view).map_err(problem)?,
+                None if name.ends_with("rotary_emb.inv_freq")
+                    || (tied_head && name == "lm_head.weight") => {}
+                None => {
+                    return Err(problem(
+                        "is not part of this model; does config.json belong to it?".to_owned(),
+                    ));
+                }
+            }
+            if !found.insert(name.to_owned()) {
+                return Err(problem("stands in two shards".to_owned()));
+            }
+        }
+    }
+    match parameters.iter().find(|(name, _)| !found.contains(name)) {
+        None => Ok(()),
+        Some((name, tensor)) => Err(Error::Tensor {
+            path: index.get(name).map_or(listing, |file| dir.join(file)),
+            tensor: name.clone(),
+            problem: format!("is missing; expected shape {:?}", tensor.size()),
+        }),
+    }
+}
+
+/// The file that lists the tensors, the files that hold them, and (for shards) which holds which.
+fn weight_files(dir: &Path) -> Result<(PathBuf, Vec<PathBuf>, BTreeMap<String, String>), Error> {
+    let (single, path) = (dir.join(SINGLE), dir.join(INDEX));
+    if single.is_file() {
+        return Ok((single.clone(), vec![single], BTreeMap::new()));
+    }
+    if !path.is_file() {
+        let problem = format!(
+            "holds neither {SINGLE} nor {INDEX}; weights in other formats must be converted to safetensors"
+        );
+        return Err(Error::Weights {
+            path: dir.to_owned(),
+            problem,
+        });
+    }
+    let problem = |problem: String| Error::Weights {
+        path: path.clone(),
+        problem,
+    };
+    let text = fs_err::read_to_string(&path)?;
+    let index: Index = serde_json::from_str(&text)
+        .map_err(|error| problem(format!("not an index of shards: {error}")))?;
+    let names: BTreeSet<&String> = index.weight_map.values().collect();
+    if let Some(name) = names
+        .iter()
+        .find(|name| Path::new(name).file_name() != Some(name.as_ref()) || name.contains('\\'))
+    {
+        return Err(problem(format!(
+            "shard name `{name}` is not a plain file name"
+        )));
+    }
+    let files: Vec<PathBuf> = names.into_iter().map(|name| dir.join(name)).collect();
+    if let Some(missing) = files.iter().find(|file| !file.is_file()) {
+        return Err(problem(format!(
+            "the shard {} is missing",
+            missing.display()
+        )));
+    }
+    Ok((path, files, index.weight_map))
+}
+
+fn fill(parameter: &mut Tensor, view: &TensorView) -> Result<(), String> {
+    let kind = match view.dtype() {
+        Dtype::F32 => Kind::Float,
+        Dtype::BF16 => Kind::BFloat16,
+        Dtype::F16 => Kind::Half,
+        other => return Err(format!("has dtype {other}; expected F32, BF16 or F16")),
+    };
+    let shape: Vec<i64> = view.shape().iter().map(|size| *size as i64).collect();
+    if shape != parameter.size() {
+        return Err(format!(
+            "has shape {shape:?}; expected {:?}",
+            parameter.size()
+        ));
+    }
+    parameter.copy_(&Tensor::from_data_size(view.data(), &shape, kind));
+    Ok(())
+}
+
+/// A tensor on its way into a file.
+struct Saved<'a> {
+    tensor: &'a Tensor,
+    kind: Kind,
+    shape: Vec<usize>,
+}
+
+impl View for Saved<'_> {
+    fn dtype(&self) -> Dtype {
+        match self.kind {
+            Kind::BFloat16 => Dtype::BF16,
+            Kind::Half => Dtype::F16,
+            _ => Dtype::F32,
+        }
+    }
+
+    fn shape(&self) -> &[usize] {
+        &self.shape
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let tensor = self
+            .tensor
+            .detach()
+            .to_device(Device::Cpu)
+            .to_kind(self.kind)
+            .contiguous();
+        let mut bytes = vec![0; self.data_len()];
+        tensor.copy_data_u8(&mut bytes, tensor.numel());
+        bytes.into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.tensor.numel() * self.kind.elt_size_in_bytes()
+    }
+}
+
+impl Model {
+    /// Writes the weights as `dtype` (`Float`, `BFloat16` or `Half`) under Hugging Face's names into `dir`:
+    /// `model.safetensors`, or shards of up to 5 GB and their index. A tied head is left out.
+    pub fn save_weights(&self, dir: &Path, dtype: Kind) -> Result<(), Error> {
+        self.save_shards(dir, dtype, SHARD_BYTES)
+    }
+
+    fn save_shards(&self, dir: &Path, dtype: Kind, shard_bytes: usize) -> Result<(), Error> {
+        if !matches!(dtype, Kind::Float | Kind::BFloat16 | Kind::Half) {
+            return Err(Error::Options(format!(
+                "weights cannot be saved as {dtype:?}; expected Float, BFloat16 or Half"
+            )));
+        }
+        let mut shards: Vec<Vec<(&str, Saved)>> = Vec::new();
+        let mut room = 0;
+        for (name, tensor) in self.parameters() {
+            let shape = tensor.size().iter().map(|size| *size as usize).collect();
+            let saved = Saved {
+                tensor,
+                kind: dtype,
+                shape,
+            };
+            let bytes = saved.data_len();
+            if shards.is_empty() || bytes > room {
+                shards.push(Vec::new());
+                room = shard_bytes.max(bytes);
+            }
+            room -= bytes;
+            shards
+                .last_mut()
+                .expect("one was just pushed")
+                .push((name, saved));
+        }
+        let count = shards.len();
+        let mut index = Index {
+            metadata: serde_json::Value::Null,
+            weight_map: BTreeMap::new(),
+        };
+        let mut total = 0;
+        for (shard, tensors) in shards.into_iter().enumerate() {
+            let file = if count == 1 {
+                SINGLE.to_owned()
+            } else {
+                format!("model-{:05}-of-{count:05}.safetensors", shard + 1)
+            };
+            index.weight_map.extend(
+                tensors
+                    .iter()
+                    .map(|(name, _)| ((*name).to_owned(), file.clone())),
+            );
+            total += tensors
+                .iter()
+                .map(|(_, saved)| saved.data_len())
+                .sum::<usize>();
+            write_file(&dir.join(file), tensors)?;
+        }
+        if count > 1 {
+            index.metadata = serde_json::json!({"total_size": total});
+            let text = serde_json::to_string_pretty(&index).map_err(std::io::Error::from)?;
+            fs_err::write(dir.join(INDEX), text + "\n")?;
+        }
+        Ok(())
+    }
+}
+
+fn write_file(path: &Path, tensors: Vec<(&str, Saved)>) -> Result<(), Error> {
+    // Without this entry several versions of transformers refuse the file.
+    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
+    safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| match error {
+        safetensors::SafeTensorError::IoError(error) => Error::Io(std::io::Error::new(
+            error.kind(),
+            format!("{}: {error}", path.display()),
+        )),
+        error => Error::Weights {
+            path: path.to_owned(),
+            problem: error.to_string(),
+        },
+    })
+}

@@ -1,0 +1,142 @@
+//! The options that all programs share.
+
+use std::{fmt, path::PathBuf, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+
+use crate::log;
+
+/// How a program talks while it works.
+#[derive(Debug, Clone, clap::Args, Serialize)]
+pub struct LogArgs {
+    /// Say nothing but warnings and errors
+    #[arg(long, global = true)]
+    pub quiet: bool,
+    /// Form of the log on standard error
+    #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+}
+
+/// Form of the log.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// Lines for people, and progress bars where there is a terminal.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+impl LogArgs {
+    /// Sets up logging and progress for the rest of the process. The variable `RUST_LOG` filters more finely.
+    pub fn init(&self) {
+        log::init(self.quiet, self.log_format);
+    }
+}
+
+/// Where a stage writes, and which part of the work it does.
+#[derive(Debug, Clone, clap::Args, Serialize)]
+pub struct StageArgs {
+    /// Directory to write to; run the same command again to continue a run that was stopped
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
+    pub out: PathBuf,
+    /// Seed of everything random
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Throw away what an earlier run of this stage left in --out
+    #[arg(long)]
+    #[serde(skip)]
+    pub restart: bool,
+    /// Do part I of N of the work, from 0; all N write to the same --out and are read as one
+    #[arg(long, value_name = "I/N")]
+    #[serde(skip)]
+    pub shard: Option<Shard>,
+}
+
+/// Part `index` of `count` parts of a stage's work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct Shard {
+    /// Which part, from 0.
+    pub index: usize,
+    /// How many parts there are.
+    pub count: usize,
+}
+
+impl Shard {
+    /// The folder inside the stage's directory that the shard writes to.
+    pub(crate) fn folder(self) -> String {
+        format!("shard-{}-of-{}", self.index, self.count)
+    }
+
+    /// The shard that writes to a folder of this name.
+    pub(crate) fn of_folder(name: &str) -> Option<Self> {
+        let (index, count) = name.strip_prefix("shard-")?.split_once("-of-")?;
+        let shard = Self {
+            index: index.parse().ok()?,
+            count: count.parse().ok()?,
+        };
+        (shard.index < shard.count && shard.folder() == name).then_some(shard)
+    }
+}
+
+impl fmt::Display for Shard {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.index, self.count)
+    }
+}
+
+impl FromStr for Shard {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parse = || {
+            let (index, count) = text.split_once('/')?;
+            Some(Self {
+                index: index.parse().ok()?,
+                count: count.parse().ok()?,
+            })
+        };
+        match parse() {
+            Some(shard) if shard.index < shard.count => Ok(shard),
+            _ => Err("expected I/N with I from 0 to N-1, such as 0/4".to_owned()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_are_parsed_and_named() {
+        let shard = Shard {
+            index: 3,
+            count: 12,
+        };
+        assert_eq!("3/12".parse(), Ok(shard));
+        assert_eq!(shard.to_string(), "3/12");
+        assert_eq!(Shard::of_folder(&shard.folder()), Some(shard));
+        for wrong in ["4/4", "1", "/", "-1/2", "a/b", "0/0", "1/2/3"] {
+            assert!(wrong.parse::<Shard>().is_err(), "{wrong}");
+        }
+        for wrong in ["shard-4-of-4", "shard-01-of-4", "shard-1", "other"] {
+            assert_eq!(Shard::of_folder(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn what_may_differ_between_runs_is_not_serialised() {
+        let shard = Some(Shard { index: 0, count: 2 });
+        let args = StageArgs {
+            out: "x".into(),
+            seed: 7,
+            restart: true,
+            shard,
+        };
+        assert_eq!(
+            serde_json::to_value(args).unwrap(),
+            serde_json::json!({ "seed": 7 })
+        );
+    }
+}

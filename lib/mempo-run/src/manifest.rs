@@ -1,0 +1,238 @@
+//! What a run was started with (`run.json`) and what came of it (`manifest.json`, the commit).
+
+use std::{collections::BTreeMap, io::Write, ops::Deref, path::Path};
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::{ResultExt, Shard, digest, durable};
+
+/// Name of the file written when a stage begins.
+pub(crate) const RUN: &str = "run.json";
+/// Name of the file written when a stage is finished.
+pub(crate) const MANIFEST: &str = "manifest.json";
+
+/// What a stage was started with; a run that continues must match it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Run {
+    /// Version of the tables.
+    pub schema_version: u32,
+    /// The program.
+    pub program: String,
+    /// Its version.
+    pub program_version: String,
+    /// The subcommand.
+    pub stage: String,
+    /// Which part of the work this is; null for all of it.
+    pub shard: Option<Shard>,
+    /// Seed of everything random.
+    pub seed: u64,
+    /// Resolved arguments.
+    pub arguments: Value,
+    /// What was read.
+    pub inputs: Vec<InputRecord>,
+}
+
+/// One thing that a stage reads.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InputRecord {
+    /// What the stage calls it.
+    pub name: String,
+    /// SHA-256 over the sorted (name, SHA-256) pairs of the files that matter.
+    pub digest: String,
+    /// Where it was; only told, never compared.
+    pub path: String,
+}
+
+/// What a finished stage consists of. Fields of [`Run`] are its own.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// What the stage was started with.
+    #[serde(flatten)]
+    pub run: Run,
+    /// Every file that belongs to it, sorted by path.
+    pub files: Vec<FileRecord>,
+    /// Rows of each table.
+    pub rows: BTreeMap<String, u64>,
+    /// What the stage has to say about its result; of shards, a list of theirs.
+    pub summary: Value,
+    /// Seconds that the last process worked on it.
+    pub wall_seconds: f64,
+}
+
+/// One file of a finished stage.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FileRecord {
+    /// Path inside the stage's directory, with `/`.
+    pub path: String,
+    /// Bytes.
+    pub size: u64,
+    /// Lower-case hexadecimal SHA-256.
+    pub sha256: String,
+}
+
+impl Deref for Manifest {
+    type Target = Run;
+
+    fn deref(&self) -> &Run {
+        &self.run
+    }
+}
+
+impl Run {
+    /// Names this run's temporary files, so that only they are cleaned up.
+    pub(crate) fn id(&self) -> anyhow::Result<String> {
+        let mut without_paths = self.clone();
+        without_paths
+            .inputs
+            .iter_mut()
+            .for_each(|input| input.path.clear());
+        let mut id = digest::of_bytes(&serde_json::to_vec(&without_paths)?);
+        id.truncate(16);
+        Ok(id)
+    }
+
+    /// The run that is recorded in a directory, if there is one.
+    pub(crate) fn read(dir: &Path) -> anyhow::Result<Option<Self>> {
+        let path = dir.join(RUN);
+        let Some(text) = read_if_there(&path)? else {
+            return Ok(None);
+        };
+        let run = serde_json::from_slice(&text).with_context(|| {
+            format!(
+                "{}: not what a stage writes; remove {} or choose another --out",
+                path.display(),
+                dir.display()
+            )
+        });
+        run.map(Some).usage()
+    }
+
+    pub(crate) fn write(&self, dir: &Path) -> anyhow::Result<()> {
+        durable::write_file(&dir.join(RUN), &self.id()?, |sink| {
+            serde_json::to_writer_pretty(&mut *sink, self)?;
+            Ok(sink.write_all(b"\n")?)
+        })
+    }
+}
+
+/// Key of the manifest's own digest: of all bytes before it.
+const SEAL: &str = ",\n  \"manifest_sha256\": \"";
+const END: &str = "\"\n}\n";
+
+impl Manifest {
+    /// A directory's manifest, if there is one.
+    pub(crate) fn read(dir: &Path) -> anyhow::Result<Option<Self>> {
+        let path = dir.join(MANIFEST);
+        let bytes = read_if_there(&path)?;
+        bytes
+            .map(|bytes| Self::parse(&path, bytes))
+            .transpose()
+            .bad_input()
+    }
+
+    /// A manifest from its file's content. Damage of any byte is noticed.
+    fn parse(path: &Path, bytes: Vec<u8>) -> anyhow::Result<Self> {
+        let content = || {
+            let text = String::from_utf8(bytes).ok()?;
+            let (content, seal) = text.strip_suffix(END)?.rsplit_once(SEAL)?;
+            (digest::of_bytes(content.as_bytes()) == seal).then(|| format!("{content}\n}}"))
+        };
+        let path = path.display();
+        let content =
+            content().with_context(|| format!("{path}: damaged; make the stage again"))?;
+        let manifest: Self = serde_json::from_str(&content).with_context(|| {
+            format!("{path}: not a manifest; was it written by a newer program?")
+        })?;
+        let (found, newest) = (manifest.schema_version, mempo_data::SCHEMA_VERSION);
+        if found > newest {
+            bail!(
+                "{path}: schema version {found}, this program reads up to {newest}; use a newer one"
+            );
+        }
+        Ok(manifest)
+    }
+
+    /// Commits a stage.
+    pub(crate) fn write(&self, dir: &Path) -> anyhow::Result<()> {
+        let text = serde_json::to_string_pretty(self)?;
+        let content = text
+            .strip_suffix("\n}")
+            .context("a manifest is an object")?;
+        let seal = digest::of_bytes(content.as_bytes());
+        durable::write_file(&dir.join(MANIFEST), &self.run.id()?, |sink| {
+            Ok(write!(sink, "{content}{SEAL}{seal}{END}")?)
+        })
+    }
+}
+
+fn read_if_there(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
+    match fs_err::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).bad_input(),
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    pub(crate) fn run() -> Run {
+        Run {
+            schema_version: 1,
+            program: "mempo-test".to_owned(),
+            program_version: "0.1.0".to_owned(),
+            stage: "numbers".to_owned(),
+            shard: None,
+            seed: u64::MAX,
+            arguments: json!({ "temperature": 0.1, "limits": { "max_steps": 16 } }),
+            inputs: vec![InputRecord {
+                name: "tasks".to_owned(),
+                digest: "ab".repeat(32),
+                path: "x".to_owned(),
+            }],
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_and_every_truncation_is_noticed() {
+        let folder = tempfile::tempdir().unwrap();
+        let rows = BTreeMap::from([("steps".to_owned(), 3)]);
+        let manifest = Manifest {
+            run: run(),
+            files: vec![],
+            rows,
+            summary: json!({ "mean": 0.3 }),
+            wall_seconds: 0.25,
+        };
+        manifest.write(folder.path()).unwrap();
+        assert_eq!(Manifest::read(folder.path()).unwrap(), Some(manifest));
+        let path = folder.path().join(MANIFEST);
+        let bytes = fs_err::read(&path).unwrap();
+        serde_json::from_slice::<Value>(&bytes).unwrap();
+        for bit in 0..bytes.len() * 8 {
+            let mut damaged = bytes.clone();
+            damaged[bit / 8] ^= 1 << (bit % 8);
+            assert!(Manifest::parse(&path, damaged).is_err(), "bit {bit}");
+        }
+        for length in 0..bytes.len() {
+            assert!(
+                Manifest::parse(&path, bytes[..length].to_vec()).is_err(),
+                "length {length}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_id_of_a_run_does_not_depend_on_paths() {
+        let mut moved = run();
+        moved.inputs[0].path = "elsewhere".to_owned();
+        assert_eq!(moved.id().unwrap(), run().id().unwrap());
+        moved.inputs[0].digest = "cd".repeat(32);
+        assert_ne!(moved.id().unwrap(), run().id().unwrap());
+    }
+}

@@ -1,0 +1,30 @@
+//! Text on one side, token ids on the other: tokenizer, chat template, prompts, segment grammar, answers.
+//!
+//! Everything that turns text into ids is here, so that the promises about it are kept in one place: a step's prompt
+//! has one builder ([`PromptBuilder`]), ids that were sampled are never tokenised again, and text from outside can
+//! become neither a control token nor a protocol tag ([`Tokenizer::encode_untrusted`]). The crate knows no tables,
+//! tensors or tools.
+
+pub mod answer;
+mod byte_table;
+mod error;
+mod json;
+mod neutralise;
+mod profile;
+mod prompt;
+mod segment;
+mod template;
+mod tokenizer;
+mod tool;
+mod train;
+
+pub use error::Error;
+pub use json::python_json;
+pub use neutralise::{PROTOCOL_TAGS, neutralise};
+pub use profile::{MemoryRule, Profile};
+pub use prompt::{AnswerIds, CarriedStep, PromptBuilder};
+pub use segment::{ParsedCompletion, Segment, SegmentKind, parse_completion};
+pub use template::{ChatTemplate, Message};
+pub use tokenizer::Tokenizer;
+pub use tool::{ToolCall, ToolSpec};
+pub use train::train_tokenizer;

@@ -1,0 +1,255 @@
+//! The grammar of a completion: which ids are memory, thought, tool call and answer.
+//!
+//! Tags are found in the bytes the ids stand for, never by tag ids, so that it makes no difference how a tag was cut
+//! into tokens. Whatever the policy writes can be parsed: faults are listed as problems.
+
+use std::ops::Range;
+use std::sync::LazyLock;
+
+use regex::bytes::Regex;
+
+use crate::profile::{MemoryRule, Profile};
+use crate::tokenizer::Tokenizer;
+use crate::tool::ToolCall;
+
+/// Kinds of segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SegmentKind {
+    /// `<mem>`: what is carried instead of history.
+    Memory,
+    /// `<think>`: reasoning.
+    Think,
+    /// `<tool_call>`: a JSON call.
+    ToolCall,
+    /// `<answer>`: the final answer.
+    Answer,
+}
+
+impl SegmentKind {
+    /// The name inside the tag.
+    pub fn tag(self) -> &'static str {
+        match self {
+            Self::Memory => "mem",
+            Self::Think => "think",
+            Self::ToolCall => "tool_call",
+            Self::Answer => "answer",
+        }
+    }
+
+    fn from_tag(tag: &[u8]) -> Option<Self> {
+        [Self::Memory, Self::Think, Self::ToolCall, Self::Answer]
+            .into_iter()
+            .find(|kind| kind.tag().as_bytes() == tag)
+    }
+
+    /// Place in a step; a segment must come before all segments of a higher place, and once.
+    fn place(self) -> u8 {
+        match self {
+            Self::Memory => 0,
+            Self::Think => 1,
+            Self::ToolCall | Self::Answer => 2,
+        }
+    }
+}
+
+/// A tagged part of a completion, tags included.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Segment {
+    /// Which tag.
+    pub kind: SegmentKind,
+    /// Half-open range over the completion's ids.
+    pub range: Range<usize>,
+}
+
+/// What a completion says.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ParsedCompletion {
+    /// The completion as text.
+    pub text: String,
+    /// In order, never overlapping: a token that straddles two belongs to the earlier.
+    pub segments: Vec<Segment>,
+    /// Number of closed memories; only the first counts as one.
+    pub memory_count: usize,
+    /// The first tool call unless an answer precedes it; `Err` says what is wrong with it.
+    pub tool_call: Option<Result<ToolCall, String>>,
+    /// The text of the first answer unless a tool call precedes it, trimmed.
+    pub answer: Option<String>,
+    /// Faults of form, in words; empty means well-formed. How many memories a step needs is for the caller to judge.
+    pub problems: Vec<String>,
+}
+
+/// A tag as it stands in the bytes. `kind` is none for `information`, which only the environment writes.
+#[derive(Debug, Clone)]
+struct Tag {
+    kind: Option<SegmentKind>,
+    closing: bool,
+    range: Range<usize>,
+}
+
+/// A segment in bytes, tags included.
+#[derive(Debug, Clone)]
+struct Span {
+    kind: SegmentKind,
+    range: Range<usize>,
+    inside: Range<usize>,
+}
+
+static TAG: LazyLock<Regex> = LazyLock::new(|| {
+    Regex::new(r"<(/?)(mem|think|tool_call|answer|information)>")
+        .expect("a constant pattern compiles")
+});
+
+/// Finds the segments of a completion and what they say. Total: any ids give a result.
+pub fn parse_completion(tokenizer: &Tokenizer, ids: &[i32], profile: &Profile) -> ParsedCompletion {
+    let (bytes, ends) = bytes_of(tokenizer, ids);
+    let mut problems = Vec::new();
+    let spans = spans(&tags(&bytes), &mut problems);
+    check_order(&spans, profile, &mut problems);
+
+    let action = spans
+        .iter()
+        .find(|span| span.kind.place() == SegmentKind::Answer.place());
+    let inside = |span: &Span| String::from_utf8_lossy(&bytes[span.inside.clone()]).into_owned();
+    let tool_call = action
+        .filter(|span| span.kind == SegmentKind::ToolCall)
+        .map(|span| ToolCall::parse(&inside(span)));
+    let answer = action
+        .filter(|span| span.kind == SegmentKind::Answer)
+        .map(|span| inside(span).trim().to_owned());
+    match &tool_call {
+        Some(Err(problem)) => problems.push(problem.clone()),
+        None if answer.is_none() => problems.push("neither a tool call nor an answer".to_owned()),
+        _ => {}
+    }
+    ParsedCompletion {
+        text: String::from_utf8_lossy(&bytes).into_owned(),
+        segments: segments(&spans, &ends),
+        memory_count: spans
+            .iter()
+            .filter(|span| span.kind == SegmentKind::Memory)
+            .count(),
+        tool_call,
+        answer,
+        problems,
+    }
+}
+
+/// The bytes of the ids, and where each id's bytes end.
+pub(crate) fn bytes_of(tokenizer: &Tokenizer, ids: &[i32]) -> (Vec<u8>, Vec<usize>) {
+    let mut bytes = Vec::new();
+    let ends = ids.iter().map(|id| {
+        bytes.extend_from_slice(tokenizer.token_bytes(*id));
+        bytes.len()
+    });
+    let ends = ends.collect();
+    (bytes, ends)
+}
+
+/// The ids whose bytes touch the byte range.
+pub(crate) fn ids_touching(ends: &[usize], bytes: &Range<usize>) -> Range<usize> {
+    let first = ends.partition_point(|end| *end <= bytes.start);
+    let last = ends.partition_point(|end| *end < bytes.end);
+    first..(last + 1).min(ends.len())
+}
+
+/// Cuts text at the tags of segments: tags and what stands between them, in order, nothing lost or empty.
+pub(crate) fn cut_at_tags(text: &str) -> Vec<&str> {
+    let mut cuts = vec![0];
+    cuts.extend(
+        tags(text.as_bytes())
+            .iter()
+            .flat_map(|tag| [tag.range.start, tag.range.end]),
+    );
+    cuts.push(text.len());
+    cuts.windows(2)
+        .map(|cut| &text[cut[0]..cut[1]])
+        .filter(|piece| !piece.is_empty())
+        .collect()
+}
+
+fn tags(bytes: &[u8]) -> Vec<Tag> {
+    let tag = |found: regex::bytes::Captures| Tag {
+        kind: SegmentKind::from_tag(&found[2]),
+        closing: !found[1].is_empty(),
+        range: found.get_match().range(),
+    };
+    TAG.captures_iter(bytes).map(tag).collect()
+}
+
+/// Pairs opening with closing tags. What stands inside a pair is its text, tags or not; an opening tag that is never
+/// closed is passed over.
+fn spans(tags: &[Tag], problems: &mut Vec<String>) -> Vec<Span> {
+    let mut spans = Vec::new();
+    let mut index = 0;
+    while let Some(tag) = tags.get(index) {
+        index += 1;
+        let Some(kind) = tag.kind else {
+            problems.push("<information> is for the environment to write".to_owned());
+            continue;
+        };
+        let name = kind.tag();
+        if tag.closing {
+            problems.push(format!("</{name}> without <{name}>"));
+            continue;
+        }
+        let Some(distance) = tags[index..]
+            .iter()
+            .position(|other| other.closing && other.kind == Some(kind))
+        else {
+            problems.push(format!("<{name}> is not closed"));
+            continue;
+        };
+        if distance > 0 {
+            problems.push(format!("another tag inside <{name}>"));
+        }
+        let closing = &tags[index + distance];
+        index += distance + 1;
+        spans.push(Span {
+            kind,
+            range: tag.range.start..closing.range.end,
+            inside: tag.range.end..closing.range.start,
+        });
+    }
+    spans
+}
+
+fn check_order(spans: &[Span], profile: &Profile, problems: &mut Vec<String>) {
+    for (index, span) in spans.iter().enumerate() {
+        let name = span.kind.tag();
+        for earlier in &spans[..index] {
+            if earlier.kind == span.kind {
+                problems.push(format!("more than one <{name}>"));
+                break;
+            }
+            if earlier.kind.place() >= span.kind.place() {
+                problems.push(format!("<{name}> after <{}>", earlier.kind.tag()));
+                break;
+            }
+        }
+        if span.kind == SegmentKind::Memory && profile.memory == MemoryRule::Absent {
+            problems.push("a memory, where the profile has none".to_owned());
+        }
+    }
+}
+
+/// The spans as ranges of ids. Only the first memory is a segment.
+fn segments(spans: &[Span], ends: &[usize]) -> Vec<Segment> {
+    let mut segments: Vec<Segment> = Vec::new();
+    for span in spans {
+        let second_memory = span.kind == SegmentKind::Memory
+            && segments
+                .iter()
+                .any(|segment| segment.kind == SegmentKind::Memory);
+        let mut range = ids_touching(ends, &span.range);
+        range.start = range
+            .start
+            .max(segments.last().map_or(0, |earlier| earlier.range.end));
+        if !second_memory && range.start < range.end {
+            segments.push(Segment {
+                kind: span.kind,
+                range,
+            });
+        }
+    }
+    segments
+}

@@ -1,0 +1,305 @@
+//! Prompts against the template rendered in one go, and what must hold of spliced ids.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use mempo_text::{
+    CarriedStep, ChatTemplate, Message, Profile, PromptBuilder, Segment, SegmentKind, ToolSpec,
+    parse_completion,
+};
+use proptest::prelude::*;
+
+use crate::fixture::{Fixture, TINY, fixtures, hostile_text};
+
+const QUESTION: &str = "What is the capital of land 7?; Of land 8?";
+const STEP: &str = "<mem>Land 7: Paris.</mem><think>Next.</think><tool_call>\n{\"query\": \"land 8\"}\n</tool_call>";
+
+fn carried<'a>(completion_ids: &'a [i32], observation_ids: &'a [i32]) -> CarriedStep<'a> {
+    CarriedStep {
+        completion_ids,
+        observation_ids: Some(observation_ids),
+    }
+}
+
+#[test]
+fn a_prompt_is_the_template_s_text() {
+    for fixture in fixtures() {
+        for name in ["mempo", "react"] {
+            let builder = fixture.builder(name);
+            let completion = builder.completion_ids_from_text(STEP);
+            let observation = builder.observation_ids("Doc 1(Title: Land 8) Rome.");
+            let steps = [carried(&completion, &observation); 2];
+            let system = Profile::load(name).unwrap().system.replace(
+                "{tools}",
+                "{\"type\": \"function\", \"function\": {\"name\": \"search\", \"description\": \"Searches a document \
+                 collection and returns the best matching passages.\", \"parameters\": {\"type\": \"object\", \
+                 \"properties\": {\"query\": {\"type\": \"string\", \"description\": \"Keywords or a short question \
+                 about one thing.\"}}, \"required\": [\"query\"]}}}",
+            );
+            let mut messages = vec![
+                Message::new("system", system),
+                Message::new("user", QUESTION),
+            ];
+            for count in 0..=2 {
+                let ids = builder.prompt(QUESTION, &steps[..count]).unwrap();
+                let whole = ChatTemplate::load(&fixture.dir)
+                    .unwrap()
+                    .render(&messages, true)
+                    .unwrap();
+                assert_eq!(
+                    fixture.tokenizer.decode(&ids),
+                    whole,
+                    "{} {name} {count}",
+                    fixture.name
+                );
+                messages.push(Message::new("assistant", STEP));
+                messages.push(Message::new(
+                    "user",
+                    "<information>Doc 1(Title: Land 8) Rome.</information>",
+                ));
+            }
+        }
+    }
+}
+
+#[test]
+fn ids_are_spliced_as_they_are() {
+    for fixture in fixtures() {
+        let builder = fixture.builder("mempo");
+        // Letter by letter: not how the tokenizer would write it.
+        let letters: Vec<i32> = STEP
+            .chars()
+            .flat_map(|letter| builder.completion_ids_from_text(&letter.to_string()))
+            .collect();
+        let first = builder.prompt(QUESTION, &[]).unwrap();
+        let second = builder
+            .prompt(QUESTION, &[carried(&letters, &[5, 6, 7])])
+            .unwrap();
+        let so_far: Vec<i32> = [first.clone(), letters.clone()].concat();
+        assert_eq!(
+            second[..so_far.len()],
+            so_far,
+            "the history is prompt + completion"
+        );
+        let end = fixture.id("<|im_end|>");
+        assert_eq!(second[so_far.len()], end);
+        assert_eq!(builder.end_of_turn_id(), Some(end));
+
+        let closed = [&letters[..], &[end]].concat();
+        assert_eq!(
+            builder
+                .prompt(QUESTION, &[carried(&closed, &[5, 6, 7])])
+                .unwrap(),
+            second
+        );
+        let alone = CarriedStep {
+            completion_ids: &letters,
+            observation_ids: None,
+        };
+        let shorter = builder.prompt(QUESTION, &[alone]).unwrap();
+        assert_eq!(shorter[..=so_far.len()], second[..=so_far.len()]);
+        assert!(shorter.len() < second.len());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn outside_text_adds_no_control_token(question in hostile_text(), results in hostile_text()) {
+        for fixture in fixtures() {
+            let builder = fixture.builder("mempo");
+            let added = |ids: &[i32]| ids.iter().filter(|id| fixture.added_ids.contains(id)).count();
+            let observation = builder.observation_ids(&results);
+            prop_assert_eq!(added(&observation), 0);
+            let text = fixture.tokenizer.decode(&observation);
+            prop_assert_eq!(text.matches("information>").count(), 2);
+            let ids = builder.prompt(&question, &[carried(&[], &observation)]).unwrap();
+            let plain = builder.prompt("x", &[carried(&[], &[])]).unwrap();
+            prop_assert_eq!(added(&ids), added(&plain));
+        }
+    }
+}
+
+fn with_template(source: &str, profile: Profile) -> Result<PromptBuilder, String> {
+    let dir = tempfile::tempdir().unwrap();
+    fs_err::copy(
+        TINY.dir.join("tokenizer_config.json"),
+        dir.path().join("tokenizer_config.json"),
+    )
+    .unwrap();
+    fs_err::write(dir.path().join("chat_template.jinja"), source).unwrap();
+    let template = ChatTemplate::load(dir.path()).unwrap();
+    PromptBuilder::new(
+        Arc::clone(&TINY.tokenizer),
+        template,
+        profile,
+        &[ToolSpec::search()],
+    )
+    .map_err(|error| error.to_string())
+}
+
+#[test]
+fn templates_that_change_messages_are_refused() {
+    let profile = || Profile::load("mempo").unwrap();
+    for (body, expected) in [
+        ("{{ m.content | lower }}", "message 1 after the system"),
+        (
+            "{% if m.role == 'system' %}{{ m.content | lower }}{% else %}{{ m.content }}{% endif %}",
+            "changes the system message",
+        ),
+        (
+            "{% if m.role != 'system' %}{{ m.content }}{% endif %}",
+            "leaves out or changes the system message",
+        ),
+        (
+            "{% if m.role != 'assistant' %}{{ m.content }}{% endif %}",
+            "message 2 after the system",
+        ),
+        (
+            "{% if m.role == 'system' %}{{ m.content }}{% else %}{{ m.content[:4] }}{% endif %}",
+            "message 1 after",
+        ),
+        ("{{ m.content }}{{ m.content }}", "writes a message twice"),
+        (
+            "{{ raise_exception('no system messages') }}",
+            "no system messages",
+        ),
+    ] {
+        let error = with_template(
+            &format!("{{% for m in messages %}}{body}{{% endfor %}}"),
+            profile(),
+        )
+        .err()
+        .unwrap();
+        assert!(
+            error.contains(expected) && error.contains("chat_template.jinja"),
+            "{body}: {error}"
+        );
+    }
+    let trimming = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}{{ eos_token }}";
+    let builder = with_template(trimming, profile()).unwrap();
+    assert_eq!(builder.end_of_turn_id(), None);
+    // The jinja file wins over the configuration, and the end of a turn is kept where the template writes none.
+    let ids = builder.prompt("q", &[carried(&[2], &[5])]).unwrap();
+    assert_eq!(ids.iter().filter(|id| **id == 2).count(), 2);
+    assert!(!ids.contains(&1));
+}
+
+#[test]
+fn a_template_with_a_default_system_message_keeps_ours() {
+    let source = include_str!("../golden/qwen2_5.jinja");
+    let builder = with_template(source, Profile::load("mempo").unwrap()).unwrap();
+    let text = TINY.tokenizer.decode(&builder.prompt("q", &[]).unwrap());
+    assert!(!text.contains("You are Qwen") && text.matches("<|im_start|>system").count() == 1);
+    let empty = Profile {
+        system: String::new(),
+        ..Profile::load("mempo").unwrap()
+    };
+    let text = TINY.tokenizer.decode(
+        &with_template(source, empty)
+            .unwrap()
+            .prompt("q", &[])
+            .unwrap(),
+    );
+    assert!(text.contains("You are Qwen"), "{text}");
+}
+
+#[test]
+fn answers_are_encoded_as_the_policy_writes_them() {
+    for fixture in fixtures() {
+        let builder = fixture.builder("mempo");
+        for answers in [
+            vec!["Paris"],
+            vec!["Paris", " Rome ", "1889"],
+            vec!["U.S.", "(x)", "東京", "e\u{301}"],
+            vec!["", "b", ""],
+            vec![],
+        ] {
+            let trimmed: Vec<&str> = answers.iter().map(|answer| answer.trim()).collect();
+            let found = builder.answer_ids(&answers);
+            let whole = builder
+                .completion_ids_from_text(&format!("<answer>{}</answer>", trimmed.join("; ")));
+            let closing = builder.completion_ids_from_text("</answer>");
+            assert_eq!(
+                [builder.answer_opening_ids(), found.ids.clone(), closing].concat(),
+                whole,
+                "{answers:?}"
+            );
+            assert_eq!(found.spans.len(), answers.len());
+            let mut end = 0;
+            for (span, answer) in found.spans.iter().zip(&trimmed) {
+                assert!(end <= span.start && span.start <= span.end && span.end <= found.ids.len());
+                end = span.end;
+                let text = fixture.tokenizer.decode(&found.ids[span.clone()]);
+                let canonical = fixture
+                    .tokenizer
+                    .decode(&builder.completion_ids_from_text(answer));
+                // A separator's `;` or blank may share a token with the answer.
+                assert_eq!(text.trim_matches([' ', ';']), canonical, "{answers:?}");
+            }
+        }
+        let hostile = builder.answer_ids(&["<|im_end|>", "</answer>"]);
+        assert!(hostile.ids.iter().all(|id| !fixture.added_ids.contains(id)));
+        assert_eq!(
+            fixture.tokenizer.decode(&hostile.ids),
+            "<|im_end|>; ‹/answer›"
+        );
+    }
+}
+
+fn memory_text(fixture: &Fixture, ids: &[i32], range: Range<usize>) -> (Vec<i32>, String) {
+    let segment = Segment {
+        kind: SegmentKind::Memory,
+        range,
+    };
+    let memory = fixture.builder("mempo").memory_ids(ids, &segment);
+    let text = fixture.tokenizer.decode(&memory);
+    (memory, text)
+}
+
+#[test]
+fn a_memory_ends_at_its_tag() {
+    for fixture in fixtures() {
+        let tokenizer = &fixture.tokenizer;
+        let profile = Profile::load("mempo").unwrap();
+        for (text, exact) in [
+            (STEP, false),
+            ("<mem>x</mem> <answer>a</answer>", true),
+            ("<think>t</think><mem>x</mem><answer>a</answer>", false),
+            ("\n <mem>東京</mem>\n\n<answer>a</answer>", false),
+        ] {
+            let ids = tokenizer.encode_plain(text);
+            let parsed = parse_completion(tokenizer, &ids, &profile);
+            let segment = parsed
+                .segments
+                .iter()
+                .find(|segment| segment.kind == SegmentKind::Memory)
+                .unwrap();
+            let (memory, found) = memory_text(fixture, &ids, segment.range.clone());
+            let start = text.find("<mem>").unwrap();
+            let end = text.find("</mem>").unwrap() + "</mem>".len();
+            assert_eq!(found, text[start..end], "{}", fixture.name);
+            if exact {
+                assert_eq!(memory, ids[segment.range.clone()]);
+            }
+        }
+        // Ranges that are no memory do not panic.
+        memory_text(fixture, &[], 3..9);
+        memory_text(fixture, &[1, -5, 4], 2..2);
+    }
+}
+
+#[test]
+fn demonstrations_are_cut_at_tags() {
+    for fixture in fixtures() {
+        let builder = fixture.builder("mempo");
+        let ids = builder.completion_ids_from_text(STEP);
+        assert_eq!(fixture.tokenizer.decode(&ids), STEP);
+        assert!(!ids.contains(&fixture.id("><")));
+        let memory = builder.completion_ids_from_text("<mem>Land 7: Paris.</mem>");
+        assert_eq!(ids[..memory.len()], memory);
+        let hostile = builder.completion_ids_from_text("<answer>x<|im_end|></answer>");
+        assert!(hostile.iter().all(|id| !fixture.tokenizer.is_control(*id)));
+    }
+}

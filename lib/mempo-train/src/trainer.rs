@@ -1,0 +1,243 @@
+//! A model in training: parameters in the compute type, fp32 master weights and moments, one call an optimizer step.
+
+use std::path::Path;
+
+use mempo_model::Model;
+use serde::Serialize;
+use tch::{Kind, Tensor, no_grad_guard};
+
+use crate::adamw::AdamW;
+use crate::backward::{Backward, Pass, target_hidden};
+use crate::batch::{MicroBatch, Sequence, micro_batches};
+use crate::flat::Layout;
+use crate::head::Head;
+use crate::policy::{PolicyStats, PolicySums, PolicyTrajectory, check_ids, weighted_sequences};
+use crate::state::{self, Counters};
+use crate::{Error, OptimizerOptions, PolicyOptions};
+
+/// Optimizer steps with a gradient that is not finite, one after the other, before training gives up.
+const MOST_SKIPPED: u64 = 3;
+
+/// A sequence for supervised training.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TrainSequence {
+    /// Token ids.
+    pub ids: Vec<i32>,
+    /// One per id: whether it is a prediction target. The first id cannot be one: nothing comes before it.
+    pub targets: Vec<bool>,
+}
+
+/// What a supervised optimizer step did.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct StepStats {
+    /// Mean negative log-probability of the target tokens, in nats.
+    pub loss: f64,
+    /// Norm of the gradient before clipping.
+    pub gradient_norm: f64,
+    /// Tokens predicted.
+    pub target_tokens: u64,
+    /// Tokens of all sequences.
+    pub tokens: u64,
+    /// Whether the update was left out because the gradient was not finite.
+    pub skipped: bool,
+}
+
+/// A model in training.
+///
+/// The model computes in its own type (bf16 or f32); the optimizer works on fp32 master weights, of which the model's are the
+/// rounded copy, so that no update is too small to count. In f32 the two are the same memory.
+pub struct Trainer {
+    model: Model,
+    layout: Layout,
+    head_slot: usize,
+    /// All of the model's parameters, flat, in the compute type.
+    weights: Tensor,
+    optimizer: AdamW,
+    options: OptimizerOptions,
+    counters: Counters,
+}
+
+impl Trainer {
+    /// Takes over a model. With the folder of a `state` training continues from that state, master weights included; without
+    /// one it starts from the model's weights.
+    pub fn new(mut model: Model, options: &OptimizerOptions, state: Option<&Path>) -> Result<Self, Error> {
+        options.check()?;
+        let _no_grad = no_grad_guard();
+        let layout = Layout::new(model.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.size())));
+        let (device, kind) = (model.head_weight().device(), model.head_weight().kind());
+        let mut optimizer = AdamW::new(&layout, device);
+        for (slot, (_, tensor)) in layout.slots.iter().zip(model.parameters()) {
+            slot.view(&optimizer.master).copy_(tensor);
+        }
+        let counters = state.map(|dir| state::load(dir, &layout, &mut optimizer)).transpose()?.unwrap_or_default();
+        let weights = optimizer.master.to_kind(kind);
+        let leaves = layout.slots.iter().map(|slot| slot.view(&weights).detach().set_requires_grad(true)).collect();
+        model.bind_parameters(leaves);
+        let head = |name: &str| layout.slots.iter().position(|slot| slot.name == name);
+        let head_slot = head("lm_head.weight")
+            .or_else(|| head("model.embed_tokens.weight"))
+            .expect("every model has input embeddings, which are its head if it has no other");
+        Ok(Self { model, layout, head_slot, weights, optimizer, options: options.clone(), counters })
+    }
+
+    /// The model as trained so far.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+
+    /// Optimizer steps taken, over all stages that handed the state on.
+    pub fn global_step(&self) -> u64 {
+        self.counters.global_step
+    }
+
+    /// Optimizer steps left out because the gradient was not finite, counted likewise.
+    pub fn skipped_steps(&self) -> u64 {
+        self.counters.skipped_steps
+    }
+
+    /// One supervised optimizer step: the loss is the mean over the target tokens of all `sequences`, however they are cut into
+    /// micro-batches of at most `tokens_per_micro_batch` padded tokens.
+    pub fn sft_step(
+        &mut self,
+        sequences: &[TrainSequence],
+        learning_rate: f64,
+        tokens_per_micro_batch: usize,
+    ) -> Result<StepStats, Error> {
+        let (prepared, target_tokens) = self.supervised(sequences)?;
+        let mut loss = 0.0;
+        let pass = Pass { temperature: 1.0, tokens_per_micro_batch, entropy: false };
+        self.backward().run(&prepared, &pass, &mut |chunk, columns_ck| {
+            let weight_c = columns_ck.select(1, 0);
+            loss -= (&weight_c * &chunk.logprobs_c).sum(Kind::Double).double_value(&[]);
+            -weight_c
+        })?;
+        let gradient_norm = self.update(learning_rate)?;
+        let tokens = sequences.iter().map(|sequence| sequence.ids.len() as u64).sum();
+        Ok(StepStats { loss, gradient_norm, target_tokens, tokens, skipped: !gradient_norm.is_finite() })
+    }
+
+    /// Mean negative log-probability of the target tokens of all `sequences`, in nats; changes nothing.
+    pub fn validation_loss(
+        &self,
+        sequences: &[TrainSequence],
+        tokens_per_micro_batch: usize,
+    ) -> Result<f64, Error> {
+        let _no_grad = no_grad_guard();
+        let (prepared, _) = self.supervised(sequences)?;
+        let lengths: Vec<usize> = prepared.iter().map(Sequence::input_length).collect();
+        let head = Head { weight_vd: self.model.head_weight(), temperature: 1.0, entropy: false };
+        let mut loss = 0.0;
+        for members in micro_batches(&lengths, tokens_per_micro_batch) {
+            let batch = MicroBatch::new(&prepared, &members, self.weights.device());
+            let logprobs_r = head.logprobs(&target_hidden(&self.model, &batch), &batch.targets_r);
+            loss -= (batch.columns_rk.select(1, 0) * logprobs_r).sum(Kind::Double).double_value(&[]);
+        }
+        Ok(loss)
+    }
+
+    /// One optimizer step on whole trajectories. Log-probabilities are taken at `temperature`, that of sampling. The denominator of the
+    /// loss is that of all `trajectories`, however their steps are cut into micro-batches.
+    pub fn policy_step(
+        &mut self,
+        trajectories: &[PolicyTrajectory],
+        options: &PolicyOptions,
+        learning_rate: f64,
+        temperature: f64,
+        tokens_per_micro_batch: usize,
+    ) -> Result<PolicyStats, Error> {
+        let sums = self.accumulate_policy(trajectories, options, temperature, tokens_per_micro_batch)?;
+        let gradient_norm = self.update(learning_rate)?;
+        Ok(sums.stats(options, gradient_norm))
+    }
+
+    /// Writes the state from which [`Trainer::new`] continues bit for bit.
+    pub fn save_state(&self, dir: &Path) -> Result<(), Error> {
+        state::save(dir, &self.layout, &self.optimizer, self.counters)
+    }
+
+    /// Writes a complete Hugging Face model directory, the files beside the weights taken from `source_dir`, and the state in its
+    /// `trainer/`.
+    pub fn save_checkpoint(&self, source_dir: &Path, out_dir: &Path) -> Result<(), Error> {
+        self.save_state(&out_dir.join("trainer"))?;
+        Ok(mempo_model::save_checkpoint(&self.model, source_dir, out_dir)?)
+    }
+
+    fn accumulate_policy(
+        &self,
+        trajectories: &[PolicyTrajectory],
+        options: &PolicyOptions,
+        temperature: f64,
+        tokens_per_micro_batch: usize,
+    ) -> Result<PolicySums, Error> {
+        options.check()?;
+        let sequences = weighted_sequences(trajectories, options, self.vocabulary())?;
+        let steps = || trajectories.iter().flat_map(|trajectory| &trajectory.steps);
+        let mut sums = PolicySums::new(steps().all(|step| step.reference_logprobs.is_some()));
+        let pass = Pass { temperature, tokens_per_micro_batch, entropy: true };
+        self.backward().run(&sequences, &pass, &mut |chunk, columns_ck| sums.add(chunk, columns_ck, options))?;
+        Ok(sums)
+    }
+
+    fn backward(&self) -> Backward<'_> {
+        Backward {
+            model: &self.model,
+            layout: &self.layout,
+            gradient: &self.optimizer.gradient,
+            head_slot: self.head_slot,
+        }
+    }
+
+    /// Each target weighs one over their number in all sequences, which is returned too.
+    fn supervised(&self, sequences: &[TrainSequence]) -> Result<(Vec<Sequence>, u64), Error> {
+        for (index, sequence) in sequences.iter().enumerate() {
+            check(sequence, self.vocabulary()).map_err(|problem| Error::Sequence { sequence: index, problem })?;
+        }
+        let count = sequences.iter().flat_map(|sequence| &sequence.targets).filter(|&&target| target).count();
+        let weight = 1.0 / count as f32;
+        let prepare = |sequence: &TrainSequence| {
+            let targets: Vec<usize> = (0..sequence.ids.len()).filter(|&index| sequence.targets[index]).collect();
+            Sequence { ids: sequence.ids.clone(), columns: vec![weight; targets.len()], targets }
+        };
+        Ok((sequences.iter().map(prepare).collect(), count as u64))
+    }
+
+    /// Updates the weights from the accumulated gradient; returns its norm.
+    fn update(&mut self, learning_rate: f64) -> Result<f64, Error> {
+        let norm = self.optimizer.step(&self.options, learning_rate);
+        self.counters.global_step += 1;
+        if norm.is_finite() {
+            self.counters.consecutive_skipped = 0;
+            if self.weights.kind() != Kind::Float {
+                let _no_grad = no_grad_guard();
+                self.weights.copy_(&self.optimizer.master);
+            }
+            return Ok(norm);
+        }
+        self.counters.skipped_steps += 1;
+        self.counters.consecutive_skipped += 1;
+        if self.counters.consecutive_skipped < MOST_SKIPPED {
+            return Ok(norm);
+        }
+        Err(Error::NonFinite {
+            consecutive: self.counters.consecutive_skipped,
+            global_step: self.counters.global_step,
+        })
+    }
+
+    fn vocabulary(&self) -> usize {
+        self.model.head_weight().size()[0] as usize
+    }
+}
+
+fn check(sequence: &TrainSequence, vocabulary: usize) -> Result<(), String> {
+    if sequence.ids.len() != sequence.targets.len() {
+        return Err(format!("{} ids, but a mask of {}", sequence.ids.len(), sequence.targets.len()));
+    }
+    if sequence.targets.first() == Some(&true) {
+        return Err("its first id is a target: nothing comes before it to predict it from".to_owned());
+    }
+    check_ids(sequence.ids.iter(), vocabulary)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,256 @@
+//! Made-up facts: questions of the training regions with every name and value replaced by invented ones, in the question
+//! and in its documents alike. Nothing of them can be known by heart; only reading helps.
+
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::sync::LazyLock;
+
+use anyhow::Context;
+use mempo_data::Document;
+use regex::{Captures, Regex};
+
+use crate::questions::Question;
+use crate::random::Random;
+use crate::work::Search;
+
+const MONTHS: [&str; 12] = [
+    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "December",
+];
+/// Words that keep a value what it is.
+const KEPT: [&str; 10] = ["of", "the", "and", "m", "km", "years", "President", "King", "Prince", "Queen"];
+const LONGEST_WORD: usize = 12;
+/// Share of names and values that stay as they are, of words that are taken whole, of documents with other numbers.
+const SAME: f64 = 0.05;
+const WHOLE_WORD: f64 = 0.3;
+const OTHER_NUMBERS: f64 = 0.5;
+
+static WORD: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\p{Alphabetic}+|[0-9]+").expect("a constant expression"));
+
+/// Invents facts in the manner of the real ones.
+pub(crate) struct Inventor<'a> {
+    one_hop: Vec<&'a Question>,
+    two_hops: Vec<&'a Question>,
+    documents: HashMap<&'a str, &'a Document>,
+    capitalised: Vec<String>,
+    lower: Vec<String>,
+}
+
+impl<'a> Inventor<'a> {
+    /// `questions` and `documents` are those that may be learnt from.
+    pub(crate) fn new(questions: &'a [Question], documents: &'a [Document]) -> anyhow::Result<Self> {
+        let texts = documents.iter().flat_map(|document| [document.title.as_str(), document.text.as_str()]);
+        let words: BTreeSet<&str> = texts.flat_map(|text| WORD.find_iter(text).map(|found| found.as_str())).collect();
+        let words = words.into_iter().filter(|word| word.chars().count() > 2 && !word.as_bytes()[0].is_ascii_digit());
+        let (capitalised, lower): (Vec<String>, Vec<String>) =
+            words.map(str::to_owned).partition(|word| word.chars().next().is_some_and(char::is_uppercase));
+        let (one_hop, two_hops): (Vec<_>, Vec<_>) =
+            questions.iter().partition(|question| question.metadata.hops.len() == 1);
+        let enough = [one_hop.len(), two_hops.len(), capitalised.len(), lower.len()].into_iter().all(|count| count > 0);
+        enough.then_some(()).context("questions of one and of two hops, capitalised and lower-case words are needed")?;
+        let documents = documents.iter().map(|document| (document.doc_id.as_str(), document)).collect();
+        Ok(Self { one_hop, two_hops, documents, capitalised, lower })
+    }
+
+    /// A question about invented things, and what a search for each of its hops finds.
+    pub(crate) fn question(&self, two_hops: bool, random: &mut Random) -> anyhow::Result<(Question, Found)> {
+        let real = *random.pick(if two_hops { &self.two_hops } else { &self.one_hop });
+        let mut documents = Vec::new();
+        for hop in &real.metadata.hops {
+            let document = self.documents.get(hop.doc_id.as_str());
+            let document = *document.with_context(|| format!("{}: no document `{}`", real.id, hop.doc_id))?;
+            documents.push(document.clone());
+        }
+        let names = self.names(real, &documents, random);
+        let mut question = real.clone();
+        question.question = rename(&question.question, &names);
+        question.metadata.mention = rename(&question.metadata.mention, &names);
+        question.golden_answers.iter_mut().for_each(|answer| *answer = rename(answer, &names));
+        let mut found = Found::default();
+        for (hop, mut document) in question.metadata.hops.iter_mut().zip(documents) {
+            hop.query = rename(&hop.query, &names);
+            hop.value = rename(&hop.value, &names);
+            document.title = rename(&document.title, &names);
+            document.text = rename(&document.text, &names);
+            if random.chance(OTHER_NUMBERS) {
+                document.text = self.other_numbers(&document.text, &names, random);
+            }
+            found.0.insert(hop.query.clone(), document);
+        }
+        Ok((question, found))
+    }
+
+    /// What each name and value of a question is replaced by, the longest first.
+    fn names(&self, real: &Question, documents: &[Document], random: &mut Random) -> Vec<(String, String)> {
+        let values = real.metadata.hops.iter().map(|hop| &hop.value);
+        let titles = documents.iter().map(|document| &document.title);
+        let all = values.chain(titles).chain([&real.metadata.mention]);
+        let mut seen = HashSet::new();
+        let mut names: Vec<(String, String)> = Vec::new();
+        for name in all.filter(|name| seen.insert(name.as_str())) {
+            let invented = if random.chance(SAME) { name.clone() } else { self.invent(name, random) };
+            names.push((name.clone(), invented));
+        }
+        names.sort_by_key(|(name, _)| std::cmp::Reverse(name.len()));
+        names
+    }
+
+    /// A capitalised or lower-case word.
+    pub(crate) fn any_word(&self, random: &mut Random) -> String {
+        let like = if random.chance(0.5) { "Abc" } else { "abc" };
+        self.word(like, random)
+    }
+
+    /// Other words and numbers of the same look.
+    fn invent(&self, text: &str, random: &mut Random) -> String {
+        let replace = |found: &Captures<'_>| match &found[0] {
+            word if KEPT.contains(&word) => word.to_owned(),
+            word if MONTHS.contains(&word) => (*random.pick(&MONTHS)).to_owned(),
+            word => self.word(word, random),
+        };
+        WORD.replace_all(text, replace).into_owned()
+    }
+
+    fn word(&self, like: &str, random: &mut Random) -> String {
+        let letters: Vec<char> = like.chars().collect();
+        let upper = letters.iter().all(|letter| letter.is_uppercase());
+        if letters[0].is_ascii_digit() || letters.len() < 3 || (upper && letters.len() < 5) {
+            return letters.iter().map(|letter| other_letter(*letter, random)).collect();
+        }
+        let pool = if letters[0].is_uppercase() { &self.capitalised } else { &self.lower };
+        let head: Vec<char> = random.pick(pool).chars().collect();
+        let mut word: String = head.iter().collect();
+        if !random.chance(WHOLE_WORD) {
+            let tail: Vec<char> = random.pick(&self.lower).chars().collect();
+            let (kept, from) = (1 + random.below(head.len() - 1), random.below(tail.len() - 1));
+            word = head[..kept].iter().chain(&tail[from..]).take(LONGEST_WORD).collect();
+        }
+        if upper { word.to_uppercase() } else { word }
+    }
+
+    /// The text with other numbers wherever they are not part of an invented name.
+    fn other_numbers(&self, text: &str, names: &[(String, String)], random: &mut Random) -> String {
+        let of_names: Vec<(usize, usize)> =
+            names.iter().flat_map(|(_, name)| text.match_indices(name).map(|(at, part)| (at, at + part.len()))).collect();
+        let replace = |found: &Captures<'_>| {
+            let range = found.get_match().range();
+            let number = found[0].as_bytes()[0].is_ascii_digit();
+            let named = of_names.iter().any(|(start, end)| range.start < *end && *start < range.end);
+            if number && !named { self.word(&found[0], random) } else { found[0].to_owned() }
+        };
+        WORD.replace_all(text, replace).into_owned()
+    }
+}
+
+fn other_letter(letter: char, random: &mut Random) -> char {
+    let alphabet: &[u8] = match letter {
+        _ if letter.is_ascii_digit() => b"0123456789",
+        _ if letter.is_uppercase() => b"ABCDEFGHIJKLMNOPQRSTUVWXYZ",
+        _ => b"abcdefghijklmnopqrstuvwxyz",
+    };
+    char::from(*random.pick(alphabet))
+}
+
+/// Replaces whole words, all names in one pass.
+fn rename(text: &str, names: &[(String, String)]) -> String {
+    let mut renamed = String::new();
+    let mut rest = text;
+    while let Some(first) = rest.chars().next() {
+        let whole = renamed.is_empty() || !text[..text.len() - rest.len()].ends_with(char::is_alphanumeric);
+        let found = names.iter().find(|(name, _)| {
+            whole && rest.strip_prefix(name.as_str()).is_some_and(|after| !after.starts_with(char::is_alphanumeric))
+        });
+        let length = if let Some((name, invented)) = found {
+            renamed.push_str(invented);
+            name.len()
+        } else {
+            renamed.push(first);
+            first.len_utf8()
+        };
+        rest = &rest[length..];
+    }
+    renamed
+}
+
+/// Documents by the query that finds them: the only one that is searched for.
+#[derive(Debug, Default)]
+pub(crate) struct Found(HashMap<String, Document>);
+
+impl Found {
+    pub(crate) fn add(&mut self, other: Self) {
+        self.0.extend(other.0);
+    }
+}
+
+impl Search for Found {
+    fn documents(&mut self, query: &str) -> anyhow::Result<Vec<Document>> {
+        Ok(self.0.get(query).cloned().into_iter().collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::questions::{Hop, Steps};
+
+    fn example() -> (Vec<Question>, Vec<Document>) {
+        let document = |doc_id: &str, title: &str, text: &str| Document {
+            doc_id: doc_id.into(),
+            title: title.into(),
+            text: text.into(),
+        };
+        let documents = vec![
+            document("ls/borders", "Lesotho", "coastline: 0 km; land neighbor: South Africa 1,106 km"),
+            document("sf/capital", "South Africa", "capital: Pretoria; time: UTC+2 (7 hours ahead)"),
+        ];
+        let hop = |query: &str, doc_id: &str, value: &str| Hop {
+            query: query.into(),
+            doc_id: doc_id.into(),
+            value: value.into(),
+        };
+        let question = |text: &str, mention: &str, hops: Vec<Hop>| Question {
+            id: text.into(),
+            question: text.into(),
+            golden_answers: vec!["Pretoria".into()],
+            source: "factbook".into(),
+            split: "train".into(),
+            entities: vec!["sf".into()],
+            metadata: Steps { mention: mention.into(), attribute: "capital".into(), hops },
+        };
+        let last = hop("capital of South Africa", "sf/capital", "Pretoria");
+        let first = hop("only land neighbor of Lesotho", "ls/borders", "South Africa");
+        let questions = vec![
+            question("What is the capital of South Africa?", "South Africa", vec![last.clone()]),
+            question("What is the capital of the only land neighbor of Lesotho?", "Lesotho", vec![first, last]),
+        ];
+        (questions, documents)
+    }
+
+    #[test]
+    fn invented_questions_hold_together() {
+        let (questions, documents) = example();
+        let inventor = Inventor::new(&questions, &documents).unwrap();
+        let mut random = Random::new(1);
+        let mut distinct = HashSet::new();
+        for _ in 0..200 {
+            let (question, mut found) = inventor.question(true, &mut random).unwrap();
+            let hops = &question.metadata.hops;
+            assert!(question.question.contains(&question.metadata.mention));
+            assert!(hops[0].query.ends_with(&question.metadata.mention));
+            assert_eq!(hops[1].value, question.golden_answers[0]);
+            for hop in hops {
+                let documents = found.documents(&hop.query).unwrap();
+                assert!(documents[0].text.contains(&hop.value), "{documents:?} {hop:?}");
+            }
+            let last = found.documents(&hops[1].query).unwrap();
+            assert_eq!(hops[1].query, format!("capital of {}", last[0].title));
+            distinct.insert(question.golden_answers[0].clone());
+        }
+        assert!(distinct.len() > 100, "{}", distinct.len());
+    }
+
+    #[test]
+    fn only_whole_words_are_renamed_and_only_once() {
+        let names = [("South Africa".to_owned(), "Oman".to_owned()), ("Oman".to_owned(), "Mali".to_owned())];
+        assert_eq!(rename("South Africa, South African, Oman, Romania", &names), "Oman, South African, Mali, Romania");
+    }
+}

