@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::Path;
 
-use mempo_tests::run;
+use mempo_tests::{root, run};
 use serde_json::{Value, json};
 
 const COLOURS: [&str; 6] = ["red", "green", "blue", "white", "black", "pink"];
@@ -84,10 +84,10 @@ const STAGES: &[&str] = &[
     "mempo-rollout compose --questions questions.jsonl --objectives 2 --out tasks",
     "mempo-rollout index --corpus corpus.jsonl --out index",
     "mempo-sft init --config config.json --corpus expert.jsonl corpus.jsonl --vocabulary-size 600 --out base",
-    "mempo-sft build --trajectories expert.jsonl --tokenizer base --out examples",
-    "mempo-sft train --examples examples --model base --epochs 3 --learning-rate 3e-3 --tokens-per-batch 8192 \
+    "mempo-sft build --trajectories expert.jsonl --tokenizer base --profile PROFILE --out examples",
+    "mempo-sft train --examples examples --model base --epochs 8 --learning-rate 3e-3 --tokens-per-batch 8192 \
      --dtype f32 --device cpu --out sft",
-    "mempo-rollout sample --tasks tasks --model sft --search index --group-size 4 --max-completion-tokens 96 \
+    "mempo-rollout sample --tasks tasks --model sft --search index --profile PROFILE --group-size 4 --max-completion-tokens 96 \
      --max-steps 4 --dtype f32 --device cpu --out rollouts",
     "mempo-score segments --rollouts rollouts --tasks tasks --model sft --dtype f32 --device cpu --out scores",
     "mempo-score logprobs --rollouts rollouts --model sft --reference sft --dtype f32 --device cpu --out logprobs",
@@ -101,7 +101,9 @@ fn every_stage_runs_and_hands_on_what_the_next_one_needs() {
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
     write_inputs(directory);
-    for stage in STAGES {
+    let profile = root().join("pipelines/demo/profiles/mempo").display().to_string();
+    let stages: Vec<String> = STAGES.iter().map(|line| line.replace("PROFILE", &profile)).collect();
+    for stage in &stages {
         run(directory, stage, 0);
     }
 
@@ -119,9 +121,9 @@ fn every_stage_runs_and_hands_on_what_the_next_one_needs() {
     }
 
     let before = manifest(directory, "rollouts");
-    run(directory, STAGES[5], 0);
+    run(directory, &stages[5], 0);
     assert_eq!(before, manifest(directory, "rollouts"), "a finished stage is left as it is");
-    run(directory, &format!("{} --seed 7", STAGES[5]), 2);
+    run(directory, &format!("{} --seed 7", stages[5]), 2);
 }
 
 #[test]

@@ -64,8 +64,9 @@ impl Inputs {
         let coefficient = arguments.policy.kl_coefficient;
         if coefficient > 0.0 && !source.has_reference()? {
             return Err(anyhow!(
-                "--kl-coefficient {coefficient} needs reference log-probs: run `mempo-score logprobs --rollouts {} --model {} \
-                 --reference DIR --out LOGPROBS` and give --logprobs LOGPROBS, or leave the term out with --kl-coefficient 0",
+                "--kl-coefficient {coefficient} needs reference log-probs: run `mempo-score logprobs --rollouts {} \
+                 --model {} --reference DIR --out LOGPROBS` and give --logprobs LOGPROBS, or leave the term out with \
+                 --kl-coefficient 0",
                 arguments.rollouts.display(),
                 arguments.model.display(),
             ))

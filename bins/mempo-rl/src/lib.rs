@@ -1,8 +1,8 @@
 //! `mempo-rl`: rollouts and advantages -> the next checkpoint.
 //!
-//! One subcommand, [`train`]. Beside it: [`plan`] chooses the trajectories and orders them into optimizer steps, [`inputs`] checks what is read,
-//! [`load`] joins the
-//! tables of some of them into training sequences, [`metrics`] keeps `metrics.jsonl`.
+//! One subcommand, [`train`]. Beside it: [`plan`] chooses the trajectories and orders them into optimizer
+//! steps, [`inputs`] checks what is read, [`load`] joins the tables of some of them into training sequences,
+//! [`metrics`] keeps `metrics.jsonl`.
 
 mod inputs;
 mod load;

@@ -1,4 +1,5 @@
-//! The training sequences of chosen trajectories, joined by key from the tables of rollouts, advantages and log-probs.
+//! The training sequences of chosen trajectories, joined by key from the tables of rollouts, advantages and
+//! log-probs.
 
 use std::path::PathBuf;
 
@@ -35,34 +36,56 @@ impl Source {
 
     /// Whether there are reference log-probs (the first row tells).
     pub(crate) fn has_reference(&self) -> anyhow::Result<bool> {
-        let Some(files) = &self.logprobs else { return Ok(false) };
+        let Some(files) = &self.logprobs else {
+            return Ok(false);
+        };
         let first = read_rows::<Logprobs>(files).bad_input()?.next().transpose().bad_input()?;
         Ok(first.is_some_and(|row| row.reference_logprobs.is_some()))
     }
 
-    /// The sequences of `wanted`, in that order. Walks each table once, whatever is wanted.
+    /// The sequences of `wanted`, in that order; one may be wanted more than once. Walks each table once.
     pub(crate) fn load(&self, wanted: &[&Planned]) -> anyhow::Result<Vec<PolicyTrajectory>> {
-        let mut steps = open::<Step>(&self.steps)?;
-        let mut advantages = open::<Advantage>(&self.advantages)?;
-        let mut logprobs = self.logprobs.as_ref().map(|files| open::<Logprobs>(files)).transpose()?;
+        let mut rows = Rows {
+            source: self,
+            steps: open(&self.steps)?,
+            advantages: open(&self.advantages)?,
+            logprobs: self.logprobs.as_deref().map(open).transpose()?,
+        };
         let mut order: Vec<usize> = (0..wanted.len()).collect();
         order.sort_by_key(|&index| wanted[index].key(0));
         let mut loaded = vec![PolicyTrajectory { steps: Vec::new() }; wanted.len()];
-        for index in order {
-            for step_index in 0..wanted[index].step_count {
-                let key = wanted[index].key(step_index);
-                let step = take(&mut steps, &key, &self.steps)?;
-                let advantage = take(&mut advantages, &key, &self.advantages)?;
-                let logprobs = match (&mut logprobs, &self.logprobs) {
-                    (Some(cursor), Some(files)) => Some(take(cursor, &key, files)?),
-                    _ => None,
-                };
-                let sequence = sequence(step, &advantage, logprobs, self.vocabulary_size);
-                let sequence = sequence.with_context(|| format!("{}: {key}", folder(&self.steps))).bad_input()?;
-                loaded[index].steps.push(sequence);
+        for same in order.chunk_by(|&left, &right| wanted[left].key(0) == wanted[right].key(0)) {
+            let planned = wanted[same[0]];
+            let steps = (0..planned.step_count).map(|step_index| rows.sequence(&planned.key(step_index)));
+            let trajectory = PolicyTrajectory { steps: steps.collect::<anyhow::Result<_>>()? };
+            for &index in same {
+                loaded[index] = trajectory.clone();
             }
         }
         Ok(loaded)
+    }
+}
+
+/// The tables, read in step.
+struct Rows<'a> {
+    source: &'a Source,
+    steps: Cursor<Step>,
+    advantages: Cursor<Advantage>,
+    logprobs: Option<Cursor<Logprobs>>,
+}
+
+impl Rows<'_> {
+    /// The step of a key; keys come in order.
+    fn sequence(&mut self, key: &Key) -> anyhow::Result<PolicySequence> {
+        let source = self.source;
+        let step = take(&mut self.steps, key, &source.steps)?;
+        let advantage = take(&mut self.advantages, key, &source.advantages)?;
+        let logprobs = match (&mut self.logprobs, &source.logprobs) {
+            (Some(cursor), Some(files)) => Some(take(cursor, key, files)?),
+            _ => None,
+        };
+        let sequence = sequence(step, &advantage, logprobs, source.vocabulary_size);
+        sequence.with_context(|| format!("{}: {key}", folder(&source.steps))).bad_input()
     }
 }
 
@@ -72,7 +95,8 @@ fn open<R: Row>(files: &[PathBuf]) -> anyhow::Result<Cursor<R>> {
 
 fn take<R: Row>(cursor: &mut Cursor<R>, key: &Key, files: &[PathBuf]) -> anyhow::Result<R> {
     let row = cursor.take(key).bad_input()?;
-    row.ok_or_else(|| anyhow!("{}: no row {key}, which its trajectory counts; make the stage again", folder(files))).bad_input()
+    row.ok_or_else(|| anyhow!("{}: no row {key}, which its trajectory counts; make the stage again", folder(files)))
+        .bad_input()
 }
 
 /// The table's folder.

@@ -44,7 +44,7 @@ impl MetricsFile {
         ensure!(lines.len() as u64 == steps && kept.concat().ends_with('\n') == (steps > 0), damaged());
         let file = fs_err::OpenOptions::new().create(true).append(true).open(path)?;
         file.set_len(kept.iter().map(|line| line.len() as u64).sum())?;
-        Ok(Self { file: file.into(), lines })
+        Ok(Self { file, lines })
     }
 
     /// Appends a line.
@@ -78,7 +78,15 @@ mod tests {
             tokens: 7,
             skipped: true,
         };
-        Metric { step, global_step: step + 10, epoch: 0, learning_rate: 1e-6, reward_mean: 0.25, trajectories: 4, stats }
+        Metric {
+            step,
+            global_step: step + 10,
+            epoch: 0,
+            learning_rate: 1e-6,
+            reward_mean: 0.25,
+            trajectories: 4,
+            stats,
+        }
     }
 
     #[test]

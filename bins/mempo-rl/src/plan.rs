@@ -73,8 +73,9 @@ pub(crate) struct PlannedStep {
     pub(crate) members: Vec<usize>,
 }
 
-/// Orders the trajectories anew for every epoch, by a number that `seed_of` gives for (epoch, task, index), and cuts each epoch into the fewest
-/// steps of at most `per_step` trajectories, of sizes as equal as can be: a small rest would be a noisy update of full size.
+/// Orders the trajectories anew for every epoch, by a number that `seed_of` gives for (epoch, task, index), and
+/// cuts each epoch into the fewest steps of at most `per_step` trajectories, of sizes as equal as can be: a
+/// small rest would be a noisy update of full size.
 pub(crate) fn plan_steps(
     trajectories: &[Planned],
     epochs: u32,
@@ -99,7 +100,8 @@ pub(crate) fn plan_steps(
     plan
 }
 
-/// How many steps at the front of `plan` can be held in memory together: as many as have at most `token_limit` tokens, but at least one.
+/// How many steps at the front of `plan` can be held in memory together: as many as have at most `token_limit`
+/// tokens, but at least one.
 pub(crate) fn window(plan: &[PlannedStep], trajectories: &[Planned], token_limit: u64) -> usize {
     let mut total = 0;
     let fitting = plan.iter().take_while(|step| {

@@ -1,8 +1,8 @@
 //! `mempo-rl train`: rollouts, advantages and log-probs -> the next checkpoint.
 //!
-//! The optimizer steps are planned from the small tables; the sequences of as many steps as fit in the memory limit are loaded at a time. The state
-//! is saved under `OUT/resume` every so often and removed at the end; a run that was stopped continues from it and ends with
-//! the same bytes.
+//! The optimizer steps are planned from the small tables; the sequences of as many steps as fit in the memory
+//! limit are loaded at a time. The state is saved under `OUT/resume` every so often and removed at the end; a
+//! run that was stopped continues from it and ends with the same bytes.
 
 use std::path::{Path, PathBuf};
 use std::time::Instant;
@@ -30,9 +30,10 @@ const TOKENS_IN_MEMORY: u64 = 32 << 20;
 
 /// Update a model on a rollout; the output directory is a complete Hugging Face model
 ///
-/// The loss is MemPO's: the clipped ratio of every policy token, times the advantage of its trajectory (and, inside the memory,
-/// of the memory), averaged over the tokens of each trajectory and then over trajectories; plus a KL term. The ratio is taken
-/// against `--logprobs`, or without them against the log-probs of sampling. Optimizer state is carried on from MODEL/trainer.
+/// The loss is MemPO's: the clipped ratio of every policy token, times the advantage of its trajectory (and,
+/// inside the memory, of the memory), averaged over the tokens of each trajectory and then over trajectories;
+/// plus a KL term. The ratio is taken against `--logprobs`, or without them against the log-probs of sampling.
+/// Optimizer state is carried on from MODEL/trainer.
 #[derive(Debug, Args, Serialize)]
 pub(crate) struct TrainArguments {
     /// Output of `mempo-rollout sample`
@@ -55,7 +56,7 @@ pub(crate) struct TrainArguments {
     #[arg(long, default_value_t = 128, value_name = "N", value_parser = at_least_one)]
     trajectories_per_step: usize,
     /// Times every trajectory is learned from
-    #[arg(long, default_value_t = 1, value_name = "N")]
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     epochs: u32,
     /// Tokens run through the model at a time, padding included
     #[arg(long, default_value_t = 16384, value_name = "N", value_parser = at_least_one)]
@@ -118,21 +119,22 @@ struct Training<'a> {
 }
 
 impl<'a> Training<'a> {
-    /// Loads the model with the state of an earlier start, or else the state that came with the model, if there is one.
+    /// Loads the model with the state of an earlier start, or else the state that came with the model, if there
+    /// is one.
     fn open(arguments: &'a TrainArguments, inputs: &Inputs, stage: Stage) -> anyhow::Result<Self> {
         let runtime = arguments.device.resolve().usage()?;
         let model = Model::load(&arguments.model, &runtime).bad_input()?;
         let resume = stage.dir().join(RESUME);
-        let (mut state, mut saved) = (None, 0);
+        let (mut continued, mut saved) = (None, 0);
         if resume.exists() {
-            state = Some(resume.as_path());
+            continued = Some(resume.as_path());
             saved = read_progress(&resume)?;
             info!("continuing after optimizer step {saved}");
         } else if let Some(trainer) = &inputs.trainer {
             verify_state(&model, trainer.dir()).bad_input()?;
-            state = Some(trainer.dir());
+            continued = Some(trainer.dir());
         }
-        let trainer = Trainer::new(model, &arguments.optimizer, state).bad_input()?;
+        let trainer = Trainer::new(model, &arguments.optimizer, continued).bad_input()?;
         let metrics = MetricsFile::open(&stage.dir().join("metrics.jsonl"), saved as u64)?;
         Ok(Self { arguments, stage, trainer, metrics, temperature: temperature(&inputs.rollouts)?, saved })
     }
@@ -230,7 +232,8 @@ fn read_progress(resume: &Path) -> anyhow::Result<usize> {
     let path = resume.join(PROGRESS_FILE);
     let progress: Value = serde_json::from_str(&fs_err::read_to_string(&path)?)
         .with_context(|| format!("{}: damaged; run with --restart", path.display()))?;
-    let steps = progress["steps"].as_u64().with_context(|| format!("{}: no steps; run with --restart", path.display()))?;
+    let steps =
+        progress["steps"].as_u64().with_context(|| format!("{}: no steps; run with --restart", path.display()))?;
     Ok(steps as usize)
 }
 

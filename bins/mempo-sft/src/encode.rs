@@ -71,6 +71,7 @@ struct Labels {
 impl Encoder {
     /// Loads tokenizer and template from `dir`; `profile` is a name or a folder.
     pub(crate) fn load(dir: &Path, profile: &str, context: &str) -> anyhow::Result<Self> {
+        let context = context_policy(context).usage()?;
         let tokenizer = Arc::new(Tokenizer::load(dir).bad_input()?);
         let profile = Profile::load(profile).usage()?;
         let plain = Profile { system: String::new(), user: "{question}".to_owned(), ..profile.clone() };
@@ -89,7 +90,7 @@ impl Encoder {
         Ok(Self {
             steps,
             pairs,
-            context: context_policy(context).usage()?,
+            context,
             end_of_turn,
             tasks: HashMap::new(),
             keep: Keep::All,

@@ -23,9 +23,10 @@ fn main() -> anyhow::Result<()> {
     .resolve()?;
     let fresh = !source.join("model.safetensors").exists()
         && !source.join("model.safetensors.index.json").exists();
-    let model = match fresh {
-        true => Model::initialise(Config::load(source)?, 1, &runtime)?,
-        false => Model::load(source, &runtime)?,
+    let model = if fresh {
+        Model::initialise(Config::load(source)?, 1, &runtime)?
+    } else {
+        Model::load(source, &runtime)?
     };
     save_checkpoint(&model, source, out)?;
 

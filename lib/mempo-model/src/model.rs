@@ -60,7 +60,7 @@ impl Model {
         for (name, tensor) in &mut model.parameters {
             if name.ends_with("norm.weight") {
                 let _ = tensor.fill_(1.0);
-            } else if name.ends_with(".bias") {
+            } else if name.contains(".bias") {
                 let _ = tensor.fill_(0.0);
             } else {
                 let digest = Sha256::new()
@@ -158,8 +158,7 @@ impl Model {
         let logits = hidden
             .linear(self.head_weight(), None::<Tensor>)
             .to_kind(Kind::Float);
-        // Exact comparison: 1 and 0 are what callers write when they mean them.
-        if temperature == 0.0 || temperature == 1.0 {
+        if temperature == 0.0 {
             logits
         } else {
             logits / temperature

@@ -23,9 +23,10 @@ impl Qwen2 {
             .map(|layer| DecoderLayer::new(builder, layer, config))
             .collect();
         let norm = RmsNorm::new(builder, "model.norm", config);
-        let lm_head = match config.tie_word_embeddings {
-            true => embed_tokens.shallow_clone(),
-            false => builder.parameter("lm_head.weight".to_owned(), &table),
+        let lm_head = if config.tie_word_embeddings {
+            embed_tokens.shallow_clone()
+        } else {
+            builder.parameter("lm_head.weight".to_owned(), &table)
         };
         Self {
             embed_tokens,

@@ -129,9 +129,10 @@ pub fn logprobs_at(model: &Model, hidden: &Tensor, targets: &Tensor, temperature
             chosen - logits.logsumexp([1], false)
         })
         .collect();
-    match chunks.is_empty() {
-        true => Tensor::zeros([0], (Kind::Float, model.runtime().device)),
-        false => Tensor::cat(&chunks, 0),
+    if chunks.is_empty() {
+        Tensor::zeros([0], (Kind::Float, model.runtime().device))
+    } else {
+        Tensor::cat(&chunks, 0)
     }
 }
 

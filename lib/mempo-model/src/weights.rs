@@ -80,7 +80,9 @@ pub(crate) fn load(
 }
 
 /// The file that lists the tensors, the files that hold them, and (for shards) which holds which.
-fn weight_files(dir: &Path) -> Result<(PathBuf, Vec<PathBuf>, BTreeMap<String, String>), Error> {
+type WeightFiles = (PathBuf, Vec<PathBuf>, BTreeMap<String, String>);
+
+fn weight_files(dir: &Path) -> Result<WeightFiles, Error> {
     let (single, path) = (dir.join(SINGLE), dir.join(INDEX));
     if single.is_file() {
         return Ok((single.clone(), vec![single], BTreeMap::new()));
@@ -253,4 +255,42 @@ fn write_file(path: &Path, tensors: Vec<(&str, Saved)>) -> Result<(), Error> {
             problem: error.to_string(),
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Runtime;
+
+    #[test]
+    fn shards_and_their_index_hold_the_whole_model() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama");
+        let runtime = Runtime {
+            device: Device::Cpu,
+            kind: Kind::Float,
+        };
+        let model = Model::load(&golden, &runtime).unwrap();
+        let out = tempfile::tempdir().unwrap();
+        model.save_shards(out.path(), Kind::Float, 30_000).unwrap();
+        fs_err::copy(golden.join("config.json"), out.path().join("config.json")).unwrap();
+        let text = fs_err::read_to_string(out.path().join(INDEX)).unwrap();
+        let index: Index = serde_json::from_str(&text).unwrap();
+        assert_eq!(index.metadata["total_size"], 4 * 31_328);
+        assert_eq!(index.weight_map.len(), model.parameters().len());
+        let files: BTreeSet<&String> = index.weight_map.values().collect();
+        let count = files.len();
+        assert!(count > 3, "{files:?}");
+        for (number, file) in files.into_iter().enumerate() {
+            assert_eq!(
+                *file,
+                format!("model-{:05}-of-{count:05}.safetensors", number + 1)
+            );
+            let bytes = fs_err::metadata(out.path().join(file)).unwrap().len();
+            assert!(bytes < 33_000, "{file}: {bytes}");
+        }
+        let again = Model::load(out.path(), &runtime).unwrap();
+        for ((name, one), (_, other)) in model.parameters().iter().zip(again.parameters()) {
+            assert!(one.equal(other), "{name}");
+        }
+    }
 }

@@ -201,7 +201,7 @@ fn is_weights(path: &Path) -> bool {
         .is_some_and(|extension| extension == "safetensors")
 }
 
-/// Whether a file of a model directory changes what the model does.
+/// Whether a file of a model directory, by its path in there, changes what the model does.
 fn matters(name: &str) -> bool {
     const NAMES: [&str; 6] = [
         "config.json",
@@ -211,11 +211,13 @@ fn matters(name: &str) -> bool {
         "special_tokens_map.json",
         "added_tokens.json",
     ];
-    NAMES.contains(&name)
-        || is_weights(Path::new(name))
-        || name.ends_with(".safetensors.index.json")
-        || name.starts_with("tokenizer")
-        || name.starts_with("chat_template")
+    let top_level = !name.contains('/');
+    top_level
+        && (NAMES.contains(&name)
+            || is_weights(Path::new(name))
+            || name.ends_with(".safetensors.index.json")
+            || name.starts_with("tokenizer")
+            || name.starts_with("chat_template"))
 }
 
 /// The files that matter against the manifest of the stage that wrote them.

@@ -1,7 +1,8 @@
-//! Speed of supervised training on made-up ids: a model of about 2 million parameters, 64 sequences of 200 tokens a step.
+//! Speed of supervised training on made-up ids: a model of about 2 million parameters, 64 sequences of 200
+//! tokens a step.
 //!
-//! `cargo run --release -p mempo-train --example throughput -- [f32|bf16] [steps] [tokens per micro-batch]`; `throughput.py` beside it is the
-//! same with plain PyTorch.
+//! `cargo run --release -p mempo-train --example throughput -- [f32|bf16] [steps] [tokens per micro-batch]`;
+//! `throughput.py` beside it is the same with plain PyTorch.
 
 #![allow(clippy::print_stdout, reason = "an example reports on the terminal")]
 

@@ -1,8 +1,9 @@
-//! AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2) over flat fp32 buffers, with clipping by global norm.
+//! AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2) over flat fp32 buffers, with clipping by
+//! global norm.
 //!
 //! Takes the gradient that was accumulated in [`AdamW::gradient`], leaves it zero. The arithmetic follows
-//! `torch.optim.AdamW` and `torch.nn.utils.clip_grad_norm_`, whose results the tests hold it to. A gradient that is not finite changes
-//! nothing but the gradient itself.
+//! `torch.optim.AdamW` and `torch.nn.utils.clip_grad_norm_`, whose results the tests hold it to. A gradient
+//! that is not finite changes nothing but the gradient itself.
 
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
@@ -72,9 +73,7 @@ impl AdamW {
             step_size: learning_rate / (1.0 - options.beta1.powf(updates)),
         };
         let decay = 1.0 - learning_rate * options.weight_decay;
-        if decay != 1.0 && self.decayed > 0 {
-            let _ = self.master.narrow(0, 0, self.decayed).g_mul_scalar_(decay);
-        }
+        let _ = self.master.narrow(0, 0, self.decayed).g_mul_scalar_(decay);
         self.update_blocks(&update);
         norm
     }
@@ -130,7 +129,7 @@ mod tests {
     /// The textbook, one scalar at a time in f64.
     fn brute_force(options: &OptimizerOptions, rate: f64, start: &[f32], steps: usize) -> Vec<f64> {
         let mut weights: Vec<f64> = start.iter().map(|&weight| f64::from(weight)).collect();
-        let mut moments = vec![(0.0, 0.0); 10];
+        let mut moments = [(0.0, 0.0); 10];
         for step in 0..steps {
             let gradient: Vec<f64> = gradient(step).into_iter().map(f64::from).collect();
             let norm = gradient.iter().map(|value| value * value).sum::<f64>().sqrt();
@@ -178,8 +177,7 @@ mod tests {
     /// Numbers written by `tests/fixtures/adamw.py` with `torch.optim.AdamW`.
     #[test]
     fn equals_pytorch() {
-        let golden: serde_json::Value =
-            serde_json::from_str(include_str!("../tests/fixtures/adamw.json")).unwrap();
+        let golden: serde_json::Value = serde_json::from_str(include_str!("../tests/fixtures/adamw.json")).unwrap();
         let numbers = |key: &str| -> Vec<f64> {
             golden[key].as_array().unwrap().iter().map(|value| value.as_f64().unwrap()).collect()
         };

@@ -33,8 +33,8 @@ pub(crate) struct Pass {
 }
 
 impl Backward<'_> {
-    /// Adds the gradient of the loss over all `sequences`. For each chunk of rows `loss` gets the chunk and its columns
-    /// `[C, K]` and returns `dL/dlogprob`, `[C]` fp32.
+    /// Adds the gradient of the loss over all `sequences`. For each chunk of rows `loss` gets the chunk and its
+    /// columns `[C, K]` and returns `dL/dlogprob`, `[C]` fp32.
     pub(crate) fn run(
         &self,
         sequences: &[Sequence],
@@ -58,12 +58,12 @@ impl Backward<'_> {
         let hidden_rd = target_hidden(self.model, batch);
         let head = Head { weight_vd: self.model.head_weight(), temperature: pass.temperature, entropy: pass.entropy };
         let mut head_gradient_vd = self.layout.slots[self.head_slot].view(self.gradient);
-        let gradient_rd =
-            head.backward(&hidden_rd.detach(), &batch.targets_r, &mut head_gradient_vd, &mut |chunk| {
-                let columns_ck = batch.columns_rk.narrow(0, chunk.rows.start, chunk.rows.end - chunk.rows.start);
-                loss(chunk, &columns_ck)
-            });
-        // The gradient of this number by the hidden states is what the head asks for; the number itself means nothing.
+        let gradient_rd = head.backward(&hidden_rd.detach(), &batch.targets_r, &mut head_gradient_vd, &mut |chunk| {
+            let columns_ck = batch.columns_rk.narrow(0, chunk.rows.start, chunk.rows.end - chunk.rows.start);
+            loss(chunk, &columns_ck)
+        });
+        // The gradient of this number by the hidden states is what the head asks for; the number itself means
+        // nothing.
         let carrier = (hidden_rd * gradient_rd).sum(Kind::Float);
         let leaves: Vec<&Tensor> = self.model.parameters().iter().map(|(_, tensor)| tensor).collect();
         let gradients = Tensor::f_run_backward(&[carrier], &leaves, false, false)?;

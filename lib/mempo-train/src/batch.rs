@@ -21,8 +21,9 @@ impl Sequence {
     }
 }
 
-/// Cuts sequences of these `lengths` into micro-batches of at most `budget` padded tokens (longest × count), longest
-/// first. Positions into `lengths`; each occurs once. A sequence longer than the budget runs alone; one of length 0 not at all.
+/// Cuts sequences of these `lengths` into micro-batches of at most `budget` padded tokens (longest × count),
+/// longest first. Positions into `lengths`; each occurs once. A sequence longer than the budget runs alone; one
+/// of length 0 not at all.
 pub fn micro_batches(lengths: &[usize], budget: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..lengths.len()).filter(|&index| lengths[index] > 0).collect();
     order.sort_by_key(|&index| (std::cmp::Reverse(lengths[index]), index));

@@ -1,10 +1,11 @@
 //! The output head: log-probabilities of chosen tokens and the gradient of a loss over them, without the logits ever
 //! existing as a whole.
 //!
-//! For any loss that depends on the network through the log-probabilities `lp_t` of the chosen tokens alone, the derivative by the
-//! logits is `c_t (onehot_t - p_t)` with `c_t = dL/dlp_t`. So each chunk of rows needs its logits only for a moment: from them come
-//! `lp_t`, then `c_t` from the loss, then the gradients of the hidden states and of the head's weight. The caller sends the former
-//! back through the body. The same memory-saving idea as Cut Cross-Entropy (arXiv 2411.09009), with plain operations.
+//! For any loss that depends on the network through the log-probabilities `lp_t` of the chosen tokens alone,
+//! the derivative by the logits is `c_t (onehot_t - p_t)` with `c_t = dL/dlp_t`. So each chunk of rows needs
+//! its logits only for a moment: from them come `lp_t`, then `c_t` from the loss, then the gradients of the
+//! hidden states and of the head's weight. The caller sends the former back through the body. The same
+//! memory-saving idea as Cut Cross-Entropy (arXiv 2411.09009), with plain operations.
 //!
 //! Shapes: `R` rows, `C` rows of one chunk, `D` hidden size, `V` vocabulary.
 
@@ -67,9 +68,9 @@ impl Head<'_> {
         let mut parts = Vec::new();
         for rows in self.chunks(targets_r) {
             let (start, length) = (rows.start, rows.end - rows.start);
-            let hidden_cd = hidden_rd.narrow(0, start, length);
+            let part_cd = hidden_rd.narrow(0, start, length);
             let targets_c1 = targets_r.narrow(0, start, length).unsqueeze(1);
-            let mut logprobs_cv = self.all_logprobs(&hidden_cd);
+            let mut logprobs_cv = self.all_logprobs(&part_cd);
             let logprobs_c = logprobs_cv.gather(1, &targets_c1, false).squeeze_dim(1);
             let entropies_c = self.entropy.then(|| entropies(&logprobs_cv));
             let chunk = Chunk { rows, logprobs_c, entropies_c };
@@ -78,7 +79,7 @@ impl Head<'_> {
             let minus_one_c1 = chunk.logprobs_c.full_like(-1.0).unsqueeze(1);
             let residual_cv = logprobs_cv.exp_().scatter_add_(1, &targets_c1, &minus_one_c1).to_kind(kind);
             parts.push((residual_cv.matmul(self.weight_vd) * &scale_c1).to_kind(kind));
-            let scaled_cd = (&hidden_cd * &scale_c1).to_kind(kind);
+            let scaled_cd = (&part_cd * &scale_c1).to_kind(kind);
             add_product(weight_gradient_vd, &residual_cv.tr(), &scaled_cd);
         }
         Tensor::cat(&parts, 0)
@@ -87,6 +88,7 @@ impl Head<'_> {
     /// `[C, V]` fp32 log-probabilities of the whole vocabulary.
     fn all_logprobs(&self, hidden_cd: &Tensor) -> Tensor {
         let mut logits_cv = hidden_cd.linear(self.weight_vd, None::<Tensor>).to_kind(Kind::Float);
+        #[expect(clippy::float_cmp, reason = "only the exact 1 of a caller who means it can be left out")]
         if self.temperature != 1.0 {
             let _ = logits_cv.g_div_scalar_(self.temperature);
         }
@@ -101,7 +103,8 @@ impl Head<'_> {
     }
 }
 
-/// `-Σ p ln p` of each row, as a batched dot product so that no further buffer of the vocabulary's size is made than `p`.
+/// `-Σ p ln p` of each row, as a batched dot product so that no further buffer of the vocabulary's size is made
+/// than `p`.
 fn entropies(logprobs_cv: &Tensor) -> Tensor {
     logprobs_cv.exp().unsqueeze(1).bmm(&logprobs_cv.unsqueeze(2)).view([-1]).neg()
 }
@@ -193,7 +196,8 @@ mod tests {
         check(300, 9000, Kind::BFloat16, 1.3, 1e-2);
     }
 
-    /// A token of probability 1 - 1e-4 has a gradient of about 1e-4, which p rounded to bf16 before the difference would lose.
+    /// A token of probability 1 - 1e-4 has a gradient of about 1e-4, which p rounded to bf16 before the
+    /// difference would lose.
     #[test]
     fn near_certain_tokens_keep_their_gradient_in_bf16() {
         let weight = Tensor::from_slice(&[9.25_f32, 0.0]).view([2, 1]).to_kind(Kind::BFloat16);

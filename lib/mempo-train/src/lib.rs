@@ -1,8 +1,8 @@
 //! Training: optimizer, losses, micro-batches, trainer state.
 //!
-//! Takes token ids, masks, weights and advantages and changes a [`mempo_model::Model`]; it does not know which algorithm made
-//! the advantages, and knows no text. [`Trainer`] is the way in: one call an optimizer step, either [`Trainer::sft_step`]
-//! or [`Trainer::policy_step`]. Inside:
+//! Takes token ids, masks, weights and advantages and changes a [`mempo_model::Model`]; it does not know which
+//! algorithm made the advantages, and knows no text. [`Trainer`] is the way in: one call an optimizer step,
+//! either [`Trainer::sft_step`] or [`Trainer::policy_step`]. Inside:
 //!
 //! - [`batch`](self): sequences are sorted by length and cut into micro-batches by a budget of padded tokens;
 //! - `head`: log-probabilities and the gradient of any loss that depends on them, in closed form and in chunks of rows;
@@ -10,8 +10,8 @@
 //! - `adamw`: AdamW over flat fp32 buffers; `flat` lays the parameters out in them;
 //! - `state`: the fp32 master weights and moments as files, from which training continues bit for bit.
 //!
-//! The denominator of the loss is computed over the whole optimizer step before it is cut, so the gradient does not depend on the
-//! cut (up to the order of floating-point sums).
+//! The denominator of the loss is computed over the whole optimizer step before it is cut, so the gradient does
+//! not depend on the cut (up to the order of floating-point sums).
 
 mod adamw;
 mod backward;

@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use crate::Error;
 
-/// AdamW and its schedule. Defaults are those of reinforcement learning; a program with other defaults changes them on
-/// its command (`mut_arg`).
+/// AdamW and its schedule. Defaults are those of reinforcement learning; a program with other defaults changes
+/// them on its command (`mut_arg`).
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
 pub struct OptimizerOptions {
     /// Highest learning rate of the schedule
@@ -73,7 +73,8 @@ pub struct PolicyOptions {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Aggregation {
-    /// Mean over the tokens of each trajectory (all its steps), then mean over trajectories: `1/N Σ_i 1/|τ_i| Σ_k` (MemPO)
+    /// Mean over the tokens of each trajectory (all its steps), then mean over trajectories: `1/N Σ_i 1/|τ_i|
+    /// Σ_k` (MemPO)
     TrajectoryMean,
     /// Mean over all tokens of the optimizer step
     TokenMean,
@@ -83,7 +84,12 @@ impl OptimizerOptions {
     /// Refuses values that make no sense.
     pub fn check(&self) -> Result<(), Error> {
         let at_least_zero = "must be a number of at least 0";
-        require("learning-rate", self.learning_rate, (0.0..f64::INFINITY).contains(&self.learning_rate), at_least_zero)?;
+        require(
+            "learning-rate",
+            self.learning_rate,
+            (0.0..f64::INFINITY).contains(&self.learning_rate),
+            at_least_zero,
+        )?;
         require("warmup-ratio", self.warmup_ratio, (0.0..=1.0).contains(&self.warmup_ratio), "must be from 0 to 1")?;
         require("weight-decay", self.weight_decay, (0.0..f64::INFINITY).contains(&self.weight_decay), at_least_zero)?;
         require("beta1", self.beta1, (0.0..1.0).contains(&self.beta1), "must be at least 0 and below 1")?;
@@ -110,8 +116,8 @@ fn require(option: &'static str, value: f64, holds: bool, expected: &'static str
 
 /// Learning rate of optimizer step `step` (from 0) out of `total_steps`.
 ///
-/// Rises over the first `w = ceil(warmup_ratio · total_steps)` steps as `(step + 1) / w`, so that no step is lost to a rate of
-/// 0, then follows the schedule, which would reach 0 at `total_steps`.
+/// Rises over the first `w = ceil(warmup_ratio · total_steps)` steps as `(step + 1) / w`, so that no step is
+/// lost to a rate of 0, then follows the schedule, which would reach 0 at `total_steps`.
 pub fn learning_rate_at(options: &OptimizerOptions, step: u64, total_steps: u64) -> f64 {
     let warmup_steps = (options.warmup_ratio * total_steps as f64).ceil() as u64;
     if step < warmup_steps {

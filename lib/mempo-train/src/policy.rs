@@ -1,10 +1,11 @@
 //! The policy loss: per-token terms and their derivative by the token's log-probability.
 //!
-//! `L = Σ_t w_t (pg_t + β k3_t)` over all policy tokens, where `w_t` is what `--aggregation` makes of the optimizer step:
-//! `1 / (N |τ_i|)` for MemPO's objective (arXiv 2603.00680: `1/N Σ_i 1/|τ_i| Σ_k`, `|τ_i|` counting the policy tokens of all steps), or
-//! `1 / Σ_i |τ_i|`. With `r = exp(lp - old)`, the difference clamped to ±20:
-//! `pg = max(-A r, -A clip(r, 1-lo, 1+hi))`, for `A < 0` at most `-A c` (dual clip, arXiv 1912.09729), and
-//! `k3 = exp(x) - x - 1` with `x = ref - lp` clamped to ±20 and the result to 10 (the clamps are verl's).
+//! `L = Σ_t w_t (pg_t + β k3_t)` over all policy tokens, where `w_t` is what `--aggregation` makes of the
+//! optimizer step: `1 / (N |τ_i|)` for MemPO's objective (arXiv 2603.00680: `1/N Σ_i 1/|τ_i| Σ_k`, `|τ_i|`
+//! counting the policy tokens of all steps), or `1 / Σ_i |τ_i|`. With `r = exp(lp - old)`, the difference
+//! clamped to ±20: `pg = max(-A r, -A clip(r, 1-lo, 1+hi))`, for `A < 0` at most `-A c` (dual clip, arXiv
+//! 1912.09729), and `k3 = exp(x) - x - 1` with `x = ref - lp` clamped to ±20 and the result to 10 (the clamps
+//! are verl's).
 
 use serde::Serialize;
 use tch::{Kind, Tensor};
@@ -13,7 +14,8 @@ use crate::batch::Sequence;
 use crate::head::Chunk;
 use crate::{Aggregation, Error, PolicyOptions};
 
-/// Values a token brings along: weight, old log-probability, reference log-probability (NaN if there is none), advantage.
+/// Values a token brings along: weight, old log-probability, reference log-probability (NaN if there is none),
+/// advantage.
 const COLUMNS: usize = 4;
 const LOGPROB_CLAMP: f64 = 20.0;
 const KL_CLAMP: f64 = 10.0;
@@ -38,7 +40,8 @@ pub struct PolicySequence {
     pub reference_logprobs: Option<Vec<f32>>,
     /// One per completion id.
     pub advantages: Vec<f32>,
-    /// 1 normally. The step's tokens count this often, in the loss and in the trajectory's length; 0 leaves the step out.
+    /// 1 normally. The step's tokens count this often, in the loss and in the trajectory's length; 0 leaves the
+    /// step out.
     pub loss_weight: f32,
 }
 
@@ -80,8 +83,8 @@ pub(crate) struct PolicySums {
     with_reference: bool,
 }
 
-/// Cuts trajectories into sequences whose tokens carry their share of the loss: the only place where steps, trajectories and the
-/// optimizer step meet, so nothing after it depends on how tokens are packed.
+/// Cuts trajectories into sequences whose tokens carry their share of the loss: the only place where steps,
+/// trajectories and the optimizer step meet, so nothing after it depends on how tokens are packed.
 pub(crate) fn weighted_sequences(
     trajectories: &[PolicyTrajectory],
     options: &PolicyOptions,

@@ -1,7 +1,7 @@
 //! Trainer state on disk: fp32 master weights, moments and counters, from which training continues bit for bit.
 //!
-//! A folder of three safetensors files (parameters under their Hugging Face names) and [`STATE_FILE`], which is written last and
-//! holds the counters and the digest of each other file.
+//! A folder of three safetensors files (parameters under their Hugging Face names) and [`STATE_FILE`], which is
+//! written last and holds the counters and the digest of each other file.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -95,8 +95,9 @@ pub(crate) fn load(dir: &Path, layout: &Layout, optimizer: &mut AdamW) -> Result
     Ok(state.counters)
 }
 
-/// Refuses a state in `dir` that was not saved together with the weights of `model`, as when the weights of a checkpoint were replaced: training
-/// would go on from the state's. Compares in bf16, to which the weights may have been rounded.
+/// Refuses a state in `dir` that was not saved together with the weights of `model`, as when the weights of a
+/// checkpoint were replaced: training would go on from the state's. Compares in bf16, to which the weights may
+/// have been rounded.
 pub fn verify_state(model: &Model, dir: &Path) -> Result<(), Error> {
     let state = read_state_file(dir)?;
     let path = dir.join(MASTER_FILE);
@@ -133,6 +134,7 @@ fn check_digest(path: &Path, state: &StateFile, name: &str, digest: &str) -> Res
     if state.sha256.get(name).is_some_and(|expected| expected == digest) {
         return Ok(());
     }
-    let problem = format!("its SHA-256 is {digest}, not the one in {STATE_FILE} beside it: the file was changed or damaged");
+    let problem =
+        format!("its SHA-256 is {digest}, not the one in {STATE_FILE} beside it: the file was changed or damaged");
     Err(Error::State { path: path.to_owned(), problem })
 }

@@ -67,8 +67,8 @@ pub(crate) fn read_tensors(
     }
     let mut header = vec![0; length as usize];
     read(&mut header)?;
-    let metadata: Metadata = serde_json::from_slice(&header)
-        .map_err(|error| unusable(format!("not a safetensors file: {error}")))?;
+    let metadata: Metadata =
+        serde_json::from_slice(&header).map_err(|error| unusable(format!("not a safetensors file: {error}")))?;
     for name in metadata.offset_keys() {
         let info = metadata.info(&name).expect("names come from the same header");
         if info.dtype != Dtype::F32 {
@@ -86,7 +86,7 @@ pub(crate) fn read_tensors(
 }
 
 fn hex(digest: Sha256) -> String {
-    digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+    format!("{:x}", digest.finalize())
 }
 
 #[cfg(test)]

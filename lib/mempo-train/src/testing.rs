@@ -75,8 +75,8 @@ impl Numbers {
     }
 }
 
-/// Trajectories of one to four steps of different lengths, among them a step that is left out, one that counts double and an
-/// empty one. Old log-probabilities are about those of a uniform policy.
+/// Trajectories of one to four steps of different lengths, among them a step that is left out, one that counts
+/// double and an empty one. Old log-probabilities are about those of a uniform policy.
 pub(crate) fn trajectories(count: usize, seed: u64) -> Vec<PolicyTrajectory> {
     let mut numbers = Numbers::new(seed);
     let mut trajectory = |index: usize| PolicyTrajectory {

@@ -44,8 +44,8 @@ pub struct StepStats {
 
 /// A model in training.
 ///
-/// The model computes in its own type (bf16 or f32); the optimizer works on fp32 master weights, of which the model's are the
-/// rounded copy, so that no update is too small to count. In f32 the two are the same memory.
+/// The model computes in its own type (bf16 or f32); the optimizer works on fp32 master weights, of which the
+/// model's are the rounded copy, so that no update is too small to count. In f32 the two are the same memory.
 pub struct Trainer {
     model: Model,
     layout: Layout,
@@ -58,8 +58,8 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// Takes over a model. With the folder of a `state` training continues from that state, master weights included; without
-    /// one it starts from the model's weights.
+    /// Takes over a model. With the folder of a `state` training continues from that state, master weights
+    /// included; without one it starts from the model's weights.
     pub fn new(mut model: Model, options: &OptimizerOptions, state: Option<&Path>) -> Result<Self, Error> {
         options.check()?;
         let _no_grad = no_grad_guard();
@@ -95,8 +95,8 @@ impl Trainer {
         self.counters.skipped_steps
     }
 
-    /// One supervised optimizer step: the loss is the mean over the target tokens of all `sequences`, however they are cut into
-    /// micro-batches of at most `tokens_per_micro_batch` padded tokens.
+    /// One supervised optimizer step: the loss is the mean over the target tokens of all `sequences`, however
+    /// they are cut into micro-batches of at most `tokens_per_micro_batch` padded tokens.
     pub fn sft_step(
         &mut self,
         sequences: &[TrainSequence],
@@ -117,11 +117,7 @@ impl Trainer {
     }
 
     /// Mean negative log-probability of the target tokens of all `sequences`, in nats; changes nothing.
-    pub fn validation_loss(
-        &self,
-        sequences: &[TrainSequence],
-        tokens_per_micro_batch: usize,
-    ) -> Result<f64, Error> {
+    pub fn validation_loss(&self, sequences: &[TrainSequence], tokens_per_micro_batch: usize) -> Result<f64, Error> {
         let _no_grad = no_grad_guard();
         let (prepared, _) = self.supervised(sequences)?;
         let lengths: Vec<usize> = prepared.iter().map(Sequence::input_length).collect();
@@ -135,8 +131,9 @@ impl Trainer {
         Ok(loss)
     }
 
-    /// One optimizer step on whole trajectories. Log-probabilities are taken at `temperature`, that of sampling. The denominator of the
-    /// loss is that of all `trajectories`, however their steps are cut into micro-batches.
+    /// One optimizer step on whole trajectories. Log-probabilities are taken at `temperature`, that of
+    /// sampling. The denominator of the loss is that of all `trajectories`, however their steps are cut into
+    /// micro-batches.
     pub fn policy_step(
         &mut self,
         trajectories: &[PolicyTrajectory],
@@ -155,8 +152,8 @@ impl Trainer {
         state::save(dir, &self.layout, &self.optimizer, self.counters)
     }
 
-    /// Writes a complete Hugging Face model directory, the files beside the weights taken from `source_dir`, and the state in its
-    /// `trainer/`.
+    /// Writes a complete Hugging Face model directory, the files beside the weights taken from `source_dir`,
+    /// and the state in its `trainer/`.
     pub fn save_checkpoint(&self, source_dir: &Path, out_dir: &Path) -> Result<(), Error> {
         self.save_state(&out_dir.join("trainer"))?;
         Ok(mempo_model::save_checkpoint(&self.model, source_dir, out_dir)?)
@@ -218,10 +215,7 @@ impl Trainer {
         if self.counters.consecutive_skipped < MOST_SKIPPED {
             return Ok(norm);
         }
-        Err(Error::NonFinite {
-            consecutive: self.counters.consecutive_skipped,
-            global_step: self.counters.global_step,
-        })
+        Err(Error::NonFinite { consecutive: self.counters.consecutive_skipped, global_step: self.counters.global_step })
     }
 
     fn vocabulary(&self) -> usize {

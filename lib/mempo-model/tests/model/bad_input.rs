@@ -67,7 +67,7 @@ fn files_cut_short_anywhere() {
 fn tensors_missing_misshapen_or_foreign() {
     const Q: &str = "model.layers.1.self_attn.q_proj.weight";
     let error = error_of("qwen2", |dir| {
-        edit_tensors(dir, |tensors| drop(tensors.remove(Q)))
+        edit_tensors(dir, |tensors| drop(tensors.remove(Q)));
     });
     check(&error, &["model.safetensors", Q, "missing", "[32, 32]"]);
     let error = error_of("qwen2", |dir| {

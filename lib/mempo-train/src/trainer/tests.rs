@@ -74,7 +74,7 @@ fn autograd_policy(
         };
         for step in trajectory.steps.iter().filter(|step| !step.completion_ids.is_empty()) {
             let terms = plain_terms(&plain_logprobs(trainer, step, 0.8), step, options);
-            loss = loss + terms.sum(Kind::Double) * f64::from(step.loss_weight) / denominator;
+            loss += terms.sum(Kind::Double) * f64::from(step.loss_weight) / denominator;
         }
     }
     let leaves: Vec<&Tensor> = trainer.model.parameters().iter().map(|(_, tensor)| tensor).collect();
@@ -203,7 +203,7 @@ fn on_policy_the_gradient_is_that_of_reinforce() {
             step.reference_logprobs = Some(step.old_logprobs.clone());
             if step.loss_weight > 0.0 {
                 let weighted = (logprobs * Tensor::from_slice(&step.advantages)).sum(Kind::Double);
-                loss = loss - weighted * f64::from(step.loss_weight) / tokens;
+                loss -= weighted * f64::from(step.loss_weight) / tokens;
             }
         }
     }
@@ -286,7 +286,11 @@ fn small_learning_rates_add_up_in_bf16() {
     }
     let end = weights(&trainer);
     let moved = |from: &[Tensor]| -> i64 {
-        end.iter().zip(from).take(end.len() - 1).map(|(end, from)| end.ne_tensor(from).sum(Kind::Int64).int64_value(&[])).sum()
+        end.iter()
+            .zip(from)
+            .take(end.len() - 1)
+            .map(|(end, from)| end.ne_tensor(from).sum(Kind::Int64).int64_value(&[]))
+            .sum()
     };
     assert!(moved(&first) > 100, "only {} rounded weights moved", moved(&first));
     let change = (end.last().unwrap() - start.last().unwrap()).abs().max().double_value(&[]);
@@ -318,15 +322,18 @@ fn three_bad_gradients_in_a_row_stop_the_training() {
     assert_eq!(trainer.skipped_steps(), 5);
 }
 
+/// What is done to one step of good input.
+type Change<'a> = &'a dyn Fn(&mut PolicySequence);
+
 #[test]
 fn malformed_input_is_refused_by_place() {
     let mut trainer = trainer(10, true, Kind::Float);
-    let mut message = |change: &dyn Fn(&mut PolicySequence)| {
+    let mut message = |change: Change| {
         let mut content = trajectories(5, 13);
         change(&mut content[3].steps[2]);
         trainer.policy_step(&content, &policy_options(), 1e-3, 1.0, BUDGET).unwrap_err().to_string()
     };
-    let cases: [(&dyn Fn(&mut PolicySequence), &str); 5] = [
+    let cases: [(Change, &str); 5] = [
         (&|step| step.reference_logprobs = None, "trajectory 3, step 2: no reference log-probabilities"),
         (&|step| step.advantages.push(1.0), "advantages for"),
         (&|step| step.old_logprobs[0] = f32::NAN, "old log-probabilities: value 0 is NaN"),
