@@ -7,8 +7,7 @@ use mempo_tests::{root, run};
 use serde_json::{Value, json};
 
 const COLOURS: [&str; 6] = ["red", "green", "blue", "white", "black", "pink"];
-const NAMES: [&str; 12] =
-    ["Ana", "Bob", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jo", "Kim", "Leo"];
+const NAMES: [&str; 12] = ["Ana", "Bob", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jo", "Kim", "Leo"];
 
 fn colour(person: usize) -> &'static str {
     COLOURS[(person * 5 + 1) % COLOURS.len()]
@@ -116,7 +115,8 @@ fn every_stage_runs_and_hands_on_what_the_next_one_needs() {
     assert!(update[0]["kl"].as_f64().unwrap().abs() < 1e-6, "{}", update[0]);
 
     run(directory, "mempo-score evaluate --rollouts rollouts --json", 0);
-    for stage in ["tasks", "index", "base", "examples", "sft", "rollouts", "scores", "logprobs", "advantages", "policy"] {
+    for stage in ["tasks", "index", "base", "examples", "sft", "rollouts", "scores", "logprobs", "advantages", "policy"]
+    {
         run(directory, &format!("mempo-score verify {stage}"), 0);
     }
 
@@ -131,7 +131,11 @@ fn bad_input_is_named_and_leaves_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
     write_inputs(directory);
-    fs_err::write(directory.join("broken.jsonl"), "{\"question\": \"Who?\", \"golden_answers\": [\"x\"]}\n{\"question\": \n").unwrap();
+    fs_err::write(
+        directory.join("broken.jsonl"),
+        "{\"question\": \"Who?\", \"golden_answers\": [\"x\"]}\n{\"question\": \n",
+    )
+    .unwrap();
     fs_err::write(directory.join("empty.jsonl"), "").unwrap();
     let cases = [
         ("mempo-rollout compose --questions broken.jsonl --objectives 1 --out bad", "broken.jsonl:2"),

@@ -8,7 +8,7 @@ use clap::Parser;
 use mempo_data::{Document, Row, Status, Step, StopReason, Task, Trajectory, read_rows};
 use mempo_model::{Config, DeviceOptions, Model, ScoreOptions, ScoredSequence};
 use mempo_rollout::Arguments;
-use mempo_text::{Tokenizer, train_tokenizer};
+use mempo_text::{NewTokenizer, Tokenizer, train_tokenizer};
 use serde_json::{Value, json};
 
 fn run(directory: &Path, line: &str) -> anyhow::Result<()> {
@@ -63,7 +63,7 @@ fn write_model(directory: &Path) {
     let model = directory.join("model");
     let text =
         "Where is city 1?; land 2 <mem></mem><think><answer></answer><tool_call>{\"name\": \"search\"}</tool_call>";
-    train_tokenizer(std::iter::repeat_n(text.to_owned(), 3), 300, &model).unwrap();
+    train_tokenizer(std::iter::repeat_n(text.to_owned(), 3), &NewTokenizer::of_size(300), &model).unwrap();
     let config = json!({
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 320,

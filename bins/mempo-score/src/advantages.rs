@@ -1,5 +1,6 @@
 //! `mempo-score advantages`: from rewards to what the update needs of every step.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use anyhow::anyhow;
@@ -42,11 +43,12 @@ pub(crate) struct AdvantagesArguments {
     #[arg(long, value_enum, default_value = "mempo")]
     estimator: Estimator,
     #[command(flatten)]
+    #[serde(flatten)]
     normalise: NormaliseOptions,
     /// Memory for joining and sorting tables, in MiB; more is spilled to disk
-    #[arg(long, default_value_t = 1024)]
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(16..))]
     #[serde(skip)]
-    memory_limit_mib: usize,
+    memory_limit_mib: u32,
     #[command(flatten)]
     #[serde(skip)]
     stage: StageArgs,
@@ -67,7 +69,7 @@ pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
     let Some(stage) = Stage::open("mempo-score", "advantages", &arguments.stage, arguments, &inputs)? else {
         return Ok(());
     };
-    let session = Session::new(arguments.memory_limit_mib << 20)?;
+    let session = Session::new((arguments.memory_limit_mib as usize) << 20)?;
     let mut rows = joined_rows(&session, &rollouts, scores.as_ref())?.peekable();
     let task_count = rollouts.count_tasks()?;
     let parts = stage.shard_range(task_count.div_ceil(TASKS_PER_PART));
@@ -95,6 +97,7 @@ pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
 
 /// Scores of other rollouts may have the same keys: the manifest says what was scored.
 fn check_lineage(scores: &Input, rollouts: &Input) -> anyhow::Result<()> {
+    scores.table("scores")?;
     let records = scores.manifest().into_iter().flat_map(|manifest| &manifest.inputs);
     if records.into_iter().any(|record| record.name == "rollouts" && record.digest == rollouts.digest()) {
         return Ok(());
@@ -163,8 +166,8 @@ type Rows<I> = std::iter::Peekable<I>;
 /// The rows of the next task.
 fn next_task(rows: &mut Rows<impl Iterator<Item = anyhow::Result<JoinedRow>>>) -> anyhow::Result<Vec<JoinedRow>> {
     let mut task: Vec<JoinedRow> = rows.next().transpose()?.into_iter().collect();
-    while let Some(row) =
-        rows.next_if(|row| row.as_ref().map_or(true, |row| task.first().is_some_and(|first| first.task_id == row.task_id)))
+    while let Some(row) = rows
+        .next_if(|row| row.as_ref().map_or(true, |row| task.first().is_some_and(|first| first.task_id == row.task_id)))
     {
         task.push(row?);
     }
@@ -196,7 +199,9 @@ fn task_advantages(
     let found = group_advantages(&attempts, options);
     count_states(&attempts, &found, sums);
     let parts = chunks.iter().zip(&found.trajectory).zip(&found.memory);
-    Ok(parts.flat_map(|((chunk, trajectory), memory)| step_advantages(chunk, *trajectory, memory, with_scores)).collect())
+    Ok(parts
+        .flat_map(|((chunk, trajectory), memory)| step_advantages(chunk, *trajectory, memory, with_scores))
+        .collect())
 }
 
 fn check_steps(chunk: &[JoinedRow], with_scores: bool) -> anyhow::Result<()> {
@@ -204,7 +209,9 @@ fn check_steps(chunk: &[JoinedRow], with_scores: bool) -> anyhow::Result<()> {
     let found = chunk.iter().filter(|row| row.step_index.is_some()).count();
     if found != first.step_count as usize {
         let (key, expected) = (first.key(), first.step_count);
-        return Err(anyhow!("{key}: `steps` has {found} rows of the trajectory, which counts {expected}: sample again"));
+        return Err(anyhow!(
+            "{key}: `steps` has {found} rows of the trajectory, which counts {expected}: sample again"
+        ));
     }
     let unscored = chunk.iter().find(|row| with_scores && row.memory().is_some() && !row.scored);
     unscored.map_or(Ok(()), |row| {
@@ -234,15 +241,15 @@ fn step_advantages(chunk: &[JoinedRow], trajectory: f64, memory: &[f64], with_sc
 }
 
 fn count_states(attempts: &[Rewarded], found: &GroupAdvantages, sums: &mut Sums) {
-    let all = |value: f64| attempts.iter().all(|attempt| attempt.reward == value);
+    let all = |holds: fn(f64) -> bool| attempts.iter().all(|attempt| holds(attempt.reward));
     sums.add("tasks", 1.0);
     sums.add("memories", found.memory.iter().map(|memories| memories.len() as f64).sum());
     sums.add(
         match found.trajectory_state {
             GroupState::Mixed => "trajectory_mixed",
             GroupState::Small => "trajectory_too_small",
-            GroupState::Equal if all(0.0) => "trajectory_all_zero",
-            GroupState::Equal if all(1.0) => "trajectory_all_one",
+            GroupState::Equal if all(|reward| reward <= 0.0) => "trajectory_all_zero",
+            GroupState::Equal if all(|reward| reward >= 1.0) => "trajectory_all_one",
             GroupState::Equal => "trajectory_all_equal",
         },
         1.0,
@@ -260,12 +267,11 @@ fn count_states(attempts: &[Rewarded], found: &GroupAdvantages, sums: &mut Sums)
 fn summary(sums: &Sums) -> serde_json::Value {
     let states = |kind: &str, names: &[&str]| {
         let counts = names.iter().map(|name| ((*name).to_owned(), sums.count(&format!("{kind}_{name}"))));
-        let counts: Vec<(String, u64)> = counts.collect();
-        let total: u64 = counts.iter().map(|(_, count)| count).sum();
+        let counts: BTreeMap<String, u64> = counts.collect();
+        let total: u64 = counts.values().sum();
         let degenerate = total - sums.count(&format!("{kind}_mixed"));
         let share = (total > 0).then(|| degenerate as f64 / total as f64);
-        json!({"groups": total, "degenerate_share": share, "by_state": serde_json::Map::from_iter(
-            counts.into_iter().map(|(name, count)| (name, count.into())))})
+        json!({"groups": total, "degenerate_share": share, "by_state": counts})
     };
     json!({
         "tasks": sums.count("tasks"),
@@ -279,8 +285,6 @@ fn summary(sums: &Sums) -> serde_json::Value {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use mempo_data::{Row, Score, Step, Trajectory};
     use mempo_run::Failure;
 
@@ -288,7 +292,8 @@ mod tests {
     use crate::fixture::{Chain, failure};
 
     const COMMAND: &str = "advantages --rollouts @rollouts --scores @scores";
-    const SEGMENTS: &str = "segments --rollouts @rollouts --tasks @tasks --model @model --dtype f32 --device cpu --out @scores";
+    const SEGMENTS: &str =
+        "segments --rollouts @rollouts --tasks @tasks --model @model --dtype f32 --device cpu --out @scores";
 
     /// `(value - mean) / sample std` of every value, written the long way round.
     fn standardised(values: &[f64]) -> Vec<f64> {
@@ -304,13 +309,16 @@ mod tests {
         let chain = Chain::new();
         chain.run(SEGMENTS).unwrap();
         for scope in ["per-step", "pooled"] {
-            chain.run(&format!("{COMMAND} --memory-scope {scope} --min-memory-group 2 --alpha 0.5 --out @{scope}")).unwrap();
+            chain
+                .run(&format!("{COMMAND} --memory-scope {scope} --min-memory-group 2 --alpha 0.5 --out @{scope}"))
+                .unwrap();
             let rows = chain.rows::<Advantage>(scope);
             let mut groups: BTreeMap<(String, i32), Vec<(Key, f64)>> = BTreeMap::new();
             let counted = |row: &&Trajectory| row.reward.is_some();
             let kept: Vec<Key> = chain.trajectories.iter().filter(counted).map(Row::key).collect();
             let is_kept = |task: &str, index| kept.contains(&Key::of_step(task, index, 0));
-            for score in chain.rows::<Score>("scores").iter().filter(|row| is_kept(&row.task_id, row.trajectory_index)) {
+            for score in chain.rows::<Score>("scores").iter().filter(|row| is_kept(&row.task_id, row.trajectory_index))
+            {
                 let step = if scope == "pooled" { 0 } else { score.step_index };
                 let group = groups.entry((score.task_id.clone(), step)).or_default();
                 group.push((score.key(), score.memory_reward.unwrap()));
@@ -318,26 +326,48 @@ mod tests {
             let mut expected: BTreeMap<Key, f64> = BTreeMap::new();
             for group in groups.into_values().filter(|group| group.len() > 1) {
                 let values: Vec<f64> = group.iter().map(|(_, value)| *value).collect();
-                let found = if values.iter().all(|v| *v == values[0]) { vec![0.0; values.len()] } else { standardised(&values) };
+                let same = values.iter().all(|value| value.to_bits() == values[0].to_bits());
+                let found = if same { vec![0.0; values.len()] } else { standardised(&values) };
                 expected.extend(group.into_iter().map(|(key, _)| key).zip(found));
             }
-            let steps: Vec<&Step> = chain.steps.iter().filter(|row| is_kept(&row.task_id, row.trajectory_index)).collect();
+            let steps: Vec<&Step> =
+                chain.steps.iter().filter(|row| is_kept(&row.task_id, row.trajectory_index)).collect();
             assert_eq!(rows.len(), steps.len());
             for (row, step) in rows.iter().zip(steps) {
                 assert_eq!(row.key(), step.key());
                 let memory = 0.5 * expected.get(&row.key()).copied().unwrap_or(0.0);
                 assert!((f64::from(row.memory_advantage.unwrap()) - memory).abs() < 1e-5, "{}", row.key());
-                assert_eq!((row.memory_start, row.memory_end), (Some(step.segments[0].start), Some(step.segments[0].end)));
+                assert_eq!(
+                    (row.memory_start, row.memory_end),
+                    (Some(step.segments[0].start), Some(step.segments[0].end))
+                );
                 let task = chain.trajectories.iter().filter(|other| other.task_id == row.task_id);
                 let rewards: Vec<f64> = task.filter(counted).map(|row| f64::from(row.reward.unwrap())).collect();
-                let expected = if rewards.len() < 2 { 0.0 } else { standardised(&rewards)[row.trajectory_index as usize] };
+                let expected =
+                    if rewards.len() < 2 { 0.0 } else { standardised(&rewards)[row.trajectory_index as usize] };
                 assert!((f64::from(row.trajectory_advantage) - expected).abs() < 1e-6);
             }
         }
         let summary = chain.summary("per-step");
         assert_eq!(summary["trajectories_without_reward"], 1);
-        assert_eq!(summary["trajectory_groups"]["by_state"], json!({"mixed": 16, "all_zero": 0, "all_one": 0, "all_equal": 0, "too_small": 1}));
+        assert_eq!(
+            summary["trajectory_groups"]["by_state"],
+            json!({"mixed": 16, "all_zero": 0, "all_one": 0, "all_equal": 0, "too_small": 1})
+        );
         assert_eq!(summary["memory_groups"]["groups"], 17 * 3);
+    }
+
+    #[test]
+    fn neither_shards_nor_little_memory_change_a_byte() {
+        let chain = Chain::new();
+        chain.run(SEGMENTS).unwrap();
+        for shard in ["0/2", "1/2"] {
+            chain.run(&SEGMENTS.replace("@scores", &format!("@shards --shard {shard}"))).unwrap();
+        }
+        chain.run(&format!("{COMMAND} --out @whole")).unwrap();
+        chain.run(&format!("{COMMAND} --memory-limit-mib 16 --out @little").replace("@scores", "@shards")).unwrap();
+        let bytes = |stage: &str| fs_err::read(chain.path(stage).join("advantages/part-00000.parquet")).unwrap();
+        assert_eq!(bytes("whole"), bytes("little"));
     }
 
     #[test]
@@ -368,7 +398,10 @@ mod tests {
         }
         chain.write();
         let error = chain.run(&format!("{COMMAND} --out @b")).unwrap_err();
-        assert!(matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("not the scores of")), "{error:#}");
+        assert!(
+            matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("not the scores of")),
+            "{error:#}"
+        );
     }
 
     fn row(trajectory_index: i32, step_index: Option<i32>, scored: bool) -> JoinedRow {

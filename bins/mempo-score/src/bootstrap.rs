@@ -35,10 +35,10 @@ pub(crate) fn bootstrap(
         })
         .collect();
     let interval = |(place, value)| {
-        let mut drawn: Vec<f64> = draws.iter().filter_map(|draw| draw[place]).collect();
-        drawn.sort_by(f64::total_cmp);
+        let mut sorted: Vec<f64> = draws.iter().filter_map(|draw| draw[place]).collect();
+        sorted.sort_by(f64::total_cmp);
         let tail = (1.0 - LEVEL) / 2.0;
-        Estimate { value, low: quantile(&drawn, tail), high: quantile(&drawn, 1.0 - tail) }
+        Estimate { value, low: quantile(&sorted, tail), high: quantile(&sorted, 1.0 - tail) }
     };
     values.into_iter().enumerate().map(interval).collect()
 }

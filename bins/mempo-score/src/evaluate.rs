@@ -131,7 +131,8 @@ fn measure_rollouts(path: &Path, label: String, by: &[By], facts: Option<&Facts>
         let group = group.bad_input()?;
         let task_id = &group[0].task_id;
         if facts.is_some_and(|facts| facts.of(task_id).is_none()) {
-            return Err(anyhow!("{}: trajectories of task `{task_id}`, which --tasks lack", path.display())).bad_input();
+            return Err(anyhow!("{}: trajectories of task `{task_id}`, which --tasks lack", path.display()))
+                .bad_input();
         }
         let new = group.iter().map(|row| &row.policy).filter(|policy| !policies.contains(*policy)).cloned();
         let new: Vec<String> = new.take(1).collect();
@@ -186,7 +187,8 @@ mod tests {
     #[test]
     fn rollouts_and_answers_stand_side_by_side() {
         let chain = Chain::new();
-        let answers = chain.tasks.iter().map(|task| json!({"task_id": task.task_id, "answer": "ANY; the purple"}).to_string());
+        let answers =
+            chain.tasks.iter().map(|task| json!({"task_id": task.task_id, "answer": "ANY; the purple"}).to_string());
         fs_err::write(chain.path("answers.jsonl"), answers.collect::<Vec<_>>().join("\n")).unwrap();
         let found = report(
             &chain,
@@ -195,8 +197,12 @@ mod tests {
         let labels: Vec<&Value> = found["runs"].as_array().unwrap().iter().map(|run| &run["label"]).collect();
         assert_eq!(labels, ["policy", "majority"]);
         assert_eq!(found["runs"][0]["settings"]["context"], "mempo");
-        let groups: Vec<&Value> = found["runs"][0]["groups"].as_array().unwrap().iter().map(|group| &group["group"]).collect();
-        assert_eq!(groups, [&json!({}), &json!({"objectives": 2, "source": "even"}), &json!({"objectives": 2, "source": "odd"})]);
+        let groups: Vec<&Value> =
+            found["runs"][0]["groups"].as_array().unwrap().iter().map(|group| &group["group"]).collect();
+        assert_eq!(
+            groups,
+            [&json!({}), &json!({"objectives": 2, "source": "even"}), &json!({"objectives": 2, "source": "odd"})]
+        );
 
         let (policy, majority) = (&found["runs"][0]["groups"][0], &found["runs"][1]["groups"][0]);
         assert_eq!((&policy["tasks"], &policy["trajectories"]), (&json!(17), &json!(34)));
@@ -219,7 +225,10 @@ mod tests {
         let chain = Chain::new();
         let found = report(&chain, "--rollouts @rollouts @rollouts --name a b --baseline b");
         assert_eq!(found["differences"].as_array().unwrap().len(), 1);
-        assert_eq!(found["differences"][0]["groups"][0]["metrics"]["f1_squad.v1"], json!({"value": 0.0, "low": 0.0, "high": 0.0}));
+        assert_eq!(
+            found["differences"][0]["groups"][0]["metrics"]["f1_squad.v1"],
+            json!({"value": 0.0, "low": 0.0, "high": 0.0})
+        );
         assert_eq!(found["differences"][0]["label"], "a");
         assert_eq!(found["runs"][0]["groups"][0]["clusters"], 17);
         chain.run("evaluate --rollouts @rollouts --by objectives").unwrap();
@@ -228,14 +237,22 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_refused() {
         let mut chain = Chain::new();
-        fs_err::write(chain.path("answers.jsonl"), "{\"task_id\": \"task-00\", \"answer\": null}\n{\"task_id\": \"nowhere\"}\n").unwrap();
-        let usage = ["--rollouts @rollouts --by source", "--rollouts @rollouts @rollouts", "--rollouts @rollouts --baseline x"];
+        fs_err::write(
+            chain.path("answers.jsonl"),
+            "{\"task_id\": \"task-00\", \"answer\": null}\n{\"task_id\": \"nowhere\"}\n",
+        )
+        .unwrap();
+        let usage =
+            ["--rollouts @rollouts --by source", "--rollouts @rollouts @rollouts", "--rollouts @rollouts --baseline x"];
         for line in usage {
             let error = chain.run(&format!("evaluate {line}")).unwrap_err();
             assert!(matches!(failure(&error).0, Failure::Usage(..)), "{line}: {error:#}");
         }
         let error = chain.run("evaluate --rollouts @rollouts --tasks @tasks --answers m=@answers.jsonl").unwrap_err();
-        assert!(matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("answers.jsonl:2")), "{error:#}");
+        assert!(
+            matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("answers.jsonl:2")),
+            "{error:#}"
+        );
         let error = chain.run("evaluate --rollouts @tasks").unwrap_err();
         assert!(matches!(failure(&error).0, Failure::BadInput(..)), "{error:#}");
         chain.tasks.pop();

@@ -45,7 +45,10 @@ impl Facts {
         }
         let clusters: Vec<String> =
             (0..tasks.len()).map(|task| tasks[root(&mut parents, task)].0.cluster.clone()).collect();
-        let facts = tasks.into_iter().zip(clusters).map(|((fact, _), cluster)| (fact.cluster.clone(), Fact { cluster, ..fact }));
+        let facts = tasks
+            .into_iter()
+            .zip(clusters)
+            .map(|((fact, _), cluster)| (fact.cluster.clone(), Fact { cluster, ..fact }));
         Self(facts.collect())
     }
 

@@ -7,7 +7,9 @@ use mempo_agent::{ContextPolicy, Mempo, row_segments};
 use mempo_data::{Objective, Row, Status, Step, StopReason, Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model, ScoreOptions, ScoredSequence};
 use mempo_run::{Failure, Input, Stage, StageArgs};
-use mempo_text::{ChatTemplate, Profile, PromptBuilder, Tokenizer, ToolSpec, parse_completion, train_tokenizer};
+use mempo_text::{
+    ChatTemplate, NewTokenizer, Profile, PromptBuilder, Tokenizer, ToolSpec, parse_completion, train_tokenizer,
+};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -19,7 +21,7 @@ const COLOURS: [&str; 5] = ["red", "blue", "green", "white", "black"];
 
 /// A trajectory with the given exact matches, 100 tokens in all.
 pub(crate) fn trajectory(task_id: &str, trajectory_index: i32, exact_match: &[f32]) -> Trajectory {
-    let right = exact_match.iter().all(|&value| value == 1.0);
+    let right = exact_match.iter().all(|&value| value >= 1.0);
     Trajectory {
         task_id: task_id.to_owned(),
         trajectory_index,
@@ -54,6 +56,7 @@ impl Chain {
     pub(crate) fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         make_model(&directory.path().join("model"), 1);
+        make_profile(&directory.path().join("profile"));
         let mut chain = Self { directory, tasks: vec![], trajectories: vec![], steps: vec![] };
         let builder = chain.builder();
         let digest = Input::model("model", &chain.path("model")).unwrap().digest().to_owned();
@@ -61,7 +64,7 @@ impl Chain {
             let task = make_task(task);
             for trajectory_index in 0..2 {
                 let steps = make_steps(&builder, &task, trajectory_index);
-                let right = (trajectory_index as usize + chain.tasks.len()) % 2 == 0;
+                let right = (trajectory_index as usize + chain.tasks.len()).is_multiple_of(2);
                 let mut row = trajectory(&task.task_id, trajectory_index, &[1.0, f32::from(u8::from(right))]);
                 row.step_count = steps.len() as i32;
                 row.policy = digest.clone();
@@ -85,7 +88,8 @@ impl Chain {
         let model = self.path("model");
         let tokenizer = std::sync::Arc::new(Tokenizer::load(&model).unwrap());
         let template = ChatTemplate::load(&model).unwrap();
-        PromptBuilder::new(tokenizer, template, Profile::load("mempo").unwrap(), &[ToolSpec::search()]).unwrap()
+        let profile = Profile::load(&self.path("profile").display().to_string()).unwrap();
+        PromptBuilder::new(tokenizer, template, profile, &[ToolSpec::search()]).unwrap()
     }
 
     pub(crate) fn model(&self) -> Model {
@@ -109,25 +113,25 @@ impl Chain {
 
     /// Writes (again) the stages `tasks` and `rollouts` from the rows.
     pub(crate) fn write(&self) {
-        write_stage(&self.path("tasks"), json!({}), |stage| write_table(stage, &self.tasks));
-        let arguments = json!({"profile": "mempo", "context": "mempo", "temperature": 1.0, "top_p": 1.0, "group_size": 2});
-        write_stage(&self.path("rollouts"), arguments, |stage| {
+        write_stage(&self.path("tasks"), &json!({}), |stage| write_table(stage, &self.tasks));
+        let profile = self.path("profile");
+        let arguments =
+            json!({"profile": profile, "context": "mempo", "temperature": 1.0, "top_p": 1.0, "group_size": 2});
+        write_stage(&self.path("rollouts"), &arguments, |stage| {
             write_table(stage, &self.trajectories);
             write_table(stage, &self.steps);
         });
     }
 
-    /// Runs `mempo-score` with words split on white space; `@name` is a path in the folder.
+    /// Runs `mempo-score` with words split on white space; `@` is the folder.
     pub(crate) fn run(&self, line: &str) -> anyhow::Result<()> {
         crate::run(crate::Arguments::try_parse_from(self.words(line)).unwrap())
     }
 
     fn words(&self, line: &str) -> Vec<String> {
-        let word = |word: &str| match word.strip_prefix('@') {
-            Some(name) => self.path(name).display().to_string(),
-            None => word.to_owned(),
-        };
-        std::iter::once("mempo-score".to_owned()).chain(line.split_whitespace().map(word)).collect()
+        let folder = format!("{}/", self.directory.path().display());
+        let words = line.split_whitespace().map(|word| word.replace('@', &folder));
+        std::iter::once("mempo-score".to_owned()).chain(words).collect()
     }
 
     /// The rows of a table of a finished stage.
@@ -168,7 +172,7 @@ fn device() -> DeviceOptions {
 pub(crate) fn make_model(directory: &Path, seed: u64) {
     fs_err::create_dir_all(directory).unwrap();
     let words = "<mem>red = blue; green</mem><think>next</think><tool_call>{\"name\": \"search\"}</tool_call><answer>white; black</answer>";
-    train_tokenizer(std::iter::repeat_n(words.to_owned(), 4), 300, directory).unwrap();
+    train_tokenizer(std::iter::repeat_n(words.to_owned(), 4), &NewTokenizer::of_size(300), directory).unwrap();
     let config = json!({
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 32, "intermediate_size": 48,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 300,
@@ -181,6 +185,17 @@ pub(crate) fn make_model(directory: &Path, seed: u64) {
     model.save_weights(directory, runtime.kind).unwrap();
 }
 
+/// Our profile with next to no rules: short prompts make quick tests.
+fn make_profile(directory: &Path) {
+    fs_err::create_dir_all(directory).unwrap();
+    let profile = json!({
+        "name": "short", "user": "{question}", "stop": ["</tool_call>", "</answer>"], "memory": "required",
+        "observation": "<information>{results}</information>", "document": "{i} {title} {text}"
+    });
+    fs_err::write(directory.join("profile.json"), profile.to_string()).unwrap();
+    fs_err::write(directory.join("system.txt"), "Answer.").unwrap();
+}
+
 fn make_task(number: usize) -> Task {
     let colour = |place: usize| COLOURS[(number + place) % COLOURS.len()];
     let objective = |place: usize| Objective {
@@ -189,7 +204,7 @@ fn make_task(number: usize) -> Task {
     };
     Task {
         task_id: format!("task-{number:02}"),
-        source: if number % 2 == 0 { "even" } else { "odd" }.to_owned(),
+        source: if number.is_multiple_of(2) { "even" } else { "odd" }.to_owned(),
         split: "train".to_owned(),
         question: format!("Colour 0 of {number}?; Colour 1 of {number}?"),
         objectives: vec![objective(0), objective(1)],
@@ -231,9 +246,9 @@ fn make_steps(builder: &PromptBuilder, task: &Task, trajectory_index: i32) -> Ve
 }
 
 /// Writes a finished stage, in place of one that is there.
-fn write_stage(out: &Path, arguments: serde_json::Value, write: impl FnOnce(&Stage)) {
+fn write_stage(out: &Path, arguments: &serde_json::Value, write: impl FnOnce(&Stage)) {
     let arguments_of_stage = StageArgs { out: out.to_path_buf(), seed: 0, restart: true, shard: None };
-    let stage = Stage::open("test", "test", &arguments_of_stage, &arguments, &[]).unwrap().unwrap();
+    let stage = Stage::open("test", "test", &arguments_of_stage, arguments, &[]).unwrap().unwrap();
     write(&stage);
     stage.finish(&[], json!({})).unwrap();
 }

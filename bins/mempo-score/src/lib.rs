@@ -12,8 +12,6 @@ mod baseline;
 mod bootstrap;
 mod evaluate;
 mod facts;
-#[cfg(test)]
-mod fixture;
 mod logprobs;
 mod measure;
 mod normalise;
@@ -24,6 +22,9 @@ mod reward;
 mod rollouts;
 mod segments;
 mod sums;
+
+#[cfg(test)]
+mod fixture;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use mempo_run::{LogArgs, StandardCommand};

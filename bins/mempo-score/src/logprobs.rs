@@ -36,6 +36,7 @@ pub(crate) struct LogprobsArguments {
     #[arg(long, default_value_t = 16384)]
     tokens_per_batch: usize,
     #[command(flatten)]
+    #[serde(flatten)]
     device: DeviceOptions,
     #[command(flatten)]
     #[serde(skip)]
@@ -80,7 +81,7 @@ enum Reference {
     None,
     /// The reference is the policy itself: scored once.
     Policy,
-    Other(Model),
+    Other(Box<Model>),
 }
 
 impl Models {
@@ -94,7 +95,7 @@ impl Models {
         let reference = match reference {
             None => Reference::None,
             Some(reference) if reference.digest() == policy.digest() => Reference::Policy,
-            Some(reference) => Reference::Other(load(reference.dir())?),
+            Some(reference) => Reference::Other(Box::new(load(reference.dir())?)),
         };
         Ok(Self { policy: load(policy.dir())?, reference, options })
     }
@@ -126,7 +127,10 @@ impl Models {
     /// One log-probability per completion id, step by step.
     fn score(&self, model: &Model, steps: &[&Step], sequences: &[ScoredSequence]) -> anyhow::Result<Vec<Vec<f32>>> {
         for (step, sequence) in steps.iter().zip(sequences) {
-            model.check_ids(0, &sequence.ids).with_context(|| format!("{}: prompt and completion", key(step))).bad_input()?;
+            model
+                .check_ids(0, &sequence.ids)
+                .with_context(|| format!("{}: prompt and completion", key(step)))
+                .bad_input()?;
         }
         let logprobs = model.completion_logprobs(sequences, &self.options).bad_input()?;
         for (step, logprobs) in steps.iter().zip(&logprobs) {
@@ -148,8 +152,10 @@ fn sequence(step: &Step) -> anyhow::Result<ScoredSequence> {
     let (start, sampled) = (step.prompt_ids.len(), step.sampling_logprobs.len());
     if start == 0 || sampled != step.completion_ids.len() {
         let (key, ids) = (key(step), step.completion_ids.len());
-        return Err(anyhow!("{key}: {start} prompt ids, {ids} completion ids and {sampled} sampling_logprobs: sample again"))
-            .bad_input();
+        return Err(anyhow!(
+            "{key}: {start} prompt ids, {ids} completion ids and {sampled} sampling_logprobs: sample again"
+        ))
+        .bad_input();
     }
     let ids = [step.prompt_ids.as_slice(), &step.completion_ids].concat();
     Ok(ScoredSequence { targets: start..ids.len(), ids })

@@ -86,6 +86,7 @@ pub(crate) enum GroupState {
 
 /// `(value - mean) / max(std, floor)` with the sample (n - 1) standard deviation; 0 for all if there are fewer than
 /// `least` values or all are equal. Equality is exact: rounding noise in the deviation can not pass for a signal.
+#[allow(clippy::float_cmp, reason = "equal rewards are the same number")]
 pub(crate) fn normalise(values: &[f64], least: usize, options: &NormaliseOptions) -> (Vec<f64>, GroupState) {
     let zeros = vec![0.0; values.len()];
     if values.len() < least.max(2) {
@@ -201,12 +202,8 @@ mod tests {
 
     #[test]
     fn only_memories_that_apply_count_in_their_group() {
-        let mut attempts = vec![
-            attempt(1.0, &[(1, 0.2)]),
-            attempt(0.0, &[(1, 0.9)]),
-            attempt(1.0, &[(1, 0.4)]),
-            attempt(1.0, &[]),
-        ];
+        let mut attempts =
+            vec![attempt(1.0, &[(1, 0.2)]), attempt(0.0, &[(1, 0.9)]), attempt(1.0, &[(1, 0.4)]), attempt(1.0, &[])];
         attempts[2].format_valid = false;
         let with = |apply| {
             let options = NormaliseOptions { memory_apply: apply, alpha: 2.0, ..options(MemoryScope::PerStep, 2) };

@@ -106,7 +106,8 @@ pub(crate) fn task_probes(
     let canonical = canonical.collect::<Option<Vec<_>>>().unwrap_or_default();
     let answer = builder.answer_ids(&canonical);
     if canonical.is_empty() || answer.spans.iter().any(Range::is_empty) {
-        return Err(anyhow!("task {}: an objective has no answer to score: compose the tasks again", task.task_id)).bad_input();
+        return Err(anyhow!("task {}: an objective has no answer to score: compose the tasks again", task.task_id))
+            .bad_input();
     }
     let question_prompt = builder.prompt(&task.question, &[]).bad_input()?;
     let layout = Layout { builder, options, task, question_prompt, answer: answer.ids };
@@ -168,7 +169,8 @@ impl Layout<'_> {
             Bias::Context => Some(step.prompt_ids.clone()),
             Bias::Prefix => Some(self.builder.prompt(&self.task.question, &React.carried(earlier)).bad_input()?),
             Bias::PreviousMemory => {
-                let memory = earlier.last().map(|step| Ok::<_, anyhow::Error>((step, memory_segment(step)?))).transpose()?;
+                let memory =
+                    earlier.last().map(|step| Ok::<_, anyhow::Error>((step, memory_segment(step)?))).transpose()?;
                 Some(match memory {
                     Some((step, Some(memory))) => self.memory_context(step, memory),
                     _ => self.question_prompt.clone(),

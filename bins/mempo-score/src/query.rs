@@ -10,11 +10,15 @@ use datafusion::arrow::record_batch::RecordBatch;
 use datafusion::datasource::file_format::parquet::ParquetFormat;
 use datafusion::datasource::listing::{ListingOptions, ListingTable, ListingTableConfig, ListingTableUrl};
 use datafusion::execution::SendableRecordBatchStream;
+use datafusion::execution::memory_pool::FairSpillPool;
 use datafusion::execution::runtime_env::RuntimeEnvBuilder;
 use datafusion::prelude::{SessionConfig, SessionContext, col};
 use futures::StreamExt;
 use serde::de::DeserializeOwned;
 use tokio::runtime::Runtime;
+
+/// Small batches: what an operator holds at least is a few of them.
+const BATCH_ROWS: usize = 1024;
 
 /// A session and what runs it.
 pub(crate) struct Session {
@@ -23,13 +27,18 @@ pub(crate) struct Session {
 }
 
 impl Session {
-    /// A session that spills to disk above `memory_bytes`. Joins merge sorted inputs, since hash joins can't spill.
+    /// A session that spills to disk above `memory_bytes`. Joins merge their inputs, which are sorted as they lie on
+    /// disk: hash joins can't spill. That takes at least two partitions.
     pub(crate) fn new(memory_bytes: usize) -> anyhow::Result<Self> {
         let config = SessionConfig::new()
-            .with_target_partitions(1)
+            .with_target_partitions(2)
+            .with_batch_size(BATCH_ROWS)
+            .with_sort_spill_reservation_bytes(memory_bytes / 16)
+            .set_bool("datafusion.optimizer.prefer_existing_sort", true)
             .set_bool("datafusion.optimizer.prefer_hash_join", false)
             .set_bool("datafusion.execution.parquet.schema_force_view_types", false);
-        let environment = RuntimeEnvBuilder::new().with_memory_limit(memory_bytes, 1.0).build_arc()?;
+        let environment =
+            RuntimeEnvBuilder::new().with_memory_pool(Arc::new(FairSpillPool::new(memory_bytes))).build_arc()?;
         let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
         Ok(Self { runtime, context: SessionContext::new_with_config_rt(config, environment) })
     }
@@ -86,4 +95,61 @@ fn file_url(file: &Path) -> anyhow::Result<ListingTableUrl> {
         _ => format!("%{byte:02X}"),
     });
     Ok(ListingTableUrl::parse(format!("file://{}", escaped.collect::<String>()))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use mempo_data::{Advantage, write_rows};
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, Deserialize, PartialEq)]
+    struct Found {
+        task_id: String,
+        step_index: i32,
+        other: Option<i32>,
+    }
+
+    fn rows(keep: impl Fn(i32) -> bool) -> Vec<Advantage> {
+        let row = |number: i32| Advantage {
+            task_id: format!("task-{:06}", number / 4),
+            trajectory_index: 0,
+            step_index: number % 4,
+            trajectory_advantage: 0.0,
+            memory_advantage: None,
+            memory_start: Some(number),
+            memory_end: None,
+            loss_weight: 1.0,
+        };
+        (0..COUNT).filter(|number| keep(*number)).map(row).collect()
+    }
+
+    const COUNT: i32 = 240_000;
+
+    #[test]
+    fn joins_larger_than_memory_come_complete_and_in_order() {
+        // Names that a pattern or a URL would read otherwise.
+        let folder = tempfile::tempdir().unwrap();
+        let write = |name: &str, rows: &[Advantage]| {
+            let path = folder.path().join(name);
+            write_rows(rows, fs_err::File::create(&path).unwrap()).unwrap();
+            path
+        };
+        let all = rows(|_| true);
+        let (first, second) = all.split_at(COUNT as usize / 3);
+        let files = [write("a [1]*.parquet", first), write("b%20?#.parquet", second)];
+        // About 10 MiB on either side of the join.
+        let sql = "SELECT a.task_id, a.step_index, b.memory_start AS other
+            FROM advantages a LEFT JOIN (SELECT * FROM advantages WHERE memory_start % 3 = 0) b
+            USING (task_id, trajectory_index, step_index) ORDER BY a.task_id, a.step_index";
+        let session = Session::new(4 << 20).unwrap();
+        session.register("advantages", &files, &["task_id", "trajectory_index", "step_index"]).unwrap();
+        let found: Vec<Found> = session.rows(sql).unwrap().collect::<anyhow::Result<_>>().unwrap();
+        assert_eq!(found.len(), all.len());
+        for (found, row) in found.iter().zip(&all) {
+            let other = row.memory_start.filter(|number| number % 3 == 0);
+            assert_eq!((&found.task_id, found.step_index, found.other), (&row.task_id, row.step_index, other));
+        }
+    }
 }

@@ -109,10 +109,7 @@ fn render_group(group: &Group) -> String {
 
 fn render_estimate(metric: &Metric, estimate: Estimate, signed: bool) -> String {
     let scale = if metric.share { 100.0 } else { 1.0 };
-    let render = |value: f64| match signed {
-        true => format!("{:+.1}", value * scale),
-        false => format!("{:.1}", value * scale),
-    };
+    let render = |value: f64| if signed { format!("{:+.1}", value * scale) } else { format!("{:.1}", value * scale) };
     match estimate {
         Estimate { value: None, .. } => "-".to_owned(),
         Estimate { value: Some(value), low: Some(low), high: Some(high) } => {

@@ -230,6 +230,7 @@ mod tests {
     }
 
     /// A model whose answer tokens have log-probabilities -1, -2, -3 after two ids and twice that after one.
+    #[allow(clippy::unnecessary_wraps, reason = "as a real model's")]
     fn model(sequences: &[ScoredSequence]) -> anyhow::Result<Vec<Vec<f32>>> {
         Ok(sequences
             .iter()
@@ -261,7 +262,8 @@ mod tests {
     fn check(answer: AnswerMean, difference: Difference, expected: f64) {
         let task = task();
         let answers = ask(task.probes(), 100, model).unwrap();
-        let (rows, _) = score_rows(std::slice::from_ref(&task), &answers, RewardOptions { answer, difference }).unwrap();
+        let (rows, _) =
+            score_rows(std::slice::from_ref(&task), &answers, RewardOptions { answer, difference }).unwrap();
         assert!((rows[0].memory_reward.unwrap() - expected).abs() < 1e-12, "{answer:?} {difference:?}");
         assert_eq!(rows[0].objective_logprobs, Some(vec![-1.0, -3.0]), "the separator is left out");
         assert_eq!((rows[0].answer_logprob, rows[0].answer_token_count), (Some(-2.0), 3));
@@ -272,7 +274,7 @@ mod tests {
         let p = |logprob: f64| logprob.exp();
         check(AnswerMean::Joint, Difference::Probability, p(-2.0) - p(-4.0));
         check(AnswerMean::Joint, Difference::Logprob, 2.0);
-        let (memory, bias) = ((p(-1.0) + p(-3.0)) / 2.0, (p(-2.0) + p(-6.0)) / 2.0);
+        let (memory, bias) = (f64::midpoint(p(-1.0), p(-3.0)), f64::midpoint(p(-2.0), p(-6.0)));
         check(AnswerMean::PerObjective, Difference::Probability, memory - bias);
         check(AnswerMean::PerObjective, Difference::Logprob, -2.0 + 4.0);
     }

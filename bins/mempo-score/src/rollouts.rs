@@ -43,6 +43,9 @@ impl Rollouts {
         let settings = serde_json::from_value(manifest.arguments.clone())
             .with_context(|| format!("{}: the manifest's arguments are not those of a rollout", directory.display()))
             .bad_input()?;
+        for table in ["trajectories", "steps"] {
+            input.table(table)?;
+        }
         Ok(Self { input, settings })
     }
 
@@ -105,8 +108,13 @@ impl Reader {
         let steps = (0..count).map(|step_index| {
             let key = Key::of_step(&trajectory.task_id, trajectory.trajectory_index, step_index);
             let step = self.steps.take(&key).bad_input()?;
-            step.ok_or_else(|| anyhow!("{}: `steps` has no row {key}, but its trajectory counts {count} steps", self.directory.display()))
-                .bad_input()
+            step.ok_or_else(|| {
+                anyhow!(
+                    "{}: `steps` has no row {key}, but its trajectory counts {count} steps",
+                    self.directory.display()
+                )
+            })
+            .bad_input()
         });
         let steps = steps.collect::<anyhow::Result<Vec<_>>>()?;
         Ok(Attempt { trajectory, steps })

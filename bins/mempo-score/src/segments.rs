@@ -34,8 +34,10 @@ pub(crate) struct SegmentsArguments {
     #[serde(skip)]
     model: PathBuf,
     #[command(flatten)]
+    #[serde(flatten)]
     probe: ProbeOptions,
     #[command(flatten)]
+    #[serde(flatten)]
     reward: RewardOptions,
     /// Also write the table `contexts`: the exact ids that were scored
     #[arg(long)]
@@ -44,6 +46,7 @@ pub(crate) struct SegmentsArguments {
     #[arg(long, default_value_t = 16384)]
     tokens_per_batch: usize,
     #[command(flatten)]
+    #[serde(flatten)]
     device: DeviceOptions,
     #[command(flatten)]
     #[serde(skip)]
@@ -55,14 +58,15 @@ pub(crate) fn run(arguments: &SegmentsArguments) -> anyhow::Result<()> {
     let rollouts = Rollouts::open(&arguments.rollouts)?;
     let tasks = Input::stage("tasks", &arguments.tasks)?;
     let model_input = Input::model("model", &arguments.model)?;
+    let task_files = tasks.table("tasks")?;
+    let builder = rollouts.prompt_builder(&arguments.model)?;
     let inputs = [&rollouts.input, &tasks, &model_input];
     let Some(stage) = Stage::open("mempo-score", "segments", &arguments.stage, arguments, &inputs)? else {
         return Ok(());
     };
-    let builder = rollouts.prompt_builder(&arguments.model)?;
     let task_count = rollouts.count_tasks()?;
     let range = stage.shard_range(task_count.div_ceil(TASKS_PER_UNIT));
-    let mut task_rows = Cursor::new(read_rows::<Task>(&tasks.table("tasks")?).bad_input()?);
+    let mut task_rows = Cursor::new(read_rows::<Task>(&task_files).bad_input()?);
     let mut reader = rollouts.reader()?;
     let judge = Judge::load(arguments)?;
     let progress = stage.progress("segments", (range.len() * TASKS_PER_UNIT).min(task_count) as u64, "tasks");
@@ -83,7 +87,8 @@ pub(crate) fn run(arguments: &SegmentsArguments) -> anyhow::Result<()> {
 /// The task of a group of trajectories.
 fn task_of(rows: &mut Cursor<Task>, group: &[Attempt], tasks: &Input) -> anyhow::Result<Task> {
     let task_id = &group[0].trajectory.task_id;
-    let missing = || anyhow!("{}: `tasks` has no `{task_id}`, which the rollout has trajectories of", tasks.dir().display());
+    let missing =
+        || anyhow!("{}: `tasks` has no `{task_id}`, which the rollout has trajectories of", tasks.dir().display());
     rows.take(&Key::of_id(task_id)).bad_input()?.ok_or_else(missing).bad_input()
 }
 
@@ -150,8 +155,9 @@ fn finish(stage: Stage, units: Range<usize>, explain: bool) -> anyhow::Result<()
     if past_window > 0 {
         tracing::warn!("{past_window} contexts are longer than the model's window: their columns are null");
     }
-    let rows = [("scores", count("memories")), ("contexts", count("contexts"))];
-    stage.finish(&rows[..1 + usize::from(explain)], summary)
+    let mut rows = vec![("scores", count("memories"))];
+    rows.extend(explain.then(|| ("contexts", count("contexts"))));
+    stage.finish(&rows, summary)
 }
 
 #[cfg(test)]
@@ -183,7 +189,9 @@ mod tests {
     #[test]
     fn scores_are_those_of_each_sequence_alone() {
         let chain = Chain::new();
-        chain.run(&format!("{COMMAND} --answer per-objective --explain --tokens-per-batch 3000 --out @scores")).unwrap();
+        chain
+            .run(&format!("{COMMAND} --answer per-objective --explain --tokens-per-batch 3000 --out @scores"))
+            .unwrap();
         let (rows, contexts) = (chain.rows::<Score>("scores"), chain.rows::<Context>("scores"));
         assert_eq!((rows.len(), contexts.len()), (TASKS * 2 * 3, TASKS * 2 * 3 * 2));
         let (builder, model) = (chain.builder(), chain.model());
@@ -191,13 +199,15 @@ mod tests {
             let task = chain.tasks.iter().find(|task| task.task_id == row.task_id).unwrap();
             let answer = builder.answer_ids(&[&task.objectives[0].answers[0], &task.objectives[1].answers[0]]);
             let opening = builder.answer_opening_ids();
-            let memory = [builder.prompt(&task.question, &[]).unwrap(), memory_ids(&chain, step), opening.clone()].concat();
+            let memory =
+                [builder.prompt(&task.question, &[]).unwrap(), memory_ids(&chain, step), opening.clone()].concat();
             let earlier = &chain.steps[place - row.step_index as usize..place];
             let prefix = [builder.prompt(&task.question, &React.carried(earlier)).unwrap(), opening].concat();
             assert_eq!((&contexts[2 * place].context_ids, &contexts[2 * place + 1].context_ids), (&memory, &prefix));
             assert_eq!(contexts[2 * place].answer_ids, answer.ids);
 
-            let (memory, prefix) = (Chain::logprobs(&model, &memory, &answer.ids), Chain::logprobs(&model, &prefix, &answer.ids));
+            let (memory, prefix) =
+                (Chain::logprobs(&model, &memory, &answer.ids), Chain::logprobs(&model, &prefix, &answer.ids));
             close(row.answer_logprob, mean(&memory));
             close(row.bias_logprob, mean(&prefix));
             close(row.answer_probability, mean(&memory).exp());
@@ -250,7 +260,8 @@ mod tests {
         let opening = chain.builder().answer_opening_ids();
         for (context, step) in contexts.iter().zip(&chain.steps) {
             let start = step.segments[0].start as usize;
-            let expected = [&step.prompt_ids, &step.completion_ids[..start], &memory_ids(&chain, step), &opening].concat();
+            let expected =
+                [&step.prompt_ids, &step.completion_ids[..start], &memory_ids(&chain, step), &opening].concat();
             assert_eq!(context.context_ids, expected);
         }
     }
@@ -276,7 +287,10 @@ mod tests {
         let rows = chain.rows::<Score>("scores");
         let unbiased = rows.iter().filter(|row| row.bias_logprob.is_none()).count();
         assert!(unbiased > 0 && unbiased < rows.len());
-        assert!(rows.iter().all(|row| row.answer_logprob.is_some() && row.memory_reward.is_some() == row.bias_logprob.is_some()));
+        assert!(
+            rows.iter()
+                .all(|row| row.answer_logprob.is_some() && row.memory_reward.is_some() == row.bias_logprob.is_some())
+        );
         assert_eq!(chain.summary("scores")["biases_past_window"], unbiased);
     }
 
@@ -288,8 +302,10 @@ mod tests {
             let (kind, text) = failure(&error);
             assert!(matches!(kind, Failure::BadInput(..)) && text.contains(named), "{text}");
         };
-        bad(&chain, &COMMAND.replace("@tasks", "@rollouts").replace("--dtype", "--out @out --dtype"), "tasks");
-        bad(&chain, &COMMAND.replace("@rollouts", "@missing").replace("--dtype", "--out @out --dtype"), "missing");
+        bad(&chain, &format!("{} --out @out", COMMAND.replace("@tasks", "@rollouts")), "no table `tasks`");
+        bad(&chain, &format!("{} --out @out", COMMAND.replace("@rollouts", "@tasks")), "not those of a rollout");
+        bad(&chain, &format!("{} --out @out", COMMAND.replace("@rollouts", "@missing")), "missing");
+        assert!(!chain.path("out").exists());
 
         let question = std::mem::replace(&mut chain.tasks[3].question, "Another?".to_owned());
         chain.write();

@@ -87,15 +87,7 @@ impl Encoder {
                 anyhow!("{dir}: the chat template closes an assistant turn with no control token; expected one such as <|im_end|>")
             })
             .bad_input()?;
-        Ok(Self {
-            steps,
-            pairs,
-            context,
-            end_of_turn,
-            tasks: HashMap::new(),
-            keep: Keep::All,
-            max_tokens: usize::MAX,
-        })
+        Ok(Self { steps, pairs, context, end_of_turn, tasks: HashMap::new(), keep: Keep::All, max_tokens: usize::MAX })
     }
 
     /// The examples of one row, or what is wrong with it.

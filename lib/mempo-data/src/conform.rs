@@ -32,11 +32,7 @@ fn check_field(file: &Path, path: &str, found: &Fields, expected: &Field) -> Res
             file: file.to_owned(),
             column: path.to_owned(),
             expected: type_name(expected.data_type()),
-            found: found
-                .iter()
-                .map(|field| format!("`{}`", field.name()))
-                .collect::<Vec<_>>()
-                .join(", "),
+            found: found.iter().map(|field| format!("`{}`", field.name())).collect::<Vec<_>>().join(", "),
         }),
     }
 }
@@ -47,12 +43,7 @@ fn check_type(file: &Path, path: &str, found: &DataType, expected: &DataType) ->
         (DataType::Dictionary(_, value), _) => return check_type(file, path, value, expected),
         (_, DataType::List(item)) => match list_item(found) {
             Some(found) => {
-                return check_type(
-                    file,
-                    &format!("{path}.element"),
-                    found.data_type(),
-                    item.data_type(),
-                );
+                return check_type(file, &format!("{path}.element"), found.data_type(), item.data_type());
             }
             None => false,
         },
@@ -62,10 +53,7 @@ fn check_type(file: &Path, path: &str, found: &DataType, expected: &DataType) ->
             }
             true
         }
-        (_, DataType::Utf8) => matches!(
-            found,
-            DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View
-        ),
+        (_, DataType::Utf8) => matches!(found, DataType::Utf8 | DataType::LargeUtf8 | DataType::Utf8View),
         (_, DataType::Float32 | DataType::Float64) => found.is_floating(),
         (_, expected) if expected.is_integer() => found.is_integer(),
         _ => found == expected,
@@ -101,13 +89,10 @@ pub(crate) fn conform_batch(
     rows: &Range<usize>,
 ) -> Result<RecordBatch> {
     let place = Place { file, rows };
-    let columns = schema
-        .fields()
-        .iter()
-        .map(|field| match batch.column_by_name(field.name()) {
-            Some(array) => place.conform(field.name(), array, field),
-            None => Ok(new_null_array(field.data_type(), batch.num_rows())),
-        });
+    let columns = schema.fields().iter().map(|field| match batch.column_by_name(field.name()) {
+        Some(array) => place.conform(field.name(), array, field),
+        None => Ok(new_null_array(field.data_type(), batch.num_rows())),
+    });
     let columns = columns.collect::<Result<Vec<_>>>()?;
     RecordBatch::try_new(Arc::clone(schema), columns)
         .map_err(|source| place.bad_value("(all)", schema_type(schema), source))
@@ -124,12 +109,7 @@ struct Place<'a> {
 }
 
 impl Place<'_> {
-    fn bad_value(
-        &self,
-        path: &str,
-        expected: impl std::borrow::Borrow<DataType>,
-        source: ArrowError,
-    ) -> Error {
+    fn bad_value(&self, path: &str, expected: impl std::borrow::Borrow<DataType>, source: ArrowError) -> Error {
         Error::BadValue {
             file: self.file.to_owned(),
             column: path.to_owned(),
@@ -142,24 +122,14 @@ impl Place<'_> {
     /// `array` as the type of `field`, without nulls if the field has none.
     fn conform(&self, path: &str, array: &ArrayRef, field: &Field) -> Result<ArrayRef> {
         let converted = match field.data_type() {
-            DataType::List(item) if !array.data_type().is_null() => {
-                self.conform_list(path, array, item)?
-            }
-            DataType::Struct(fields) if !array.data_type().is_null() => {
-                self.conform_struct(path, array, fields)?
-            }
+            DataType::List(item) if !array.data_type().is_null() => self.conform_list(path, array, item)?,
+            DataType::Struct(fields) if !array.data_type().is_null() => self.conform_struct(path, array, fields)?,
             data_type => self.cast(path, array, data_type)?,
         };
         if !field.is_nullable() && converted.null_count() > 0 {
-            let row = (0..converted.len())
-                .find(|&row| converted.is_null(row))
-                .unwrap_or_default();
+            let row = (0..converted.len()).find(|&row| converted.is_null(row)).unwrap_or_default();
             let (file, column) = (self.file.to_owned(), path.to_owned());
-            return Err(Error::UnexpectedNull {
-                file,
-                column,
-                row: self.rows.start + row,
-            });
+            return Err(Error::UnexpectedNull { file, column, row: self.rows.start + row });
         }
         Ok(converted)
     }
@@ -168,12 +138,8 @@ impl Place<'_> {
         if array.data_type() == data_type {
             return Ok(Arc::clone(array));
         }
-        let options = CastOptions {
-            safe: false,
-            ..CastOptions::default()
-        };
-        cast_with_options(array, data_type, &options)
-            .map_err(|source| self.bad_value(path, data_type, source))
+        let options = CastOptions { safe: false, ..CastOptions::default() };
+        cast_with_options(array, data_type, &options).map_err(|source| self.bad_value(path, data_type, source))
     }
 
     fn conform_list(&self, path: &str, array: &ArrayRef, item: &FieldRef) -> Result<ArrayRef> {
@@ -181,29 +147,18 @@ impl Place<'_> {
         let array = self.cast(path, array, &DataType::List(found))?;
         let list = array.as_list::<i32>();
         let values = self.conform(&format!("{path}.element"), list.values(), item)?;
-        let list = ListArray::try_new(
-            Arc::clone(item),
-            list.offsets().clone(),
-            values,
-            list.nulls().cloned(),
-        );
-        Ok(Arc::new(list.map_err(|source| {
-            self.bad_value(path, DataType::List(Arc::clone(item)), source)
-        })?))
+        let list = ListArray::try_new(Arc::clone(item), list.offsets().clone(), values, list.nulls().cloned());
+        Ok(Arc::new(list.map_err(|source| self.bad_value(path, DataType::List(Arc::clone(item)), source))?))
     }
 
     fn conform_struct(&self, path: &str, array: &ArrayRef, fields: &Fields) -> Result<ArrayRef> {
         let structure = array.as_struct();
-        let columns = fields
-            .iter()
-            .map(|field| match structure.column_by_name(field.name()) {
-                Some(column) => self.conform(&format!("{path}.{}", field.name()), column, field),
-                None => Ok(new_null_array(field.data_type(), array.len())),
-            });
+        let columns = fields.iter().map(|field| match structure.column_by_name(field.name()) {
+            Some(column) => self.conform(&format!("{path}.{}", field.name()), column, field),
+            None => Ok(new_null_array(field.data_type(), array.len())),
+        });
         let columns = columns.collect::<Result<Vec<_>>>()?;
         let structure = StructArray::try_new(fields.clone(), columns, structure.nulls().cloned());
-        Ok(Arc::new(structure.map_err(|source| {
-            self.bad_value(path, DataType::Struct(fields.clone()), source)
-        })?))
+        Ok(Arc::new(structure.map_err(|source| self.bad_value(path, DataType::Struct(fields.clone()), source))?))
     }
 }

@@ -104,9 +104,7 @@ pub enum Error {
         source: Box<serde_arrow::Error>,
     },
     /// Rows are not sorted by key.
-    #[error(
-        "table `{table}`: {found} comes after {previous}, expected rows sorted by key; sort the file"
-    )]
+    #[error("table `{table}`: {found} comes after {previous}, expected rows sorted by key; sort the file")]
     Unsorted {
         /// The table.
         table: &'static str,

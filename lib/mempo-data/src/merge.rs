@@ -5,9 +5,7 @@ use std::iter::Peekable;
 use crate::{Error, Key, Result, Row, RowReader, write::check_order};
 
 /// Consecutive rows of one task together. Rows out of order are an error, after which the iteration ends.
-pub fn groups<R: Row>(
-    reader: impl Iterator<Item = Result<R>>,
-) -> impl Iterator<Item = Result<Vec<R>>> {
+pub fn groups<R: Row>(reader: impl Iterator<Item = Result<R>>) -> impl Iterator<Item = Result<Vec<R>>> {
     let mut rows = reader.peekable();
     let mut previous = None;
     let mut failed = false;
@@ -60,28 +58,17 @@ pub struct Cursor<R: Row> {
 impl<R: Row> Cursor<R> {
     /// Starts before the table's first row.
     pub fn new(reader: RowReader<R>) -> Self {
-        Self {
-            rows: reader.peekable(),
-            previous: None,
-            asked: None,
-        }
+        Self { rows: reader.peekable(), previous: None, asked: None }
     }
 
     /// The row of `key`, or `None` if the table has none. Keys must be asked for in order; where a key repeats, asking
     /// again gives the next of its rows.
     pub fn take(&mut self, key: &Key) -> Result<Option<R>> {
         if let Some(asked) = self.asked.take_if(|asked| *asked > *key) {
-            return Err(Error::Backwards {
-                table: R::TABLE,
-                previous: asked,
-                found: key.clone(),
-            });
+            return Err(Error::Backwards { table: R::TABLE, previous: asked, found: key.clone() });
         }
         self.asked = Some(key.clone());
-        while let Some(row) = self
-            .rows
-            .next_if(|row| row.as_ref().map_or(true, |row| row.key() <= *key))
-        {
+        while let Some(row) = self.rows.next_if(|row| row.as_ref().map_or(true, |row| row.key() <= *key)) {
             let row = row?;
             let found = row.key();
             check_order::<R>(self.previous.as_ref(), &found)?;
@@ -125,28 +112,13 @@ mod tests {
     fn groups_span_files() {
         let folder = tempfile::tempdir().unwrap();
         let files = [
-            part(
-                &folder,
-                0,
-                &[row("a", 0, 0), row("a", 1, 0), row("b", 0, 0)],
-            ),
+            part(&folder, 0, &[row("a", 0, 0), row("a", 1, 0), row("b", 0, 0)]),
             part::<Advantage>(&folder, 1, &[]),
             part(&folder, 2, &[row("b", 0, 1), row("c", 0, 0)]),
         ];
         let groups: Result<Vec<Vec<Advantage>>> = groups(read_rows(&files).unwrap()).collect();
-        let lengths: Vec<_> = groups
-            .unwrap()
-            .iter()
-            .map(|group| (group[0].task_id.clone(), group.len()))
-            .collect();
-        assert_eq!(
-            lengths,
-            [
-                ("a".to_owned(), 2),
-                ("b".to_owned(), 2),
-                ("c".to_owned(), 1)
-            ]
-        );
+        let lengths: Vec<_> = groups.unwrap().iter().map(|group| (group[0].task_id.clone(), group.len())).collect();
+        assert_eq!(lengths, [("a".to_owned(), 2), ("b".to_owned(), 2), ("c".to_owned(), 1)]);
     }
 
     #[test]
@@ -159,10 +131,7 @@ mod tests {
 
     #[test]
     fn groups_pass_an_error_on_and_end() {
-        let error = Error::Duplicate {
-            table: "advantages",
-            key: Key::of_id("x"),
-        };
+        let error = Error::Duplicate { table: "advantages", key: Key::of_id("x") };
         let rows = vec![Ok(row("a", 0, 0)), Err(error), Ok(row("b", 0, 0))];
         let groups: Vec<_> = groups(rows.into_iter()).collect();
         assert_eq!(groups.len(), 1);
@@ -173,10 +142,7 @@ mod tests {
     fn a_cursor_skips_and_misses_like_a_map_does() {
         let folder = tempfile::tempdir().unwrap();
         let present: Vec<i32> = (0..200).filter(|index| index % 3 != 1).collect();
-        let rows: Vec<_> = present
-            .iter()
-            .map(|&index| row("a", index / 10, index % 10))
-            .collect();
+        let rows: Vec<_> = present.iter().map(|&index| row("a", index / 10, index % 10)).collect();
         let mut cursor = Cursor::<Advantage>::new(read_rows(&[part(&folder, 0, &rows)]).unwrap());
         for index in (0..220).filter(|index| index % 4 != 2) {
             let key = Key::of_step("a", index / 10, index % 10);
@@ -198,18 +164,9 @@ mod tests {
             context_ids: vec![],
             answer_ids: vec![],
         };
-        let rows = [
-            context("memory", 0),
-            context("bias", 0),
-            context("memory", 1),
-        ];
+        let rows = [context("memory", 0), context("bias", 0), context("memory", 1)];
         let mut cursor = Cursor::<Context>::new(read_rows(&[part(&folder, 0, &rows)]).unwrap());
-        let mut kind = |step_index| {
-            cursor
-                .take(&Key::of_step("a", 0, step_index))
-                .unwrap()
-                .map(|row| row.kind)
-        };
+        let mut kind = |step_index| cursor.take(&Key::of_step("a", 0, step_index)).unwrap().map(|row| row.kind);
         assert_eq!(kind(0).as_deref(), Some("memory"));
         assert_eq!(kind(0).as_deref(), Some("bias"));
         assert_eq!(kind(0), None);

@@ -32,12 +32,7 @@ pub fn read_rows<R: Row>(files: &[PathBuf]) -> Result<RowReader<R>> {
     for file in files {
         open::<R>(file, &schema)?;
     }
-    Ok(RowReader {
-        schema,
-        files: files.to_vec().into(),
-        current: None,
-        rows: VecDeque::new(),
-    })
+    Ok(RowReader { schema, files: files.to_vec().into(), current: None, rows: VecDeque::new() })
 }
 
 /// Iterates over the rows of a table; made by [`read_rows`].
@@ -87,11 +82,7 @@ impl<R: Row> RowReader<R> {
                 return Ok(false);
             };
             let batches = open::<R>(&path, &self.schema)?;
-            self.current = Some(OpenFile {
-                path,
-                batches,
-                row_count: 0,
-            });
+            self.current = Some(OpenFile { path, batches, row_count: 0 });
             return Ok(true);
         };
         let Some(batch) = current.batches.next() else {
@@ -99,10 +90,7 @@ impl<R: Row> RowReader<R> {
             return Ok(true);
         };
         let file = &current.path;
-        let batch = batch.map_err(|source| Error::Parquet {
-            file: file.clone(),
-            source: source.into(),
-        })?;
+        let batch = batch.map_err(|source| Error::Parquet { file: file.clone(), source: source.into() })?;
         let rows = current.row_count..current.row_count + batch.num_rows();
         let batch = conform_batch(file, &batch, &self.schema, &rows)?;
         current.row_count = rows.end;
@@ -111,11 +99,7 @@ impl<R: Row> RowReader<R> {
     }
 }
 
-fn decode<R: Row>(
-    file: &Path,
-    batch: &arrow::record_batch::RecordBatch,
-    rows: Range<usize>,
-) -> Result<VecDeque<R>> {
+fn decode<R: Row>(file: &Path, batch: &arrow::record_batch::RecordBatch, rows: Range<usize>) -> Result<VecDeque<R>> {
     serde_arrow::from_record_batch(batch).map_err(|source| Error::BadRow {
         file: file.to_owned(),
         table: R::TABLE,
@@ -126,29 +110,17 @@ fn decode<R: Row>(
 
 /// Opens a file, checks that it holds the table, and reads only the table's columns.
 fn open<R: Row>(path: &Path, schema: &SchemaRef) -> Result<ParquetRecordBatchReader> {
-    let damaged = |source| Error::Parquet {
-        file: path.to_owned(),
-        source,
-    };
-    let file = fs_err::File::open(path).map_err(|source| Error::Open {
-        file: path.to_owned(),
-        source,
-    })?;
+    let damaged = |source| Error::Parquet { file: path.to_owned(), source };
+    let file = fs_err::File::open(path).map_err(|source| Error::Open { file: path.to_owned(), source })?;
     let (file, _) = file.into_parts();
     let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(damaged)?;
     check_metadata::<R>(path, builder.metadata().file_metadata())?;
     check_schema(path, builder.schema(), schema)?;
     let columns = builder.schema().fields().iter().enumerate();
-    let wanted = columns
-        .filter(|(_, field)| schema.fields().find(field.name()).is_some())
-        .map(|(column, _)| column);
+    let wanted = columns.filter(|(_, field)| schema.fields().find(field.name()).is_some()).map(|(column, _)| column);
     let mask = ProjectionMask::roots(builder.parquet_schema(), wanted.collect::<Vec<_>>());
     let batch_rows = batch_rows(builder.metadata());
-    builder
-        .with_projection(mask)
-        .with_batch_size(batch_rows)
-        .build()
-        .map_err(damaged)
+    builder.with_projection(mask).with_batch_size(batch_rows).build().map_err(damaged)
 }
 
 /// As many rows as hold about [`BATCH_BYTES`], so that long documents do not pile up.
@@ -165,28 +137,14 @@ fn batch_rows(metadata: &ParquetMetaData) -> usize {
 fn check_metadata<R: Row>(path: &Path, metadata: &FileMetaData) -> Result<()> {
     let value = |key: &str| {
         let pairs = metadata.key_value_metadata()?;
-        pairs
-            .iter()
-            .find(|pair| pair.key == key)
-            .and_then(|pair| pair.value.clone())
+        pairs.iter().find(|pair| pair.key == key).and_then(|pair| pair.value.clone())
     };
     if let Some(found) = value(TABLE_KEY).filter(|found| found != R::TABLE) {
-        return Err(Error::WrongTable {
-            file: path.to_owned(),
-            found,
-            expected: R::TABLE,
-        });
+        return Err(Error::WrongTable { file: path.to_owned(), found, expected: R::TABLE });
     }
-    let newer = |found: &String| {
-        found
-            .parse::<u32>()
-            .map_or(true, |version| version > SCHEMA_VERSION)
-    };
+    let newer = |found: &String| found.parse::<u32>().map_or(true, |version| version > SCHEMA_VERSION);
     match value(VERSION_KEY).filter(newer) {
-        Some(found) => Err(Error::NewerSchema {
-            file: path.to_owned(),
-            found,
-        }),
+        Some(found) => Err(Error::NewerSchema { file: path.to_owned(), found }),
         None => Ok(()),
     }
 }

@@ -27,21 +27,13 @@ impl Key {
 
     /// The key of a step.
     pub fn of_step(task_id: &str, trajectory_index: i32, step_index: i32) -> Self {
-        Self {
-            task_id: task_id.to_owned(),
-            trajectory_index,
-            step_index,
-        }
+        Self { task_id: task_id.to_owned(), trajectory_index, step_index }
     }
 }
 
 impl fmt::Display for Key {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}/trajectory {}/step {}",
-            self.task_id, self.trajectory_index, self.step_index
-        )
+        write!(f, "{}/trajectory {}/step {}", self.task_id, self.trajectory_index, self.step_index)
     }
 }
 
@@ -69,10 +61,7 @@ impl Row for Task {
 
     fn size(&self) -> usize {
         let texts = [&self.document, &self.metadata];
-        let answers = self
-            .objectives
-            .iter()
-            .flat_map(|objective| &objective.answers);
+        let answers = self.objectives.iter().flat_map(|objective| &objective.answers);
         self.question.len() * 2
             + texts.into_iter().flatten().map(String::len).sum::<usize>()
             + answers.map(String::len).sum::<usize>()

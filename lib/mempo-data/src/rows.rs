@@ -98,10 +98,7 @@ pub enum Status {
 impl Status {
     /// Whether the policy is answerable for this ending: then the trajectory has a reward.
     pub fn is_policy(self) -> bool {
-        matches!(
-            self,
-            Self::Ok | Self::MaxSteps | Self::Truncated | Self::ParseError
-        )
+        matches!(self, Self::Ok | Self::MaxSteps | Self::Truncated | Self::ParseError)
     }
 }
 

@@ -24,18 +24,8 @@ pub struct Column {
 
 impl Column {
     /// A column that is never null.
-    pub(crate) fn new(
-        name: &'static str,
-        data_type: DataType,
-        unit: &'static str,
-        meaning: &'static str,
-    ) -> Self {
-        Self {
-            name,
-            field: Arc::new(Field::new(name, data_type, false)),
-            unit,
-            meaning,
-        }
+    pub(crate) fn new(name: &'static str, data_type: DataType, unit: &'static str, meaning: &'static str) -> Self {
+        Self { name, field: Arc::new(Field::new(name, data_type, false)), unit, meaning }
     }
 
     /// The same column, but nulls are allowed.
@@ -52,9 +42,7 @@ pub(crate) fn list(item: DataType) -> DataType {
 
 /// A struct with fields that are never null.
 pub(crate) fn structure(fields: &[(&str, DataType)]) -> DataType {
-    let fields = fields
-        .iter()
-        .map(|(name, data_type)| Field::new(*name, data_type.clone(), false));
+    let fields = fields.iter().map(|(name, data_type)| Field::new(*name, data_type.clone(), false));
     DataType::Struct(fields.collect())
 }
 
@@ -63,12 +51,8 @@ pub(crate) fn structure(fields: &[(&str, DataType)]) -> DataType {
 /// # Panics
 /// If there is no such table; `table` is a [`crate::Row::TABLE`] or one of [`crate::TABLES`].
 pub fn arrow_schema(table: &str) -> SchemaRef {
-    let columns = columns(table)
-        .unwrap_or_else(|| panic!("no table `{table}`; there are {:?}", tables::TABLES));
-    let fields: Vec<FieldRef> = columns
-        .iter()
-        .map(|column| Arc::clone(&column.field))
-        .collect();
+    let columns = columns(table).unwrap_or_else(|| panic!("no table `{table}`; there are {:?}", tables::TABLES));
+    let fields: Vec<FieldRef> = columns.iter().map(|column| Arc::clone(&column.field)).collect();
     let metadata = HashMap::from([(VERSION_KEY.to_owned(), SCHEMA_VERSION.to_string())]);
     Arc::new(Schema::new_with_metadata(fields, metadata))
 }
@@ -78,29 +62,17 @@ pub fn arrow_schema(table: &str) -> SchemaRef {
 /// # Panics
 /// If there is no such table.
 pub fn schema_markdown(table: &str) -> String {
-    let columns = columns(table)
-        .unwrap_or_else(|| panic!("no table `{table}`; there are {:?}", tables::TABLES));
+    let columns = columns(table).unwrap_or_else(|| panic!("no table `{table}`; there are {:?}", tables::TABLES));
     let mut page = format!("# {table}\n\n{}\n\n", tables::about(table));
     page.push_str("| column | type | unit | null? | meaning |\n|---|---|---|---|---|\n");
     for column in columns {
-        let null = if column.field.is_nullable() {
-            "yes"
-        } else {
-            ""
-        };
+        let null = if column.field.is_nullable() { "yes" } else { "" };
         let data_type = type_name(column.field.data_type());
-        writeln!(
-            page,
-            "| `{}` | `{data_type}` | {} | {null} | {} |",
-            column.name, column.unit, column.meaning
-        )
-        .expect("writing to a String cannot fail");
+        writeln!(page, "| `{}` | `{data_type}` | {} | {null} | {} |", column.name, column.unit, column.meaning)
+            .expect("writing to a String cannot fail");
     }
-    write!(
-        page,
-        "\nSchema version {SCHEMA_VERSION}. Generated from `lib/mempo-data/src/tables.rs`.\n"
-    )
-    .expect("writing to a String cannot fail");
+    write!(page, "\nSchema version {SCHEMA_VERSION}. Generated from `lib/mempo-data/src/tables.rs`.\n")
+        .expect("writing to a String cannot fail");
     page
 }
 
@@ -109,9 +81,7 @@ pub(crate) fn type_name(data_type: &DataType) -> String {
     match data_type {
         DataType::List(item) => format!("List<{}>", type_name(item.data_type())),
         DataType::Struct(fields) => {
-            let fields = fields
-                .iter()
-                .map(|field| format!("{}: {}", field.name(), type_name(field.data_type())));
+            let fields = fields.iter().map(|field| format!("{}: {}", field.name(), type_name(field.data_type())));
             format!("Struct<{}>", fields.collect::<Vec<_>>().join(", "))
         }
         other => other.to_string(),
@@ -135,11 +105,7 @@ mod tests {
                 fs_err::write(&path, schema_markdown(table)).unwrap();
             }
             let page = fs_err::read_to_string(&path).unwrap_or_default();
-            assert_eq!(
-                page,
-                schema_markdown(table),
-                "run the tests once with MEMPO_UPDATE_SCHEMAS=1"
-            );
+            assert_eq!(page, schema_markdown(table), "run the tests once with MEMPO_UPDATE_SCHEMAS=1");
         }
     }
 
@@ -148,10 +114,7 @@ mod tests {
         for entry in fs_err::read_dir(schemas_folder()).unwrap() {
             let name = entry.unwrap().file_name().into_string().unwrap();
             let table = name.strip_suffix(".md").unwrap_or(&name);
-            assert!(
-                tables::TABLES.contains(&table),
-                "schemas/{name} describes no table"
-            );
+            assert!(tables::TABLES.contains(&table), "schemas/{name} describes no table");
         }
     }
 
@@ -171,10 +134,7 @@ mod tests {
             }
         }
         for table in tables::TABLES {
-            arrow_schema(table)
-                .fields()
-                .iter()
-                .for_each(|field| check(field));
+            arrow_schema(table).fields().iter().for_each(|field| check(field));
         }
     }
 
@@ -184,11 +144,7 @@ mod tests {
             assert!(tables::about(table).ends_with('.'), "{table}");
             for column in columns(table).unwrap() {
                 assert!(column.meaning.len() > 3, "{table}.{}", column.name);
-                assert!(
-                    !column.meaning.contains('|'),
-                    "{table}.{}: a bar breaks the page",
-                    column.name
-                );
+                assert!(!column.meaning.contains('|'), "{table}.{}: a bar breaks the page", column.name);
                 assert_eq!(column.name, column.field.name());
             }
         }

@@ -10,32 +10,13 @@ use crate::{
 };
 
 /// The names of all tables, in the order in which the stages make them.
-pub const TABLES: &[&str] = &[
-    "tasks",
-    "trajectories",
-    "steps",
-    "scores",
-    "contexts",
-    "logprobs",
-    "advantages",
-    "sft_examples",
-    "corpus",
-];
+pub const TABLES: &[&str] =
+    &["tasks", "trajectories", "steps", "scores", "contexts", "logprobs", "advantages", "sft_examples", "corpus"];
 
 /// The columns of a table, in the order in which they stand in its files; `None` if there is no such table.
 pub fn columns(table: &str) -> Option<&'static [Column]> {
     static COLUMNS: LazyLock<Vec<Vec<Column>>> = LazyLock::new(|| {
-        vec![
-            tasks(),
-            trajectories(),
-            steps(),
-            scores(),
-            contexts(),
-            logprobs(),
-            advantages(),
-            sft_examples(),
-            corpus(),
-        ]
+        vec![tasks(), trajectories(), steps(), scores(), contexts(), logprobs(), advantages(), sft_examples(), corpus()]
     });
     let position = TABLES.iter().position(|&name| name == table)?;
     Some(&COLUMNS[position])
@@ -79,18 +60,8 @@ pub(crate) fn about(table: &str) -> &'static str {
 fn step_key() -> Vec<Column> {
     vec![
         Column::new("task_id", Utf8, "", "The task attempted."),
-        Column::new(
-            "trajectory_index",
-            Int32,
-            "",
-            "Position in the task's group, from 0.",
-        ),
-        Column::new(
-            "step_index",
-            Int32,
-            "",
-            "Position in the trajectory, from 0.",
-        ),
+        Column::new("trajectory_index", Int32, "", "Position in the task's group, from 0."),
+        Column::new("step_index", Int32, "", "Position in the trajectory, from 0."),
     ]
 }
 
@@ -98,12 +69,7 @@ fn tasks() -> Vec<Column> {
     let objective = structure(&[("question", Utf8), ("answers", list(Utf8))]);
     vec![
         Column::new("task_id", Utf8, "", "Unique name."),
-        Column::new(
-            "source",
-            Utf8,
-            "",
-            "Name of the dataset the task comes from.",
-        ),
+        Column::new("source", Utf8, "", "Name of the dataset the task comes from."),
         Column::new("split", Utf8, "", "`train`, `dev` or `test`."),
         Column::new(
             "question",
@@ -118,20 +84,8 @@ fn tasks() -> Vec<Column> {
             "Gold answers, one entry an objective: its question alone, and the accepted answers, of which the first is \
              canonical and the rest are aliases.",
         ),
-        Column::new(
-            "document",
-            Utf8,
-            "",
-            "The long text to read; null for search tasks.",
-        )
-        .nullable(),
-        Column::new(
-            "document_ref",
-            Utf8,
-            "",
-            "Instead of `document` where that is large: `file#doc_id`.",
-        )
-        .nullable(),
+        Column::new("document", Utf8, "", "The long text to read; null for search tasks.").nullable(),
+        Column::new("document_ref", Utf8, "", "Instead of `document` where that is large: `file#doc_id`.").nullable(),
         Column::new("metadata", Utf8, "", "JSON, carried through unchanged.").nullable(),
     ]
 }
@@ -165,7 +119,12 @@ fn trajectories() -> Vec<Column> {
         )
         .nullable(),
         Column::new("generated_tokens", Int32, "tokens", "Sampled over all steps."),
-        Column::new("processed_tokens", Int32, "tokens", "Every prompt, counted again each step, and all sampled ones."),
+        Column::new(
+            "processed_tokens",
+            Int32,
+            "tokens",
+            "Every prompt, counted again each step, and all sampled ones.",
+        ),
         Column::new("unique_tokens", Int32, "tokens", "What a perfect prefix cache would compute."),
         Column::new("peak_tokens", Int32, "tokens", "Largest prompt + completion of one step."),
         Column::new("tool_calls", Int32, "calls", "Tool calls made."),
@@ -233,20 +192,9 @@ fn scores() -> Vec<Column> {
             "The same mean for each objective's own answer tokens, separators left out.",
         )
         .nullable(),
-        Column::new(
-            "bias_logprob",
-            Float64,
-            "natural log",
-            "`answer_logprob` given what the bias conditions on.",
-        )
-        .nullable(),
-        Column::new(
-            "bias_probability",
-            Float64,
-            "0 to 1",
-            "`exp(bias_logprob)`.",
-        )
-        .nullable(),
+        Column::new("bias_logprob", Float64, "natural log", "`answer_logprob` given what the bias conditions on.")
+            .nullable(),
+        Column::new("bias_probability", Float64, "0 to 1", "`exp(bias_logprob)`.").nullable(),
         Column::new(
             "memory_reward",
             Float64,
@@ -254,18 +202,8 @@ fn scores() -> Vec<Column> {
             "`answer_probability - bias_probability`, or as the options in the manifest say.",
         )
         .nullable(),
-        Column::new(
-            "answer_token_count",
-            Int32,
-            "tokens",
-            "Tokens of the gold answer, tags left out.",
-        ),
-        Column::new(
-            "truncated",
-            Boolean,
-            "",
-            "Whether the memory hit a length limit.",
-        ),
+        Column::new("answer_token_count", Int32, "tokens", "Tokens of the gold answer, tags left out."),
+        Column::new("truncated", Boolean, "", "Whether the memory hit a length limit."),
     ]);
     columns
 }
@@ -274,18 +212,8 @@ fn contexts() -> Vec<Column> {
     let mut columns = step_key();
     columns.extend([
         Column::new("kind", Utf8, "", "`memory` or `bias`."),
-        Column::new(
-            "context_ids",
-            list(Int32),
-            "token ids",
-            "What was conditioned on.",
-        ),
-        Column::new(
-            "answer_ids",
-            list(Int32),
-            "token ids",
-            "What was scored after it.",
-        ),
+        Column::new("context_ids", list(Int32), "token ids", "What was conditioned on."),
+        Column::new("answer_ids", list(Int32), "token ids", "What was scored after it."),
     ]);
     columns
 }
@@ -299,13 +227,8 @@ fn logprobs() -> Vec<Column> {
             "natural log",
             "One per completion id, under the policy, at the sampling temperature.",
         ),
-        Column::new(
-            "reference_logprobs",
-            list(Float32),
-            "natural log",
-            "The same under the reference policy.",
-        )
-        .nullable(),
+        Column::new("reference_logprobs", list(Float32), "natural log", "The same under the reference policy.")
+            .nullable(),
     ]);
     columns
 }
@@ -313,12 +236,7 @@ fn logprobs() -> Vec<Column> {
 fn advantages() -> Vec<Column> {
     let mut columns = step_key();
     columns.extend([
-        Column::new(
-            "trajectory_advantage",
-            Float32,
-            "",
-            "For every token of the step.",
-        ),
+        Column::new("trajectory_advantage", Float32, "", "For every token of the step."),
         Column::new(
             "memory_advantage",
             Float32,
@@ -326,26 +244,10 @@ fn advantages() -> Vec<Column> {
             "Added for the tokens of the memory segment; null if there is none.",
         )
         .nullable(),
-        Column::new(
-            "memory_start",
-            Int32,
-            "token position",
-            "First completion id the memory advantage applies to.",
-        )
-        .nullable(),
-        Column::new(
-            "memory_end",
-            Int32,
-            "token position",
-            "One past the last such id.",
-        )
-        .nullable(),
-        Column::new(
-            "loss_weight",
-            Float32,
-            "",
-            "1 normally, 0 to leave the step out.",
-        ),
+        Column::new("memory_start", Int32, "token position", "First completion id the memory advantage applies to.")
+            .nullable(),
+        Column::new("memory_end", Int32, "token position", "One past the last such id.").nullable(),
+        Column::new("loss_weight", Float32, "", "1 normally, 0 to leave the step out."),
     ]);
     columns
 }
@@ -355,31 +257,10 @@ fn sft_examples() -> Vec<Column> {
         Column::new("example_id", Utf8, "", "Unique name."),
         Column::new("trajectory_id", Utf8, "", "The trajectory it comes from."),
         Column::new("task_id", Utf8, "", "The task, where it is known.").nullable(),
-        Column::new(
-            "split",
-            Utf8,
-            "",
-            "`train`, `dev` or `test`, where it is known.",
-        )
-        .nullable(),
-        Column::new(
-            "step_index",
-            Int32,
-            "",
-            "Position in the trajectory, from 0.",
-        ),
-        Column::new(
-            "input_ids",
-            list(Int32),
-            "token ids",
-            "The whole sequence: prompt, then targets.",
-        ),
-        Column::new(
-            "loss_mask",
-            list(Boolean),
-            "",
-            "One per id: true where the id is a prediction target.",
-        ),
+        Column::new("split", Utf8, "", "`train`, `dev` or `test`, where it is known.").nullable(),
+        Column::new("step_index", Int32, "", "Position in the trajectory, from 0."),
+        Column::new("input_ids", list(Int32), "token ids", "The whole sequence: prompt, then targets."),
+        Column::new("loss_mask", list(Boolean), "", "One per id: true where the id is a prediction target."),
         Column::new("target_count", Int32, "tokens", "Number of targets."),
     ]
 }

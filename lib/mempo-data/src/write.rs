@@ -55,14 +55,12 @@ impl<R: Row, W: Write + Send> TableWriter<R, W> {
     /// Starts a file.
     pub fn new(sink: W) -> Result<Self> {
         let schema = arrow_schema(R::TABLE);
-        let builder =
-            ArrayBuilder::from_arrow(schema.fields()).map_err(|source| Error::Convert {
-                table: R::TABLE,
-                key: Key::of_id(""),
-                source: Box::new(source),
-            })?;
-        let writer = ArrowWriter::try_new(sink, schema.clone(), Some(properties(R::TABLE)))
-            .map_err(failed::<R>)?;
+        let builder = ArrayBuilder::from_arrow(schema.fields()).map_err(|source| Error::Convert {
+            table: R::TABLE,
+            key: Key::of_id(""),
+            source: Box::new(source),
+        })?;
+        let writer = ArrowWriter::try_new(sink, schema.clone(), Some(properties(R::TABLE))).map_err(failed::<R>)?;
         Ok(Self {
             schema,
             builder,
@@ -98,10 +96,7 @@ impl<R: Row, W: Write + Send> TableWriter<R, W> {
     pub fn finish(mut self) -> Result<u64> {
         self.end_batch()?;
         self.writer.finish().map_err(failed::<R>)?;
-        self.writer
-            .inner_mut()
-            .flush()
-            .map_err(|source| failed::<R>(ParquetError::External(Box::new(source))))?;
+        self.writer.inner_mut().flush().map_err(|source| failed::<R>(ParquetError::External(Box::new(source))))?;
         Ok(self.row_count)
     }
 
@@ -114,8 +109,7 @@ impl<R: Row, W: Write + Send> TableWriter<R, W> {
             key: self.previous.clone().unwrap_or_else(|| Key::of_id("")),
             source: Box::new(source),
         })?;
-        let batch = RecordBatch::try_new(self.schema.clone(), arrays)
-            .map_err(|source| failed::<R>(source.into()))?;
+        let batch = RecordBatch::try_new(self.schema.clone(), arrays).map_err(|source| failed::<R>(source.into()))?;
         self.writer.write(&batch).map_err(failed::<R>)?;
         self.group.rows += self.batch.rows;
         self.group.bytes += self.batch.bytes;
@@ -131,24 +125,16 @@ impl<R: Row, W: Write + Send> TableWriter<R, W> {
 /// Refuses a key that may not come after the previous one.
 pub(crate) fn check_order<R: Row>(previous: Option<&Key>, key: &Key) -> Result<()> {
     match previous {
-        Some(previous) if previous > key => Err(Error::Unsorted {
-            table: R::TABLE,
-            previous: previous.clone(),
-            found: key.clone(),
-        }),
-        Some(previous) if previous == key && !R::REPEATS => Err(Error::Duplicate {
-            table: R::TABLE,
-            key: key.clone(),
-        }),
+        Some(previous) if previous > key => {
+            Err(Error::Unsorted { table: R::TABLE, previous: previous.clone(), found: key.clone() })
+        }
+        Some(previous) if previous == key && !R::REPEATS => Err(Error::Duplicate { table: R::TABLE, key: key.clone() }),
         _ => Ok(()),
     }
 }
 
 fn failed<R: Row>(source: ParquetError) -> Error {
-    Error::Write {
-        table: R::TABLE,
-        source,
-    }
+    Error::Write { table: R::TABLE, source }
 }
 
 fn properties(table: &str) -> WriterProperties {

@@ -6,26 +6,21 @@ use std::{path::PathBuf, sync::Arc};
 
 use arrow::{
     array::{
-        Array, ArrayRef, BooleanArray, DictionaryArray, Float64Array, Int64Array, LargeListArray,
-        LargeStringArray, NullArray, StringArray, StringViewArray, StructArray, UInt8Array,
-        types::Int32Type,
+        Array, ArrayRef, BooleanArray, DictionaryArray, Float64Array, Int64Array, LargeListArray, LargeStringArray,
+        NullArray, StringArray, StringViewArray, StructArray, UInt8Array, types::Int32Type,
     },
     buffer::OffsetBuffer,
     datatypes::{DataType, Field},
     record_batch::RecordBatch,
 };
-use mempo_data::{
-    Document, Logprobs, Objective, Row, SftExample, Task, Trajectory, read_rows, write_rows,
-};
+use mempo_data::{Document, Logprobs, Objective, Row, SftExample, Task, Trajectory, read_rows, write_rows};
 
 /// Writes the columns as any other program would, and reads them as rows of `R`.
 fn read<R: Row>(columns: Vec<(&str, ArrayRef)>) -> (PathBuf, mempo_data::Result<Vec<R>>) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("foreign.parquet");
     let batch = RecordBatch::try_from_iter_with_nullable(
-        columns
-            .into_iter()
-            .map(|(name, array)| (name.to_owned(), array, true)),
+        columns.into_iter().map(|(name, array)| (name.to_owned(), array, true)),
     )
     .unwrap();
     let file = fs_err::File::create(&path).unwrap();
@@ -40,10 +35,7 @@ fn read<R: Row>(columns: Vec<(&str, ArrayRef)>) -> (PathBuf, mempo_data::Result<
 fn check_refused<R: Row + std::fmt::Debug>(columns: Vec<(&str, ArrayRef)>, expected: &str) {
     let (path, rows) = read::<R>(columns);
     let error = rows.unwrap_err();
-    assert_eq!(
-        error.to_string(),
-        expected.replace("FILE", &path.display().to_string())
-    );
+    assert_eq!(error.to_string(), expected.replace("FILE", &path.display().to_string()));
 }
 
 fn text(values: &[&str]) -> ArrayRef {
@@ -64,44 +56,25 @@ fn text_of_every_kind_and_more_columns_in_another_order() {
         title: title.to_owned(),
         text: text.to_owned(),
     };
-    assert_eq!(
-        rows.unwrap(),
-        [document("0", "A", "x"), document("1", "B", "y")]
-    );
+    assert_eq!(rows.unwrap(), [document("0", "A", "x"), document("1", "B", "y")]);
 }
 
 /// One list per row with the given items.
 fn large_list(item_name: &str, items: ArrayRef, lengths: &[usize]) -> ArrayRef {
     let field = Arc::new(Field::new(item_name, items.data_type().clone(), true));
-    Arc::new(LargeListArray::new(
-        field,
-        OffsetBuffer::from_lengths(lengths.iter().copied()),
-        items,
-        None,
-    ))
+    Arc::new(LargeListArray::new(field, OffsetBuffer::from_lengths(lengths.iter().copied()), items, None))
 }
 
 #[test]
 fn nested_columns_are_converted_inside_and_matched_by_name() {
-    let answers = large_list(
-        "item",
-        Arc::new(LargeStringArray::from(vec!["Ada", "Eva"])),
-        &[2],
-    );
+    let answers = large_list("item", Arc::new(LargeStringArray::from(vec!["Ada", "Eva"])), &[2]);
     let fields = vec![
         Arc::new(Field::new("answers", answers.data_type().clone(), true)),
         Arc::new(Field::new("difficulty", DataType::UInt8, true)),
         Arc::new(Field::new("question", DataType::Utf8, true)),
     ];
-    let objectives = StructArray::new(
-        fields.into(),
-        vec![
-            answers,
-            Arc::new(UInt8Array::from(vec![3])),
-            text(&["Who?"]),
-        ],
-        None,
-    );
+    let objectives =
+        StructArray::new(fields.into(), vec![answers, Arc::new(UInt8Array::from(vec![3])), text(&["Who?"])], None);
     let (_, rows) = read::<Task>(vec![
         ("task_id", text(&["a"])),
         ("source", text(&["s"])),
@@ -112,13 +85,7 @@ fn nested_columns_are_converted_inside_and_matched_by_name() {
     ]);
     let task = &rows.unwrap()[0];
     let answers = vec!["Ada".to_owned(), "Eva".to_owned()];
-    assert_eq!(
-        task.objectives,
-        [Objective {
-            question: "Who?".to_owned(),
-            answers
-        }]
-    );
+    assert_eq!(task.objectives, [Objective { question: "Who?".to_owned(), answers }]);
     assert_eq!((&task.document, &task.metadata), (&None, &None));
 }
 
@@ -127,10 +94,7 @@ fn example_columns(step_index: ArrayRef, mask: ArrayRef) -> Vec<(&'static str, A
         ("example_id", text(&["e"])),
         ("trajectory_id", text(&["t"])),
         ("step_index", step_index),
-        (
-            "input_ids",
-            large_list("element", Arc::new(Int64Array::from(vec![1, 2])), &[2]),
-        ),
+        ("input_ids", large_list("element", Arc::new(Int64Array::from(vec![1, 2])), &[2])),
         ("loss_mask", large_list("element", mask, &[2])),
         ("target_count", Arc::new(Int64Array::from(vec![1]))),
     ]
@@ -139,8 +103,7 @@ fn example_columns(step_index: ArrayRef, mask: ArrayRef) -> Vec<(&'static str, A
 #[test]
 fn integers_of_other_widths_if_they_fit() {
     let mask = || -> ArrayRef { Arc::new(BooleanArray::from(vec![false, true])) };
-    let (_, rows) =
-        read::<SftExample>(example_columns(Arc::new(UInt8Array::from(vec![7])), mask()));
+    let (_, rows) = read::<SftExample>(example_columns(Arc::new(UInt8Array::from(vec![7])), mask()));
     assert_eq!(rows.unwrap()[0].step_index, 7);
     check_refused::<SftExample>(
         example_columns(Arc::new(Int64Array::from(vec![1 << 40])), mask()),
@@ -151,10 +114,7 @@ fn integers_of_other_widths_if_they_fit() {
 #[test]
 fn refusals_name_column_found_and_expected() {
     check_refused::<SftExample>(
-        example_columns(
-            text(&["first"]),
-            Arc::new(BooleanArray::from(vec![false, true])),
-        ),
+        example_columns(text(&["first"]), Arc::new(BooleanArray::from(vec![false, true]))),
         "FILE: column `step_index` has type Utf8, expected Int32; convert it first",
     );
     let step_index = || -> ArrayRef { Arc::new(Int64Array::from(vec![0])) };
@@ -163,26 +123,15 @@ fn refusals_name_column_found_and_expected() {
         "FILE: column `loss_mask.element` has type Float64, expected Boolean; convert it first",
     );
     check_refused::<SftExample>(
-        example_columns(
-            step_index(),
-            Arc::new(BooleanArray::from(vec![Some(true), None])),
-        ),
+        example_columns(step_index(), Arc::new(BooleanArray::from(vec![Some(true), None]))),
         "FILE: column `loss_mask.element` is null in row 1, expected a value in every row",
     );
     check_refused::<Document>(
-        vec![
-            ("id", text(&["a"])),
-            ("title", text(&["b"])),
-            ("text", text(&["c"])),
-        ],
+        vec![("id", text(&["a"])), ("title", text(&["b"])), ("text", text(&["c"]))],
         "FILE: no column `doc_id`, expected one of type Utf8; the file has `id`, `title`, `text`",
     );
     check_refused::<Document>(
-        vec![
-            ("doc_id", text(&["a"])),
-            ("title", Arc::new(NullArray::new(1))),
-            ("text", text(&["c"])),
-        ],
+        vec![("doc_id", text(&["a"])), ("title", Arc::new(NullArray::new(1))), ("text", text(&["c"]))],
         "FILE: column `title` is null in row 0, expected a value in every row",
     );
 }
@@ -193,10 +142,7 @@ fn doubles_are_rounded_to_single_precision() {
         ("task_id", text(&["a"])),
         ("trajectory_index", Arc::new(Int64Array::from(vec![0]))),
         ("step_index", Arc::new(Int64Array::from(vec![0]))),
-        (
-            "policy_logprobs",
-            large_list("item", Arc::new(Float64Array::from(vec![-0.1])), &[1]),
-        ),
+        ("policy_logprobs", large_list("item", Arc::new(Float64Array::from(vec![-0.1])), &[1])),
     ]);
     assert_eq!(rows.unwrap()[0].policy_logprobs, [-0.1f32]);
 }
@@ -208,11 +154,7 @@ fn file_with(folder: &tempfile::TempDir, content: &[u8]) -> PathBuf {
 }
 
 fn corpus_bytes() -> Vec<u8> {
-    let document = Document {
-        doc_id: "a".to_owned(),
-        title: "b".to_owned(),
-        text: "c".to_owned(),
-    };
+    let document = Document { doc_id: "a".to_owned(), title: "b".to_owned(), text: "c".to_owned() };
     let mut sink = Vec::new();
     write_rows(&[document], &mut sink).unwrap();
     sink
@@ -222,13 +164,8 @@ fn corpus_bytes() -> Vec<u8> {
 fn another_table_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     let path = file_with(&folder, &corpus_bytes());
-    let error = read_rows::<Trajectory>(std::slice::from_ref(&path))
-        .err()
-        .unwrap();
-    let expected = format!(
-        "{}: holds table `corpus`, expected table `trajectories`",
-        path.display()
-    );
+    let error = read_rows::<Trajectory>(std::slice::from_ref(&path)).err().unwrap();
+    let expected = format!("{}: holds table `corpus`, expected table `trajectories`", path.display());
     assert_eq!(error.to_string(), expected);
 }
 
@@ -236,26 +173,13 @@ fn another_table_is_refused() {
 fn a_newer_schema_is_refused() {
     let content = corpus_bytes();
     let key = b"mempo.schema_version";
-    let place = content
-        .windows(key.len())
-        .rposition(|window| window == key)
-        .unwrap()
-        + key.len();
-    let digit = place
-        + content[place..]
-            .iter()
-            .position(|&byte| byte == b'1')
-            .unwrap();
+    let place = content.windows(key.len()).rposition(|window| window == key).unwrap() + key.len();
+    let digit = place + content[place..].iter().position(|&byte| byte == b'1').unwrap();
     let newer = [&content[..digit], b"9", &content[digit + 1..]].concat();
     let folder = tempfile::tempdir().unwrap();
     let path = file_with(&folder, &newer);
-    let error = read_rows::<Document>(std::slice::from_ref(&path))
-        .err()
-        .unwrap();
-    let expected = format!(
-        "{}: schema version 9, this program reads up to 1; use a newer program",
-        path.display()
-    );
+    let error = read_rows::<Document>(std::slice::from_ref(&path)).err().unwrap();
+    let expected = format!("{}: schema version 9, this program reads up to 1; use a newer program", path.display());
     assert_eq!(error.to_string(), expected);
 }
 
@@ -265,13 +189,8 @@ fn a_truncated_file_is_refused() {
     for length in [0, 3, 8, content.len() / 2, content.len() - 1] {
         let folder = tempfile::tempdir().unwrap();
         let path = file_with(&folder, &content[..length]);
-        let error = read_rows::<Document>(std::slice::from_ref(&path))
-            .err()
-            .unwrap();
-        let expected = format!(
-            "{}: not a whole Parquet file; copy or make it again",
-            path.display()
-        );
+        let error = read_rows::<Document>(std::slice::from_ref(&path)).err().unwrap();
+        let expected = format!("{}: not a whole Parquet file; copy or make it again", path.display());
         assert_eq!(error.to_string(), expected);
     }
 }
@@ -298,13 +217,7 @@ fn an_unknown_status_is_refused() {
     ]);
     let error = rows.unwrap_err();
     let place = path.display();
-    assert_eq!(
-        error.to_string(),
-        format!("{place}: rows 0 to 1 of table `trajectories` hold a value with no meaning")
-    );
+    assert_eq!(error.to_string(), format!("{place}: rows 0 to 1 of table `trajectories` hold a value with no meaning"));
     let cause = std::error::Error::source(&error).unwrap().to_string();
-    assert!(
-        cause.contains("unknown variant `fine`") && cause.contains("status"),
-        "{cause}"
-    );
+    assert!(cause.contains("unknown variant `fine`") && cause.contains("status"), "{cause}");
 }

@@ -5,9 +5,8 @@
 use std::{io::Write, path::PathBuf};
 
 use mempo_data::{
-    Advantage, Context, Document, Error, Key, Logprobs, Objective, Row, Score, Segment,
-    SegmentKind, SftExample, Status, Step, StopReason, TABLES, TableWriter, Task, Trajectory,
-    columns, read_rows, write_rows,
+    Advantage, Context, Document, Error, Key, Logprobs, Objective, Row, Score, Segment, SegmentKind, SftExample,
+    Status, Step, StopReason, TABLES, TableWriter, Task, Trajectory, columns, read_rows, write_rows,
 };
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 use proptest::prelude::*;
@@ -22,10 +21,7 @@ fn through_a_file<R: Row>(rows: &[R]) -> Vec<R> {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("part-00000.parquet");
     fs_err::write(&path, bytes(rows)).unwrap();
-    read_rows(&[path])
-        .unwrap()
-        .collect::<Result<_, _>>()
-        .unwrap()
+    read_rows(&[path]).unwrap().collect::<Result<_, _>>().unwrap()
 }
 
 #[track_caller]
@@ -43,14 +39,8 @@ fn full_task(task_id: &str) -> Task {
         split: "dev".to_owned(),
         question: "Who? Where?".to_owned(),
         objectives: vec![
-            Objective {
-                question: "Who?".to_owned(),
-                answers: vec!["Ada".to_owned(), "Lovelace".to_owned()],
-            },
-            Objective {
-                question: "Where?".to_owned(),
-                answers: vec![],
-            },
+            Objective { question: "Who?".to_owned(), answers: vec!["Ada".to_owned(), "Lovelace".to_owned()] },
+            Objective { question: "Where?".to_owned(), answers: vec![] },
         ],
         document: Some("Ada 🜚 lived\nin London.".to_owned()),
         document_ref: Some("corpus.parquet#7".to_owned()),
@@ -59,13 +49,7 @@ fn full_task(task_id: &str) -> Task {
 }
 
 fn bare_task(task_id: &str) -> Task {
-    Task {
-        objectives: vec![],
-        document: None,
-        document_ref: None,
-        metadata: None,
-        ..full_task(task_id)
-    }
+    Task { objectives: vec![], document: None, document_ref: None, metadata: None, ..full_task(task_id) }
 }
 
 #[test]
@@ -107,10 +91,7 @@ fn trajectories_of_every_status() {
         Status::EngineError,
         Status::Timeout,
     ];
-    let full: Vec<Trajectory> = (0..)
-        .zip(statuses)
-        .map(|(index, status)| full_trajectory(index, status))
-        .collect();
+    let full: Vec<Trajectory> = (0..).zip(statuses).map(|(index, status)| full_trajectory(index, status)).collect();
     check(&full);
     let bare = full.into_iter().map(|row| Trajectory {
         answer: None,
@@ -124,17 +105,8 @@ fn trajectories_of_every_status() {
 }
 
 fn full_step(step_index: i32, stop_reason: StopReason) -> Step {
-    let kinds = [
-        SegmentKind::Memory,
-        SegmentKind::Think,
-        SegmentKind::ToolCall,
-        SegmentKind::Answer,
-    ];
-    let segments = (0..).zip(kinds).map(|(start, kind)| Segment {
-        kind,
-        start,
-        end: start + 1,
-    });
+    let kinds = [SegmentKind::Memory, SegmentKind::Think, SegmentKind::ToolCall, SegmentKind::Answer];
+    let segments = (0..).zip(kinds).map(|(start, kind)| Segment { kind, start, end: start + 1 });
     Step {
         task_id: "a".to_owned(),
         trajectory_index: 0,
@@ -152,16 +124,8 @@ fn full_step(step_index: i32, stop_reason: StopReason) -> Step {
 
 #[test]
 fn steps_of_every_stop_reason() {
-    let reasons = [
-        StopReason::StopString,
-        StopReason::Eos,
-        StopReason::MaxTokens,
-        StopReason::Error,
-    ];
-    let full: Vec<Step> = (0..)
-        .zip(reasons)
-        .map(|(index, reason)| full_step(index, reason))
-        .collect();
+    let reasons = [StopReason::StopString, StopReason::Eos, StopReason::MaxTokens, StopReason::Error];
+    let full: Vec<Step> = (0..).zip(reasons).map(|(index, reason)| full_step(index, reason)).collect();
     check(&full);
     let bare = full.into_iter().map(|row| Step {
         prompt_ids: vec![],
@@ -263,22 +227,11 @@ fn example(number: usize) -> SftExample {
 
 #[test]
 fn sft_examples() {
-    check(&[
-        example(0),
-        SftExample {
-            task_id: None,
-            split: None,
-            ..example(1)
-        },
-    ]);
+    check(&[example(0), SftExample { task_id: None, split: None, ..example(1) }]);
 }
 
 fn document(number: usize, text: &str) -> Document {
-    Document {
-        doc_id: format!("{number:06}"),
-        title: "T".to_owned(),
-        text: text.to_owned(),
-    }
+    Document { doc_id: format!("{number:06}"), title: "T".to_owned(), text: text.to_owned() }
 }
 
 #[test]
@@ -294,9 +247,7 @@ fn many_rows_and_row_groups() {
 #[test]
 fn long_texts_end_a_row_group_early_and_are_read_few_at_a_time() {
     let text = "so long a text ".repeat(1 << 18);
-    let rows: Vec<Document> = (0..40)
-        .map(|number| document(number, &format!("{number}{text}")))
-        .collect();
+    let rows: Vec<Document> = (0..40).map(|number| document(number, &format!("{number}{text}"))).collect();
     assert!(footer(&bytes(&rows)).num_row_groups() >= 2);
     assert_eq!(through_a_file(&rows), rows);
 }
@@ -305,27 +256,16 @@ fn long_texts_end_a_row_group_early_and_are_read_few_at_a_time() {
 fn footer(content: &[u8]) -> ParquetMetaData {
     let mut file = tempfile::tempfile().unwrap();
     file.write_all(content).unwrap();
-    ParquetMetaDataReader::new()
-        .parse_and_finish(&file)
-        .unwrap()
+    ParquetMetaDataReader::new().parse_and_finish(&file).unwrap()
 }
 
 #[test]
 fn file_metadata_holds_version_and_table_and_nothing_else_of_ours() {
     let metadata = footer(&bytes(&[example(0)]));
     let pairs = metadata.file_metadata().key_value_metadata().unwrap();
-    let mut pairs: Vec<_> = pairs
-        .iter()
-        .map(|pair| (pair.key.as_str(), pair.value.as_deref()))
-        .collect();
+    let mut pairs: Vec<_> = pairs.iter().map(|pair| (pair.key.as_str(), pair.value.as_deref())).collect();
     pairs.retain(|(key, _)| *key != "ARROW:schema");
-    assert_eq!(
-        pairs,
-        [
-            ("mempo.schema_version", Some("1")),
-            ("mempo.table", Some("sft_examples"))
-        ]
-    );
+    assert_eq!(pairs, [("mempo.schema_version", Some("1")), ("mempo.table", Some("sft_examples"))]);
 }
 
 #[test]
@@ -367,9 +307,7 @@ fn a_full_disk_is_an_io_error_in_the_chain() {
     let mut source: Option<&dyn std::error::Error> = Some(&error);
     let mut found = None;
     while let Some(error) = source {
-        found = found.or(error
-            .downcast_ref::<std::io::Error>()
-            .map(std::io::Error::kind));
+        found = found.or(error.downcast_ref::<std::io::Error>().map(std::io::Error::kind));
         source = error.source();
     }
     assert_eq!(found, Some(std::io::ErrorKind::StorageFull));
@@ -380,23 +318,11 @@ fn every_struct_field_is_a_column() {
     // A field without a column would be dropped in silence, so the fields are taken from the rows' debug form.
     fn fields<R: Row + std::fmt::Debug>(row: &R) -> Vec<String> {
         let text = format!("{row:#?}");
-        let lines = text
-            .lines()
-            .filter(|line| line.starts_with("    ") && !line.starts_with("     "));
-        lines
-            .filter_map(|line| {
-                line.trim()
-                    .split_once(": ")
-                    .map(|(name, _)| name.to_owned())
-            })
-            .collect()
+        let lines = text.lines().filter(|line| line.starts_with("    ") && !line.starts_with("     "));
+        lines.filter_map(|line| line.trim().split_once(": ").map(|(name, _)| name.to_owned())).collect()
     }
     fn check<R: Row + std::fmt::Debug>(row: &R) {
-        let names: Vec<_> = columns(R::TABLE)
-            .unwrap()
-            .iter()
-            .map(|column| column.name.to_owned())
-            .collect();
+        let names: Vec<_> = columns(R::TABLE).unwrap().iter().map(|column| column.name.to_owned()).collect();
         assert_eq!(fields(row), names, "{}", R::TABLE);
     }
     check(&full_task("a"));
@@ -412,33 +338,18 @@ fn every_struct_field_is_a_column() {
 
 fn any_step() -> impl Strategy<Value = Step> {
     let ids = || prop::collection::vec(any::<i32>(), 0..5);
-    let texts = (
-        any::<String>(),
-        prop::option::of(any::<String>()),
-        prop::option::of(ids()),
-    );
-    (
-        ids(),
-        ids(),
-        prop::collection::vec(-1e9f32..0.0, 0..5),
-        texts,
+    let texts = (any::<String>(), prop::option::of(any::<String>()), prop::option::of(ids()));
+    (ids(), ids(), prop::collection::vec(-1e9f32..0.0, 0..5), texts).prop_map(
+        |(prompt_ids, completion_ids, sampling_logprobs, (completion, observation, observation_ids))| Step {
+            prompt_ids,
+            completion_ids,
+            sampling_logprobs,
+            completion,
+            observation,
+            observation_ids,
+            ..full_step(0, StopReason::Eos)
+        },
     )
-        .prop_map(
-            |(
-                prompt_ids,
-                completion_ids,
-                sampling_logprobs,
-                (completion, observation, observation_ids),
-            )| Step {
-                prompt_ids,
-                completion_ids,
-                sampling_logprobs,
-                completion,
-                observation,
-                observation_ids,
-                ..full_step(0, StopReason::Eos)
-            },
-        )
 }
 
 proptest! {
@@ -452,11 +363,6 @@ proptest! {
 
 #[test]
 fn a_missing_file_is_named() {
-    let error = read_rows::<Task>(&[PathBuf::from("/nowhere/part-00000.parquet")])
-        .err()
-        .unwrap();
-    assert_eq!(
-        error.to_string(),
-        "cannot read a table from /nowhere/part-00000.parquet"
-    );
+    let error = read_rows::<Task>(&[PathBuf::from("/nowhere/part-00000.parquet")]).err().unwrap();
+    assert_eq!(error.to_string(), "cannot read a table from /nowhere/part-00000.parquet");
 }

@@ -9,10 +9,30 @@ use crate::config::Config;
 /// holds the cache, if there is one.
 pub(crate) type Attend<'a> = dyn FnMut(usize, Tensor, Tensor, Tensor) -> Tensor + 'a;
 
+/// Longest rows whose attention is written out for training on the CPU, where the fused kernel's backward pass takes
+/// about twice as long: the weights `[B,H,T,T]` are then no larger than the rest of a layer's activations.
+const WRITTEN_OUT: i64 = 512;
+
 /// Every position sees itself and those before it; right padding is never seen by what is real.
 pub(crate) fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    if q.requires_grad() && q.device() == Device::Cpu && q.size()[2] <= WRITTEN_OUT {
+        return written_out_attention(q, k, v);
+    }
     let grouped = q.size()[1] != k.size()[1];
     Tensor::scaled_dot_product_attention(q, k, v, None::<Tensor>, 0.0, true, None, grouped)
+}
+
+/// `softmax(q kᵀ / √d) v` with the heads of a group as rows of one product.
+fn written_out_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    let (batch, heads, length, size) = q.size4().expect("q is [B,H,T,d]");
+    let groups = k.size()[1];
+    let rows = (heads / groups) * length;
+    let scaled = q * (size as f64).powf(-0.5);
+    let scores = scaled.reshape([batch, groups, rows, size]).matmul(&k.transpose(-1, -2));
+    let future = Tensor::ones([length, length], (Kind::Bool, q.device())).triu(1);
+    let scores = scores.view([batch, heads, length, length]).masked_fill(&future, f64::NEG_INFINITY);
+    let weights = scores.softmax(-1, q.kind()).view([batch, groups, rows, length]);
+    weights.matmul(v).view([batch, heads, length, size])
 }
 
 /// Root-mean-square norm (Zhang & Sennrich 2019, eq. 4).
@@ -24,10 +44,7 @@ pub(crate) struct RmsNorm {
 impl RmsNorm {
     pub(crate) fn new(builder: &mut Builder, name: &str, config: &Config) -> Self {
         let weight = builder.parameter(format!("{name}.weight"), &[config.hidden_size]);
-        Self {
-            weight,
-            epsilon: config.rms_norm_eps,
-        }
+        Self { weight, epsilon: config.rms_norm_eps }
     }
 
     /// `[.., D] -> [.., D]`.
@@ -49,52 +66,32 @@ pub(crate) struct Projections {
 
 impl Projections {
     /// `parts` are (name, output size); weights come first, then biases, so that each kind is contiguous.
-    pub(crate) fn new(
-        builder: &mut Builder,
-        prefix: &str,
-        input: i64,
-        parts: &[(&str, i64)],
-        bias: bool,
-    ) -> Self {
+    pub(crate) fn new(builder: &mut Builder, prefix: &str, input: i64, parts: &[(&str, i64)], bias: bool) -> Self {
         let mut parameters = |kind: &str, input: &[i64]| -> Vec<Tensor> {
             let shape = |output: i64| [&[output], input].concat();
             parts
                 .iter()
-                .map(|(name, output)| {
-                    builder.parameter(format!("{prefix}.{name}.{kind}"), &shape(*output))
-                })
+                .map(|(name, output)| builder.parameter(format!("{prefix}.{name}.{kind}"), &shape(*output)))
                 .collect()
         };
         let weights = parameters("weight", &[input]);
-        let biases = if bias {
-            parameters("bias", &[])
-        } else {
-            Vec::new()
-        };
+        let biases = if bias { parameters("bias", &[]) } else { Vec::new() };
         let joined = match (joined(&weights), joined(&biases)) {
             (Some(weight), Some(bias)) => Some((weight, Some(bias))),
             (Some(weight), None) if !bias => Some((weight, None)),
             _ => None,
         };
         let outputs = parts.iter().map(|(_, output)| *output).collect();
-        Self {
-            weights,
-            biases,
-            joined,
-            outputs,
-        }
+        Self { weights, biases, joined, outputs }
     }
 
     /// `[.., input] -> [.., output]` for each part.
     pub(crate) fn forward(&self, x: &Tensor) -> Vec<Tensor> {
         if let Some((weight, bias)) = &self.joined {
-            return x
-                .linear(weight, bias.as_ref())
-                .split_with_sizes(&self.outputs, -1);
+            return x.linear(weight, bias.as_ref()).split_with_sizes(&self.outputs, -1);
         }
         let each = self.weights.iter().enumerate();
-        each.map(|(part, weight)| x.linear(weight, self.biases.get(part)))
-            .collect()
+        each.map(|(part, weight)| x.linear(weight, self.biases.get(part))).collect()
     }
 
     /// The same for a single part.
@@ -109,8 +106,7 @@ fn joined(parts: &[Tensor]) -> Option<Tensor> {
     let (first, rest) = parts.split_first()?;
     let mut end = first.data_ptr() as usize;
     for part in parts {
-        let neighbours =
-            part.data_ptr() as usize == end && part.is_contiguous() && part.kind() == first.kind();
+        let neighbours = part.data_ptr() as usize == end && part.is_contiguous() && part.kind() == first.kind();
         if !neighbours || part.requires_grad() || part.numel() == 0 {
             return None;
         }
@@ -137,14 +133,9 @@ impl Rotary {
     pub(crate) fn new(config: &Config, device: Device) -> Self {
         let head_size = config.head_size();
         // Computed in f32 step by step as the reference does: at far positions the last bit of a frequency shows.
-        let exponents = Tensor::arange_start_step(0, head_size, 2, (Kind::Float, Device::Cpu))
-            / head_size as f64;
-        let inverse_frequencies = Tensor::pow_scalar(config.rotary_base(), &exponents)
-            .reciprocal()
-            .to_device(device);
-        Self {
-            inverse_frequencies,
-        }
+        let exponents = Tensor::arange_start_step(0, head_size, 2, (Kind::Float, Device::Cpu)) / head_size as f64;
+        let inverse_frequencies = Tensor::pow_scalar(config.rotary_base(), &exponents).reciprocal().to_device(device);
+        Self { inverse_frequencies }
     }
 
     /// For positions `[B or 1, T]`, int64.
@@ -152,12 +143,8 @@ impl Rotary {
         let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * &self.inverse_frequencies;
         let (cosines, sines) = (angles.cos(), angles.sin());
         RotaryAt {
-            cosines: Tensor::cat(&[&cosines, &cosines], -1)
-                .to_kind(kind)
-                .unsqueeze(2),
-            sines: Tensor::cat(&[&sines.neg(), &sines], -1)
-                .to_kind(kind)
-                .unsqueeze(2),
+            cosines: Tensor::cat(&[&cosines, &cosines], -1).to_kind(kind).unsqueeze(2),
+            sines: Tensor::cat(&[&sines.neg(), &sines], -1).to_kind(kind).unsqueeze(2),
         }
     }
 }
@@ -181,10 +168,7 @@ impl Attention {
     /// `bias`: whether q, k and v have one.
     pub(crate) fn new(builder: &mut Builder, name: &str, config: &Config, bias: bool) -> Self {
         let (hidden_size, head_size) = (config.hidden_size, config.head_size());
-        let (queries, keys) = (
-            config.num_attention_heads * head_size,
-            config.key_value_heads() * head_size,
-        );
+        let (queries, keys) = (config.num_attention_heads * head_size, config.key_value_heads() * head_size);
         let parts = [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)];
         Self {
             qkv_proj: Projections::new(builder, name, hidden_size, &parts, bias),
@@ -194,21 +178,14 @@ impl Attention {
     }
 
     /// `[B,T,D] -> [B,T,D]`.
-    pub(crate) fn forward(
-        &self,
-        layer: usize,
-        x: &Tensor,
-        rotary: &RotaryAt,
-        attend: &mut Attend,
-    ) -> Tensor {
+    pub(crate) fn forward(&self, layer: usize, x: &Tensor, rotary: &RotaryAt, attend: &mut Attend) -> Tensor {
         let qkv = self.qkv_proj.forward(x);
         let heads = |part: &Tensor| part.unflatten(-1, [-1, self.head_size]);
         let q = rotary.rotate(&heads(&qkv[0])).transpose(1, 2);
         let k = rotary.rotate(&heads(&qkv[1])).transpose(1, 2);
         let v = heads(&qkv[2]).transpose(1, 2);
         let attended = attend(layer, q, k, v);
-        self.o_proj
-            .forward_one(&attended.transpose(1, 2).flatten(2, 3))
+        self.o_proj.forward_one(&attended.transpose(1, 2).flatten(2, 3))
     }
 }
 
@@ -222,13 +199,7 @@ impl Mlp {
     pub(crate) fn new(builder: &mut Builder, name: &str, config: &Config) -> Self {
         let (outer, inner) = (config.hidden_size, config.intermediate_size);
         Self {
-            gate_up_proj: Projections::new(
-                builder,
-                name,
-                outer,
-                &[("gate_proj", inner), ("up_proj", inner)],
-                false,
-            ),
+            gate_up_proj: Projections::new(builder, name, outer, &[("gate_proj", inner), ("up_proj", inner)], false),
             down_proj: Projections::new(builder, name, inner, &[("down_proj", outer)], false),
         }
     }
@@ -236,7 +207,6 @@ impl Mlp {
     /// `[B,T,D] -> [B,T,D]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
         let gate_up = self.gate_up_proj.forward(x);
-        self.down_proj
-            .forward_one(&(gate_up[0].silu() * &gate_up[1]))
+        self.down_proj.forward_one(&(gate_up[0].silu() * &gate_up[1]))
     }
 }

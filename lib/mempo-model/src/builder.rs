@@ -11,20 +11,14 @@ pub(crate) struct Builder {
 impl Builder {
     /// Lists what `build` asks for, in order.
     pub(crate) fn list<M>(build: impl FnOnce(&mut Self) -> M) -> Vec<(String, Vec<i64>)> {
-        let mut builder = Self {
-            listed: Vec::new(),
-            tensors: None,
-        };
+        let mut builder = Self { listed: Vec::new(), tensors: None };
         build(&mut builder);
         builder.listed
     }
 
     /// Builds a model from `tensors`, which must be those that `list` gave, in that order.
     pub(crate) fn build<M>(tensors: Vec<Tensor>, build: impl FnOnce(&mut Self) -> M) -> M {
-        let mut builder = Self {
-            listed: Vec::new(),
-            tensors: Some(tensors.into_iter()),
-        };
+        let mut builder = Self { listed: Vec::new(), tensors: Some(tensors.into_iter()) };
         build(&mut builder)
     }
 
@@ -34,9 +28,7 @@ impl Builder {
             self.listed.push((name, shape.to_vec()));
             return Tensor::empty([0], (Kind::Float, Device::Cpu));
         };
-        let tensor = tensors
-            .next()
-            .expect("the walk that listed the parameters asks for as many");
+        let tensor = tensors.next().expect("the walk that listed the parameters asks for as many");
         assert_eq!(tensor.size(), shape, "tensor `{name}`");
         tensor
     }

@@ -44,37 +44,20 @@ impl Cache {
 
     fn allocate(model: &Model, prompts: &[&[i32]], width: i64, room: i64) -> Self {
         let (config, runtime) = (model.config(), model.runtime());
-        let shape = [
-            prompts.len() as i64,
-            config.key_value_heads(),
-            width + room,
-            config.head_size(),
-        ];
+        let shape = [prompts.len() as i64, config.key_value_heads(), width + room, config.head_size()];
         let layers = || {
             let empty = |_| Tensor::empty(shape, (runtime.kind, runtime.device));
-            (0..config.num_hidden_layers)
-                .map(empty)
-                .collect::<Vec<Tensor>>()
+            (0..config.num_hidden_layers).map(empty).collect::<Vec<Tensor>>()
         };
         let lengths: Vec<i64> = prompts.iter().map(|prompt| prompt.len() as i64).collect();
-        let positions = Tensor::from_slice(&lengths)
-            .unsqueeze(1)
-            .to_device(runtime.device);
+        let positions = Tensor::from_slice(&lengths).unsqueeze(1).to_device(runtime.device);
         let mask = (lengths[0] < width).then(|| {
             let columns = Tensor::arange(width + room, (Kind::Int64, runtime.device));
             let hidden = columns.unsqueeze(0).lt_tensor(&(width - &positions));
             let mask = Tensor::zeros(hidden.size(), (runtime.kind, runtime.device));
-            mask.masked_fill(&hidden, f64::NEG_INFINITY)
-                .unsqueeze(1)
-                .unsqueeze(1)
+            mask.masked_fill(&hidden, f64::NEG_INFINITY).unsqueeze(1).unsqueeze(1)
         });
-        Self {
-            keys: layers(),
-            values: layers(),
-            mask,
-            positions,
-            columns: width,
-        }
+        Self { keys: layers(), values: layers(), mask, positions, columns: width }
     }
 
     /// Runs the distinct prompts of a chunk and spreads their keys and values over the rows from `first_row` on.
@@ -93,15 +76,11 @@ impl Cache {
                 // A hidden column still meets a weight of 0, and 0 times a stray NaN is NaN.
                 let _ = cache.narrow(2, 0, columns - width).zero_();
                 let spread = new.transpose(1, 2).flatten(0, 1).index_select(0, &sources);
-                cache
-                    .narrow(2, columns - width, width)
-                    .copy_(&spread.unflatten(0, [rows, width]).transpose(1, 2));
+                cache.narrow(2, columns - width, width).copy_(&spread.unflatten(0, [rows, width]).transpose(1, 2));
             }
             attended
         });
-        hidden
-            .flatten(0, 1)
-            .index_select(0, &chunk.ends(width, device))
+        hidden.flatten(0, 1).index_select(0, &chunk.ends(width, device))
     }
 
     /// One token more in every row: ids `[B,1]` -> hidden states `[B,D]`.
@@ -111,10 +90,8 @@ impl Cache {
         let hidden = model.forward(ids, &self.positions, &mut |layer, q, k, v| {
             self.keys[layer].narrow(2, column, 1).copy_(&k);
             self.values[layer].narrow(2, column, 1).copy_(&v);
-            let (keys, values) = (
-                self.keys[layer].narrow(2, 0, column + 1),
-                self.values[layer].narrow(2, 0, column + 1),
-            );
+            let (keys, values) =
+                (self.keys[layer].narrow(2, 0, column + 1), self.values[layer].narrow(2, 0, column + 1));
             attend_to_cache(&q, &keys, &values, mask.as_ref())
         });
         self.columns += 1;
@@ -129,8 +106,7 @@ impl Cache {
             let mut shape = cache.size();
             shape[0] = rows.size()[0];
             let kept = Tensor::empty(&shape, (cache.kind(), cache.device()));
-            kept.narrow(2, 0, self.columns)
-                .copy_(&cache.narrow(2, 0, self.columns).index_select(0, &rows));
+            kept.narrow(2, 0, self.columns).copy_(&cache.narrow(2, 0, self.columns).index_select(0, &rows));
             *cache = kept;
         }
         self.mask = self.mask.as_ref().map(|mask| mask.index_select(0, &rows));
@@ -149,13 +125,8 @@ fn attend_to_cache(q: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Ten
     if lone {
         q = q.expand([rows, groups, 2, head_size], false);
     }
-    let attended =
-        Tensor::scaled_dot_product_attention(&q, keys, values, mask, 0.0, false, None, false);
-    let attended = if lone {
-        attended.narrow(2, 0, 1)
-    } else {
-        attended
-    };
+    let attended = Tensor::scaled_dot_product_attention(&q, keys, values, mask, 0.0, false, None, false);
+    let attended = if lone { attended.narrow(2, 0, 1) } else { attended };
     attended.reshape([rows, heads, 1, head_size])
 }
 
@@ -169,10 +140,7 @@ struct Chunk<'a> {
 impl<'a> Chunk<'a> {
     /// As many rows from `start` on as keep the distinct prompts, padded, within the token budget.
     fn take(rows: &[&'a [i32]], start: usize, budget: usize) -> Self {
-        let mut chunk = Self {
-            prompts: Vec::new(),
-            prompt_of_row: Vec::new(),
-        };
+        let mut chunk = Self { prompts: Vec::new(), prompt_of_row: Vec::new() };
         for prompt in &rows[start..] {
             if chunk.prompts.last() != Some(prompt) {
                 if !chunk.prompts.is_empty() && (chunk.prompts.len() + 1) * prompt.len() > budget {
@@ -200,7 +168,6 @@ impl<'a> Chunk<'a> {
     /// For each row, where its prompt's last token stands.
     fn ends(&self, width: i64, device: Device) -> Tensor {
         let end = |prompt: &usize| *prompt as i64 * width + self.prompts[*prompt].len() as i64 - 1;
-        Tensor::from_slice(&self.prompt_of_row.iter().map(end).collect::<Vec<i64>>())
-            .to_device(device)
+        Tensor::from_slice(&self.prompt_of_row.iter().map(end).collect::<Vec<i64>>()).to_device(device)
     }
 }

@@ -8,14 +8,7 @@ use tch::Kind;
 use crate::{Error, Model};
 
 /// A stage's own files, which are no part of the model.
-const OWN_FILES: &[&str] = &[
-    "manifest.json",
-    "run.json",
-    "metrics.jsonl",
-    "timings.jsonl",
-    "lock",
-    "status.json",
-];
+const OWN_FILES: &[&str] = &["manifest.json", "run.json", "metrics.jsonl", "timings.jsonl", "lock", "status.json"];
 /// Endings of weight files.
 const WEIGHT_ENDINGS: &[&str] = &[
     ".safetensors",
@@ -51,17 +44,11 @@ pub fn save_checkpoint(model: &Model, source_dir: &Path, out_dir: &Path) -> Resu
 fn copy_files(source: &Path, out: &Path) -> Result<(), Error> {
     for entry in fs_err::read_dir(source)? {
         let path = entry?.path();
-        let name = path
-            .file_name()
-            .unwrap_or_default()
-            .to_string_lossy()
-            .into_owned();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let skipped = OWN_FILES.contains(&name.as_str())
             || WEIGHT_ENDINGS.iter().any(|ending| name.ends_with(ending))
             || name.starts_with('.')
-            || Path::new(&name)
-                .extension()
-                .is_some_and(|ending| ending == "log");
+            || Path::new(&name).extension().is_some_and(|ending| ending == "log");
         if path.is_file() && !skipped {
             fs_err::write(out.join(&name), fs_err::read(&path)?)?;
         }
@@ -70,16 +57,9 @@ fn copy_files(source: &Path, out: &Path) -> Result<(), Error> {
 }
 
 fn name_dtype(path: &Path, kind: Kind) -> Result<(), Error> {
-    let name = if kind == Kind::BFloat16 {
-        "bfloat16"
-    } else {
-        "float32"
-    };
-    let mut config: Value =
-        serde_json::from_str(&fs_err::read_to_string(path)?).map_err(|error| Error::Config {
-            path: path.to_owned(),
-            problem: error.to_string(),
-        })?;
+    let name = if kind == Kind::BFloat16 { "bfloat16" } else { "float32" };
+    let mut config: Value = serde_json::from_str(&fs_err::read_to_string(path)?)
+        .map_err(|error| Error::Config { path: path.to_owned(), problem: error.to_string() })?;
     let mut changed = false;
     for key in ["dtype", "torch_dtype"] {
         if let Some(value) = config.get_mut(key).filter(|value| *value != name) {

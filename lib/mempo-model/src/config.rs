@@ -129,12 +129,9 @@ impl Config {
     /// Reads and checks a config file of any name.
     pub fn read(path: &Path) -> Result<Self, Error> {
         let text = fs_err::read_to_string(path)?;
-        let problem = |problem| Error::Config {
-            path: path.to_owned(),
-            problem,
-        };
-        let config: Self = serde_json::from_str(&text)
-            .map_err(|error| problem(format!("not a model's config: {error}")))?;
+        let problem = |problem| Error::Config { path: path.to_owned(), problem };
+        let config: Self =
+            serde_json::from_str(&text).map_err(|error| problem(format!("not a model's config: {error}")))?;
         config.check().map_err(problem)?;
         Ok(config)
     }
@@ -161,17 +158,12 @@ impl Config {
 
     /// `d`.
     pub fn head_size(&self) -> i64 {
-        self.head_dim
-            .unwrap_or(self.hidden_size / self.num_attention_heads)
+        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads)
     }
 
     /// Base of the rotary frequencies, from whichever key holds it; 10000 where neither does.
     pub fn rotary_base(&self) -> f64 {
-        let nested = self
-            .rope_parameters
-            .as_ref()
-            .and_then(|rope| rope.get("rope_theta"))
-            .and_then(Value::as_f64);
+        let nested = self.rope_parameters.as_ref().and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64);
         nested.or(self.rope_theta).unwrap_or(10_000.0)
     }
 
@@ -183,24 +175,15 @@ impl Config {
                 || ["rope_scaling", "use_sliding_window", "layer_types"].contains(&key)
         };
         let unknown = self.other.iter().filter(|(key, _)| !known(key));
-        unknown
-            .map(|(key, value)| format!("config key `{key}` ({value}) is unknown and was ignored"))
-            .collect()
+        unknown.map(|(key, value)| format!("config key `{key}` ({value}) is unknown and was ignored")).collect()
     }
 
     /// Refuses, by key, whatever is not computed here.
     pub(crate) fn check(&self) -> Result<(), String> {
         let Some(family) = self.family() else {
-            return Err(format!(
-                "model_type `{}` is not supported; expected `qwen2` or `llama`",
-                self.model_type
-            ));
+            return Err(format!("model_type `{}` is not supported; expected `qwen2` or `llama`", self.model_type));
         };
-        let class = if family == Family::Qwen2 {
-            "Qwen2ForCausalLM"
-        } else {
-            "LlamaForCausalLM"
-        };
+        let class = if family == Family::Qwen2 { "Qwen2ForCausalLM" } else { "LlamaForCausalLM" };
         if let Some(found) = self.architectures.iter().find(|name| *name != class) {
             return Err(format!(
                 "architectures names `{found}`; for model_type `{}` only `{class}` is supported",
@@ -208,22 +191,13 @@ impl Config {
             ));
         }
         if self.hidden_act != "silu" {
-            return Err(format!(
-                "hidden_act `{}` is not supported; expected `silu`",
-                self.hidden_act
-            ));
+            return Err(format!("hidden_act `{}` is not supported; expected `silu`", self.hidden_act));
         }
         for (key, allowed) in FIXED {
-            let value = self
-                .other
-                .get(*key)
-                .filter(|value| !value.is_null())
-                .map(Value::to_string);
+            let value = self.other.get(*key).filter(|value| !value.is_null()).map(Value::to_string);
             if let Some(value) = value.filter(|value| !allowed.contains(&value.as_str())) {
                 let expected = allowed.first().unwrap_or(&"no such key");
-                return Err(format!(
-                    "{key} = {value} is not supported; expected {expected}"
-                ));
+                return Err(format!("{key} = {value} is not supported; expected {expected}"));
             }
         }
         self.check_shapes()?;
@@ -233,37 +207,21 @@ impl Config {
 
     fn check_shapes(&self) -> Result<(), String> {
         let (heads, groups) = (self.num_attention_heads, self.key_value_heads());
-        let sizes = [
-            self.vocab_size,
-            self.hidden_size,
-            self.intermediate_size,
-            heads,
-            groups,
-        ];
-        if sizes.iter().any(|size| *size < 1)
-            || self.num_hidden_layers < 1
-            || self.max_position_embeddings < 1
-        {
+        let sizes = [self.vocab_size, self.hidden_size, self.intermediate_size, heads, groups];
+        if sizes.iter().any(|size| *size < 1) || self.num_hidden_layers < 1 || self.max_position_embeddings < 1 {
             return Err("vocab_size, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads, \
                 num_key_value_heads and max_position_embeddings must all be at least 1"
                 .to_owned());
         }
         if heads % groups != 0 {
-            return Err(format!(
-                "num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
-            ));
+            return Err(format!("num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"));
         }
         if self.head_dim.is_none() && self.hidden_size % heads != 0 {
-            return Err(format!(
-                "hidden_size {} is not a multiple of num_attention_heads {heads}",
-                self.hidden_size
-            ));
+            return Err(format!("hidden_size {} is not a multiple of num_attention_heads {heads}", self.hidden_size));
         }
         match self.head_size() {
             size if size >= 2 && size % 2 == 0 => Ok(()),
-            size => Err(format!(
-                "head_dim {size} is odd; rotary positions need an even one"
-            )),
+            size => Err(format!("head_dim {size} is odd; rotary positions need an even one")),
         }
     }
 
@@ -272,15 +230,10 @@ impl Config {
             None | Some(Value::Null) => None,
             Some(Value::Object(scaling)) => Some(("rope_scaling", scaling)),
             Some(value) => {
-                return Err(format!(
-                    "rope_scaling = {value} is not supported; expected null"
-                ));
+                return Err(format!("rope_scaling = {value} is not supported; expected null"));
             }
         };
-        let parameters = self
-            .rope_parameters
-            .as_ref()
-            .map(|rope| ("rope_parameters", rope));
+        let parameters = self.rope_parameters.as_ref().map(|rope| ("rope_parameters", rope));
         for (place, rope) in scaling.into_iter().chain(parameters) {
             for (key, value) in rope {
                 let plain = match key.as_str() {
@@ -296,15 +249,11 @@ impl Config {
                 }
             }
         }
-        let nested = self
-            .rope_parameters
-            .as_ref()
-            .and_then(|rope| rope.get("rope_theta"))
-            .and_then(Value::as_f64);
+        let nested = self.rope_parameters.as_ref().and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64);
         match (nested, self.rope_theta) {
-            (Some(nested), Some(top)) if nested.to_bits() != top.to_bits() => Err(format!(
-                "rope_parameters.rope_theta {nested} contradicts rope_theta {top}"
-            )),
+            (Some(nested), Some(top)) if nested.to_bits() != top.to_bits() => {
+                Err(format!("rope_parameters.rope_theta {nested} contradicts rope_theta {top}"))
+            }
             _ => Ok(()),
         }
     }
@@ -313,22 +262,15 @@ impl Config {
     fn check_sliding_window(&self) -> Result<(), String> {
         if let Some(Value::Array(types)) = self.other.get("layer_types") {
             if let Some(found) = types.iter().find(|kind| *kind != "full_attention") {
-                return Err(format!(
-                    "layer_types holds {found}; only \"full_attention\" is supported"
-                ));
+                return Err(format!("layer_types holds {found}; only \"full_attention\" is supported"));
             }
             return Ok(());
         }
         let flag = |key: &str| self.other.get(key).filter(|value| !value.is_null());
-        let used = flag("use_sliding_window").is_some_and(|value| value != false)
-            && flag("sliding_window").is_some();
-        let first = flag("max_window_layers")
-            .and_then(Value::as_u64)
-            .unwrap_or(0);
+        let used = flag("use_sliding_window").is_some_and(|value| value != false) && flag("sliding_window").is_some();
+        let first = flag("max_window_layers").and_then(Value::as_u64).unwrap_or(0);
         if used && first < self.num_hidden_layers as u64 {
-            return Err(format!(
-                "use_sliding_window is true from layer {first} on; sliding windows are not supported"
-            ));
+            return Err(format!("use_sliding_window is true from layer {first} on; sliding windows are not supported"));
         }
         Ok(())
     }
@@ -345,10 +287,7 @@ mod tests {
             "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
             "max_position_embeddings": 64, "rope_theta": 5000, "rope_scaling": null, "torch_dtype": "bfloat16",
         });
-        config
-            .as_object_mut()
-            .unwrap()
-            .extend(change.as_object().unwrap().clone());
+        config.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
         let config: Config = serde_json::from_value(config).map_err(|error| error.to_string())?;
         config.check().map(|()| config)
     }
@@ -357,46 +296,19 @@ mod tests {
     fn keys_that_change_the_computation_are_refused_by_name() {
         for (change, name) in [
             (json!({"model_type": "mistral"}), "mistral"),
-            (
-                json!({"architectures": ["LlamaForSequenceClassification"]}),
-                "LlamaForSequenceClassification",
-            ),
+            (json!({"architectures": ["LlamaForSequenceClassification"]}), "LlamaForSequenceClassification"),
             (json!({"hidden_act": "gelu"}), "hidden_act"),
             (json!({"attention_bias": true}), "attention_bias"),
             (json!({"attention_dropout": 0.1}), "attention_dropout"),
             (json!({"mlp_bias": true}), "mlp_bias"),
-            (
-                json!({"partial_rotary_factor": 0.5}),
-                "partial_rotary_factor",
-            ),
-            (
-                json!({"quantization_config": {"bits": 4}}),
-                "quantization_config",
-            ),
-            (
-                json!({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
-                "rope_scaling.rope_type",
-            ),
-            (
-                json!({"rope_scaling": {"type": "linear"}}),
-                "rope_scaling.type",
-            ),
-            (
-                json!({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000}}),
-                "rope_parameters.rope_type",
-            ),
-            (
-                json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
-                "contradicts",
-            ),
-            (
-                json!({"use_sliding_window": true, "sliding_window": 4096, "max_window_layers": 1}),
-                "use_sliding_window",
-            ),
-            (
-                json!({"layer_types": ["full_attention", "sliding_attention"]}),
-                "layer_types",
-            ),
+            (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
+            (json!({"quantization_config": {"bits": 4}}), "quantization_config"),
+            (json!({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}), "rope_scaling.rope_type"),
+            (json!({"rope_scaling": {"type": "linear"}}), "rope_scaling.type"),
+            (json!({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000}}), "rope_parameters.rope_type"),
+            (json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}), "contradicts"),
+            (json!({"use_sliding_window": true, "sliding_window": 4096, "max_window_layers": 1}), "use_sliding_window"),
+            (json!({"layer_types": ["full_attention", "sliding_attention"]}), "layer_types"),
             (json!({"num_key_value_heads": 3}), "num_key_value_heads"),
             (json!({"num_attention_heads": 0}), "num_attention_heads"),
             (json!({"head_dim": 5}), "head_dim"),
@@ -413,13 +325,8 @@ mod tests {
             "sliding_window": 4096, "max_window_layers": 2, "pretraining_tp": 1, "attention_dropout": 0.0,
         }));
         assert_eq!(config.unwrap().warnings(), Vec::<String>::new());
-        let warnings = check(&json!({"residual_multiplier": 0.5}))
-            .unwrap()
-            .warnings();
-        assert!(
-            warnings.len() == 1 && warnings[0].contains("residual_multiplier"),
-            "{warnings:?}"
-        );
+        let warnings = check(&json!({"residual_multiplier": 0.5})).unwrap().warnings();
+        assert!(warnings.len() == 1 && warnings[0].contains("residual_multiplier"), "{warnings:?}");
     }
 
     #[test]
@@ -427,16 +334,12 @@ mod tests {
         assert!((check(&json!({})).unwrap().rotary_base() - 5000.0).abs() < f64::EPSILON);
         let nested = json!({"rope_theta": null, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}});
         assert!((check(&nested).unwrap().rotary_base() - 1e6).abs() < f64::EPSILON);
-        assert!(
-            (check(&json!({"rope_theta": null})).unwrap().rotary_base() - 1e4).abs() < f64::EPSILON
-        );
+        assert!((check(&json!({"rope_theta": null})).unwrap().rotary_base() - 1e4).abs() < f64::EPSILON);
     }
 
     #[test]
     fn a_missing_key_is_named() {
-        let error = serde_json::from_value::<Config>(json!({"model_type": "llama"}))
-            .unwrap_err()
-            .to_string();
+        let error = serde_json::from_value::<Config>(json!({"model_type": "llama"})).unwrap_err().to_string();
         assert!(error.contains("vocab_size"), "{error}");
     }
 }

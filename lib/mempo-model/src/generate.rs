@@ -81,25 +81,18 @@ pub fn generate(
         return Ok(Vec::new());
     }
     let _guard = tch::no_grad_guard();
-    let prompts: Vec<&[i32]> = rows
-        .iter()
-        .map(|row| &requests[row.request].prompt_ids[..])
-        .collect();
+    let prompts: Vec<&[i32]> = rows.iter().map(|row| &requests[row.request].prompt_ids[..]).collect();
     let (mut cache, mut hidden) = Cache::prefill(model, &prompts, options.max_tokens);
     let mut live: Vec<usize> = (0..rows.len()).collect();
     loop {
-        let uniforms: Vec<f32> = live
-            .iter()
-            .map(|row| counter_uniform(rows[*row].seed, rows[*row].ids.len() as u64))
-            .collect();
+        let uniforms: Vec<f32> =
+            live.iter().map(|row| counter_uniform(rows[*row].seed, rows[*row].ids.len() as u64)).collect();
         let draws = sampler.draw(model, &hidden, &uniforms)?;
         for (row, draw) in live.iter().zip(&draws) {
             rows[*row].push(*draw, options, stop);
         }
-        let open: Vec<i64> = (0..live.len())
-            .filter(|slot| rows[live[*slot]].finish.is_none())
-            .map(|slot| slot as i64)
-            .collect();
+        let open: Vec<i64> =
+            (0..live.len()).filter(|slot| rows[live[*slot]].finish.is_none()).map(|slot| slot as i64).collect();
         if open.is_empty() {
             break;
         }
@@ -110,9 +103,7 @@ pub fn generate(
             ids = open.iter().map(|slot| ids[*slot as usize]).collect();
             live = open.iter().map(|slot| live[*slot as usize]).collect();
         }
-        let ids = Tensor::from_slice(&ids)
-            .unsqueeze(1)
-            .to_device(model.runtime().device);
+        let ids = Tensor::from_slice(&ids).unsqueeze(1).to_device(model.runtime().device);
         hidden = cache.step(model, &ids);
     }
     rows.sort_by_key(|row| row.request);
@@ -120,15 +111,9 @@ pub fn generate(
 }
 
 /// Checks the requests and sorts them by prompt length, prompt and seed.
-fn rows(
-    model: &Model,
-    requests: &[GenerateRequest],
-    options: &GenerateOptions,
-) -> Result<Vec<Row>, Error> {
+fn rows(model: &Model, requests: &[GenerateRequest], options: &GenerateOptions) -> Result<Vec<Row>, Error> {
     if options.max_tokens == 0 {
-        return Err(Error::Options(
-            "max_tokens 0: expected at least 1".to_owned(),
-        ));
+        return Err(Error::Options("max_tokens 0: expected at least 1".to_owned()));
     }
     let window = model.config().max_position_embeddings;
     let mut rows = Vec::with_capacity(requests.len());
@@ -136,21 +121,10 @@ fn rows(
         model.check_ids(request, prompt_ids)?;
         let limit = options.max_tokens.min(window - prompt_ids.len());
         if limit == 0 {
-            let problem =
-                format!("has {window} tokens and fills the model's window; nothing can follow");
-            return Err(Error::Sequence {
-                row: request,
-                problem,
-            });
+            let problem = format!("has {window} tokens and fills the model's window; nothing can follow");
+            return Err(Error::Sequence { row: request, problem });
         }
-        rows.push(Row {
-            request,
-            seed: *seed,
-            limit,
-            ids: Vec::new(),
-            logprobs: Vec::new(),
-            finish: None,
-        });
+        rows.push(Row { request, seed: *seed, limit, ids: Vec::new(), logprobs: Vec::new(), finish: None });
     }
     rows.sort_by(|a, b| {
         let key = |row: &Row| (&requests[row.request].prompt_ids, row.seed);
@@ -162,12 +136,7 @@ fn rows(
 
 impl Row {
     /// Takes a draw, unless the row has ended and merely waits to leave the batch.
-    fn push(
-        &mut self,
-        (id, logprob): Draw,
-        options: &GenerateOptions,
-        stop: &mut dyn FnMut(usize, &[i32]) -> bool,
-    ) {
+    fn push(&mut self, (id, logprob): Draw, options: &GenerateOptions, stop: &mut dyn FnMut(usize, &[i32]) -> bool) {
         if self.finish.is_some() {
             return;
         }
@@ -185,10 +154,6 @@ impl Row {
     }
 
     fn into_generated(self) -> Generated {
-        Generated {
-            ids: self.ids,
-            logprobs: self.logprobs,
-            finish: self.finish.unwrap_or(Finish::Length),
-        }
+        Generated { ids: self.ids, logprobs: self.logprobs, finish: self.finish.unwrap_or(Finish::Length) }
     }
 }

@@ -14,6 +14,7 @@ mod checkpoint;
 mod config;
 mod error;
 mod generate;
+mod initialise;
 mod llama;
 mod model;
 mod qwen2;

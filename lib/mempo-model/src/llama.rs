@@ -19,21 +19,14 @@ impl Llama {
     pub(crate) fn new(builder: &mut Builder, config: &Config) -> Self {
         let table = [config.vocab_size, config.hidden_size];
         let embed_tokens = builder.parameter("model.embed_tokens.weight".to_owned(), &table);
-        let layers = (0..config.num_hidden_layers)
-            .map(|layer| DecoderLayer::new(builder, layer, config))
-            .collect();
+        let layers = (0..config.num_hidden_layers).map(|layer| DecoderLayer::new(builder, layer, config)).collect();
         let norm = RmsNorm::new(builder, "model.norm", config);
         let lm_head = if config.tie_word_embeddings {
             embed_tokens.shallow_clone()
         } else {
             builder.parameter("lm_head.weight".to_owned(), &table)
         };
-        Self {
-            embed_tokens,
-            layers,
-            norm,
-            lm_head,
-        }
+        Self { embed_tokens, layers, norm, lm_head }
     }
 }
 
@@ -64,30 +57,16 @@ impl DecoderLayer {
         Self {
             input_layernorm: RmsNorm::new(builder, &format!("{name}.input_layernorm"), config),
             self_attn: Attention::new(builder, &format!("{name}.self_attn"), config, false),
-            post_attention_layernorm: RmsNorm::new(
-                builder,
-                &format!("{name}.post_attention_layernorm"),
-                config,
-            ),
+            post_attention_layernorm: RmsNorm::new(builder, &format!("{name}.post_attention_layernorm"), config),
             mlp: Mlp::new(builder, &format!("{name}.mlp"), config),
         }
     }
 
     /// `[B,T,D] -> [B,T,D]`.
-    fn forward(
-        &self,
-        index: usize,
-        hidden: &Tensor,
-        rotary: &RotaryAt,
-        attend: &mut Attend,
-    ) -> Tensor {
-        let attended =
-            self.self_attn
-                .forward(index, &self.input_layernorm.forward(hidden), rotary, attend);
+    fn forward(&self, index: usize, hidden: &Tensor, rotary: &RotaryAt, attend: &mut Attend) -> Tensor {
+        let attended = self.self_attn.forward(index, &self.input_layernorm.forward(hidden), rotary, attend);
         let hidden = hidden + attended;
-        let mlp = self
-            .mlp
-            .forward(&self.post_attention_layernorm.forward(&hidden));
+        let mlp = self.mlp.forward(&self.post_attention_layernorm.forward(&hidden));
         hidden + mlp
     }
 }

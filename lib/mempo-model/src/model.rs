@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use sha2::{Digest, Sha256};
 use tch::{Kind, Tensor};
 
 use crate::blocks::{Attend, Rotary, RotaryAt, causal_attention};
@@ -10,7 +9,7 @@ use crate::builder::Builder;
 use crate::config::{Config, Family};
 use crate::llama::Llama;
 use crate::qwen2::Qwen2;
-use crate::{Error, Runtime, random, weights};
+use crate::{Error, Runtime, weights};
 
 /// The stack of layers of one family.
 pub(crate) trait Decoder {
@@ -30,9 +29,9 @@ fn decoder(builder: &mut Builder, config: &Config) -> Box<dyn Decoder + Send> {
 
 /// A decoder-only language model.
 pub struct Model {
-    config: Config,
+    pub(crate) config: Config,
     runtime: Runtime,
-    parameters: Vec<(String, Tensor)>,
+    pub(crate) parameters: Vec<(String, Tensor)>,
     decoder: Box<dyn Decoder + Send>,
     rotary: Rotary,
 }
@@ -47,39 +46,7 @@ impl Model {
         Ok(model)
     }
 
-    /// A fresh model: matrices normal with `initializer_range`, norms one, biases zero, as Hugging Face does it. The
-    /// numbers are a function of `seed` and each tensor's name alone.
-    pub fn initialise(config: Config, seed: u64, runtime: &Runtime) -> Result<Self, Error> {
-        config.check().map_err(|problem| Error::Config {
-            path: "config".into(),
-            problem,
-        })?;
-        let mut model = Self::allocate(config, runtime);
-        let scale = model.config.initializer_range as f32;
-        let _guard = tch::no_grad_guard();
-        for (name, tensor) in &mut model.parameters {
-            if name.ends_with("norm.weight") {
-                let _ = tensor.fill_(1.0);
-            } else if name.contains(".bias") {
-                let _ = tensor.fill_(0.0);
-            } else {
-                let digest = Sha256::new()
-                    .chain_update(seed.to_le_bytes())
-                    .chain_update(name.as_bytes())
-                    .finalize();
-                let key =
-                    u64::from_le_bytes(digest[..8].try_into().expect("a digest has 32 bytes"));
-                let values: Vec<f32> = random::normals(key, tensor.numel())
-                    .iter()
-                    .map(|value| value * scale)
-                    .collect();
-                tensor.copy_(&Tensor::from_slice(&values).view_as(tensor));
-            }
-        }
-        Ok(model)
-    }
-
-    fn allocate(config: Config, runtime: &Runtime) -> Self {
+    pub(crate) fn allocate(config: Config, runtime: &Runtime) -> Self {
         let shapes = Builder::list(|builder| decoder(builder, &config));
         let count = |shape: &[i64]| shape.iter().product::<i64>();
         let total = shapes.iter().map(|(_, shape)| count(shape)).sum::<i64>();
@@ -90,19 +57,10 @@ impl Model {
             parameters.push((name, flat.narrow(0, start, count(&shape)).view(&shape[..])));
             start += count(&shape);
         }
-        let tensors = parameters
-            .iter()
-            .map(|(_, tensor)| tensor.shallow_clone())
-            .collect();
+        let tensors = parameters.iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
         let decoder = Builder::build(tensors, |builder| decoder(builder, &config));
         let rotary = Rotary::new(&config, runtime.device);
-        Self {
-            config,
-            runtime: *runtime,
-            parameters,
-            decoder,
-            rotary,
-        }
+        Self { config, runtime: *runtime, parameters, decoder, rotary }
     }
 
     /// Its config.
@@ -127,11 +85,7 @@ impl Model {
     /// # Panics
     /// If their number or a shape differs.
     pub fn bind_parameters(&mut self, tensors: Vec<Tensor>) {
-        assert_eq!(
-            tensors.len(),
-            self.parameters.len(),
-            "number of tensors to bind"
-        );
+        assert_eq!(tensors.len(), self.parameters.len(), "number of tensors to bind");
         for ((_, parameter), tensor) in self.parameters.iter_mut().zip(&tensors) {
             *parameter = tensor.shallow_clone();
         }
@@ -141,11 +95,8 @@ impl Model {
     /// Ids `[B,T]` (int64, right-padded with any id) -> hidden states `[B,T,D]` after the final norm, positions from 0.
     /// What stands at padding is meaningless and touches nothing else. Differentiable.
     pub fn hidden(&self, ids: &Tensor) -> Tensor {
-        let positions =
-            Tensor::arange(ids.size()[1], (Kind::Int64, self.runtime.device)).unsqueeze(0);
-        self.forward(ids, &positions, &mut |_, q, k, v| {
-            causal_attention(&q, &k, &v)
-        })
+        let positions = Tensor::arange(ids.size()[1], (Kind::Int64, self.runtime.device)).unsqueeze(0);
+        self.forward(ids, &positions, &mut |_, q, k, v| causal_attention(&q, &k, &v))
     }
 
     /// The head's matrix `[V,D]`.
@@ -155,14 +106,8 @@ impl Model {
 
     /// Hidden states `[N,D]` -> logits over a temperature `[N,V]`, float32. A temperature of 0 (greedy) counts as 1.
     pub(crate) fn scaled_logits(&self, hidden: &Tensor, temperature: f64) -> Tensor {
-        let logits = hidden
-            .linear(self.head_weight(), None::<Tensor>)
-            .to_kind(Kind::Float);
-        if temperature == 0.0 {
-            logits
-        } else {
-            logits / temperature
-        }
+        let logits = hidden.linear(self.head_weight(), None::<Tensor>).to_kind(Kind::Float);
+        if temperature == 0.0 { logits } else { logits / temperature }
     }
 
     /// Ids `[B,T]` at positions `[B or 1, T]`, attending as the caller says.
@@ -192,13 +137,8 @@ impl Model {
         let width = rows.iter().map(|row| row.len()).max().unwrap_or(0);
         let mut flat = vec![0i64; rows.len() * width];
         for (row, padded) in rows.iter().zip(flat.chunks_mut(width.max(1))) {
-            padded
-                .iter_mut()
-                .zip(row.iter())
-                .for_each(|(to, id)| *to = i64::from(*id));
+            padded.iter_mut().zip(row.iter()).for_each(|(to, id)| *to = i64::from(*id));
         }
-        Tensor::from_slice(&flat)
-            .view([rows.len() as i64, width as i64])
-            .to_device(self.runtime.device)
+        Tensor::from_slice(&flat).view([rows.len() as i64, width as i64]).to_device(self.runtime.device)
     }
 }

@@ -41,10 +41,7 @@ mod tests {
         let mut counts = vec![0.0f64; bins];
         values.for_each(|value| counts[(value * bins as f32) as usize] += 1.0);
         let expected = counts.iter().sum::<f64>() / bins as f64;
-        counts
-            .iter()
-            .map(|count| (count - expected).powi(2) / expected)
-            .sum()
+        counts.iter().map(|count| (count - expected).powi(2) / expected).sum()
     }
 
     #[test]
@@ -52,10 +49,8 @@ mod tests {
         let bins = 64; // 63 degrees of freedom: 99.9 % of chi-squares lie below 103
         assert!(chi_square((0..64_000).map(|i| counter_uniform(7, i)), bins) < 103.0);
         assert!(chi_square((0..64_000).map(|i| counter_uniform(i, 7)), bins) < 103.0);
-        let pair = |i: u64| {
-            ((counter_uniform(3, i) * 8.0).floor() * 8.0 + (counter_uniform(4, i) * 8.0).floor())
-                / 64.0
-        };
+        let pair =
+            |i: u64| ((counter_uniform(3, i) * 8.0).floor() * 8.0 + (counter_uniform(4, i) * 8.0).floor()) / 64.0;
         assert!(chi_square((0..64_000).map(pair), bins) < 103.0);
     }
 
@@ -70,40 +65,17 @@ mod tests {
     #[test]
     fn normals_have_the_moments_of_a_standard_normal() {
         let values = normals(11, 100_001);
-        let moment = |power: i32| {
-            values
-                .iter()
-                .map(|x| f64::from(*x).powi(power))
-                .sum::<f64>()
-                / values.len() as f64
-        };
+        let moment = |power: i32| values.iter().map(|x| f64::from(*x).powi(power)).sum::<f64>() / values.len() as f64;
         assert_eq!(values.len(), 100_001);
-        assert!(
-            moment(1).abs() < 0.01 && (moment(2) - 1.0).abs() < 0.02,
-            "{} {}",
-            moment(1),
-            moment(2)
-        );
-        assert!(
-            moment(3).abs() < 0.04 && (moment(4) - 3.0).abs() < 0.12,
-            "{} {}",
-            moment(3),
-            moment(4)
-        );
+        assert!(moment(1).abs() < 0.01 && (moment(2) - 1.0).abs() < 0.02, "{} {}", moment(1), moment(2));
+        assert!(moment(3).abs() < 0.04 && (moment(4) - 3.0).abs() < 0.12, "{} {}", moment(3), moment(4));
     }
 
     /// Fresh models and sampled ids rest on these bits: they must never change.
     #[test]
     fn bits_are_frozen() {
-        let frozen = [
-            0x1DF5_DF97_578D_90C0,
-            0xBB0E_8EB9_91D7_D0F7,
-            0x077C_A237_7640_7269,
-        ];
-        assert_eq!(
-            [counter_hash(0, 0), counter_hash(0, 1), counter_hash(1, 0)],
-            frozen
-        );
+        let frozen = [0x1DF5_DF97_578D_90C0, 0xBB0E_8EB9_91D7_D0F7, 0x077C_A237_7640_7269];
+        assert_eq!([counter_hash(0, 0), counter_hash(0, 1), counter_hash(1, 0)], frozen);
         assert_eq!(
             mix(0x9E37_79B9_7F4A_7C15),
             0xE220_A839_7B1D_CDAF,

@@ -24,11 +24,7 @@ pub struct DeviceOptions {
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        Self {
-            device: "auto".to_owned(),
-            dtype: "auto".to_owned(),
-            threads: None,
-        }
+        Self { device: "auto".to_owned(), dtype: "auto".to_owned(), threads: None }
     }
 }
 
@@ -49,9 +45,7 @@ impl DeviceOptions {
             "auto" | "bf16" => Kind::BFloat16,
             "f32" => Kind::Float,
             other => {
-                return Err(Error::Device(format!(
-                    "--dtype {other}: expected bf16, f32 or auto"
-                )));
+                return Err(Error::Device(format!("--dtype {other}: expected bf16, f32 or auto")));
             }
         };
         let device = self.resolve_device()?;
@@ -71,11 +65,7 @@ impl DeviceOptions {
             other => other
                 .strip_prefix("cuda:")
                 .and_then(|index| index.parse().ok())
-                .ok_or_else(|| {
-                    Error::Device(format!(
-                        "--device {other}: expected cpu, cuda, cuda:N or auto"
-                    ))
-                })?,
+                .ok_or_else(|| Error::Device(format!("--device {other}: expected cpu, cuda, cuda:N or auto")))?,
         };
         let library = cuda_library();
         if let Some(library) = &library {
@@ -89,16 +79,10 @@ impl DeviceOptions {
             return Ok(Device::Cpu);
         }
         let library = library.map_or_else(
-            || {
-                "libtorch_cuda.so was not found beside libtorch; MEMPO_LIBTORCH_CUDA may name it"
-                    .to_owned()
-            },
+            || "libtorch_cuda.so was not found beside libtorch; MEMPO_LIBTORCH_CUDA may name it".to_owned(),
             |library| format!("{} was loaded", library.display()),
         );
-        Err(Error::Device(format!(
-            "--device {}: {count} GPUs are visible ({library}); try --device cpu",
-            self.device
-        )))
+        Err(Error::Device(format!("--device {}: {count} GPUs are visible ({library}); try --device cpu", self.device)))
     }
 }
 
@@ -106,48 +90,28 @@ impl DeviceOptions {
 /// or in a `cuda/torch/lib` next to its folder (where it finds its own libraries in `cuda/nvidia`).
 fn cuda_library() -> Option<PathBuf> {
     let named = std::env::var_os("MEMPO_LIBTORCH_CUDA").map(PathBuf::from);
-    let folders = named
-        .clone()
-        .into_iter()
-        .chain(libtorch_folder().into_iter().flat_map(|folder| {
-            [
-                folder.clone(),
-                folder.join("../cuda/torch/lib"),
-                folder.join("../../cuda/torch/lib"),
-            ]
+    let folders =
+        named.clone().into_iter().chain(libtorch_folder().into_iter().flat_map(|folder| {
+            [folder.clone(), folder.join("../cuda/torch/lib"), folder.join("../../cuda/torch/lib")]
         }));
     let inside = folders.map(|folder| folder.join("libtorch_cuda.so"));
-    named
-        .into_iter()
-        .filter(|path| path.is_file())
-        .chain(inside)
-        .find(|path| path.is_file())
+    named.into_iter().filter(|path| path.is_file()).chain(inside).find(|path| path.is_file())
 }
 
 /// The folder of the libtorch that this process runs on.
 fn libtorch_folder() -> Option<PathBuf> {
     let maps = fs_err::read_to_string("/proc/self/maps").ok()?;
-    let line = maps
-        .lines()
-        .find(|line| line.ends_with("/libtorch_cpu.so"))?;
-    Path::new(&line[line.find('/')?..])
-        .parent()
-        .map(Path::to_owned)
+    let line = maps.lines().find(|line| line.ends_with("/libtorch_cpu.so"))?;
+    Path::new(&line[line.find('/')?..]).parent().map(Path::to_owned)
 }
 
 /// Loads the GPU part of libtorch for the life of the process: it registers itself with the CPU part as it loads.
 fn load_cuda(library: &Path) -> Result<(), Error> {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-    #[expect(
-        unsafe_code,
-        reason = "loading a library runs its initialisers; this one is libtorch's own"
-    )]
+    #[expect(unsafe_code, reason = "loading a library runs its initialisers; this one is libtorch's own")]
     let loaded = unsafe { Library::open(Some(library), RTLD_NOW | RTLD_GLOBAL) };
     let loaded = loaded.map_err(|error| {
-        Error::Device(format!(
-            "{} could not be loaded: {error}; --device cpu does without it",
-            library.display()
-        ))
+        Error::Device(format!("{} could not be loaded: {error}; --device cpu does without it", library.display()))
     })?;
     std::mem::forget(loaded);
     Ok(())
@@ -158,41 +122,21 @@ mod tests {
     use super::*;
 
     fn options(device: &str, dtype: &str) -> DeviceOptions {
-        DeviceOptions {
-            device: device.to_owned(),
-            dtype: dtype.to_owned(),
-            threads: Some(2),
-        }
+        DeviceOptions { device: device.to_owned(), dtype: dtype.to_owned(), threads: Some(2) }
     }
 
     #[test]
     fn names_resolve_or_are_refused() {
-        assert_eq!(
-            options("cpu", "f32").resolve().unwrap(),
-            Runtime {
-                device: Device::Cpu,
-                kind: Kind::Float
-            }
-        );
-        assert_eq!(
-            options("cpu", "auto").resolve().unwrap().kind,
-            Kind::BFloat16
-        );
+        assert_eq!(options("cpu", "f32").resolve().unwrap(), Runtime { device: Device::Cpu, kind: Kind::Float });
+        assert_eq!(options("cpu", "auto").resolve().unwrap().kind, Kind::BFloat16);
         assert_eq!(tch::get_num_threads(), 2);
-        for (device, dtype, word) in [
-            ("gpu", "f32", "--device gpu"),
-            ("cuda:x", "f32", "cuda:x"),
-            ("cpu", "int8", "int8"),
-        ] {
+        for (device, dtype, word) in
+            [("gpu", "f32", "--device gpu"), ("cuda:x", "f32", "cuda:x"), ("cpu", "int8", "int8")]
+        {
             let error = options(device, dtype).resolve().unwrap_err().to_string();
             assert!(error.contains(word), "{error}");
         }
-        let error = DeviceOptions {
-            threads: Some(0),
-            ..options("cpu", "f32")
-        }
-        .resolve()
-        .unwrap_err();
+        let error = DeviceOptions { threads: Some(0), ..options("cpu", "f32") }.resolve().unwrap_err();
         assert!(error.to_string().contains("--threads"));
     }
 

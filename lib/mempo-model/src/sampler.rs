@@ -20,51 +20,31 @@ impl Sampler {
     pub(crate) fn new(model: &Model, options: &GenerateOptions) -> Result<Self, Error> {
         let (temperature, top_p) = (options.temperature, options.top_p);
         if !(temperature >= 0.0 && temperature.is_finite() && top_p > 0.0 && top_p <= 1.0) {
-            let problem = format!(
-                "temperature {temperature}, top_p {top_p}: expected temperature >= 0 and 0 < top_p <= 1"
-            );
+            let problem =
+                format!("temperature {temperature}, top_p {top_p}: expected temperature >= 0 and 0 < top_p <= 1");
             return Err(Error::Options(problem));
         }
         let size = model.config().vocab_size as usize;
         let mut forbidden = vec![false; size];
-        forbidden
-            .iter_mut()
-            .skip(options.vocabulary_limit)
-            .for_each(|id| *id = true);
+        forbidden.iter_mut().skip(options.vocabulary_limit).for_each(|id| *id = true);
         for id in &options.banned_ids {
-            if let Some(id) = usize::try_from(*id)
-                .ok()
-                .and_then(|id| forbidden.get_mut(id))
-            {
+            if let Some(id) = usize::try_from(*id).ok().and_then(|id| forbidden.get_mut(id)) {
                 *id = true;
             }
         }
         if forbidden.iter().all(|id| *id) {
-            return Err(Error::Options(
-                "banned_ids and vocabulary_limit leave no id to sample".to_owned(),
-            ));
+            return Err(Error::Options("banned_ids and vocabulary_limit leave no id to sample".to_owned()));
         }
-        Ok(Self {
-            temperature,
-            top_p,
-            forbidden: Tensor::from_slice(&forbidden).to_device(model.runtime().device),
-        })
+        Ok(Self { temperature, top_p, forbidden: Tensor::from_slice(&forbidden).to_device(model.runtime().device) })
     }
 
     /// One draw a row from hidden states `[B,D]`. The log-probability is that of the whole vocabulary at the
     /// temperature (1 when greedy), whatever was forbidden or cut off.
-    pub(crate) fn draw(
-        &self,
-        model: &Model,
-        hidden: &Tensor,
-        uniforms: &[f32],
-    ) -> Result<Vec<Draw>, Error> {
+    pub(crate) fn draw(&self, model: &Model, hidden: &Tensor, uniforms: &[f32]) -> Result<Vec<Draw>, Error> {
         let logits = model.scaled_logits(hidden, self.temperature);
         let mut probabilities = logits.softmax(-1, Kind::Float);
         if self.temperature == 0.0 {
-            let ids = logits
-                .masked_fill(&self.forbidden, f64::NEG_INFINITY)
-                .argmax(-1, true);
+            let ids = logits.masked_fill(&self.forbidden, f64::NEG_INFINITY).argmax(-1, true);
             return draws(&ids, &probabilities);
         }
         let _ = probabilities.masked_fill_(&self.forbidden, 0.0);
@@ -75,47 +55,32 @@ impl Sampler {
         let cumulative = probabilities.cumsum(-1, Kind::Float);
         let size = cumulative.size()[1];
         let totals = cumulative.narrow(1, size - 1, 1);
-        let points = Tensor::from_slice(uniforms)
-            .unsqueeze(1)
-            .to_device(hidden.device())
-            * totals;
+        let points = Tensor::from_slice(uniforms).unsqueeze(1).to_device(hidden.device()) * totals;
         // The first id whose cumulative probability exceeds the point has a probability above 0.
-        let ids = points
-            .searchsorted(&cumulative, false, true, "right", None::<Tensor>)
-            .clamp_max(size - 1);
+        let ids = points.searchsorted(&cumulative, false, true, "right", None::<Tensor>).clamp_max(size - 1);
         draws(&ids, &probabilities)
     }
 
     /// Ids drawn from the smallest sets of most probable ids that reach `top_p` (Holtzman et al. 2020), on the host.
     fn nucleus_ids(&self, probabilities: &Tensor, uniforms: &[f32]) -> Vec<i64> {
         let size = probabilities.size()[1] as usize;
-        let flat = Vec::<f32>::try_from(probabilities.flatten(0, -1))
-            .expect("a flat float tensor is a vector of f32");
+        let flat = Vec::<f32>::try_from(probabilities.flatten(0, -1)).expect("a flat float tensor is a vector of f32");
         let mut candidates = Vec::new();
         let rows = flat.chunks(size).zip(uniforms);
-        rows.map(|(row, uniform)| nucleus_id(row, self.top_p, *uniform, &mut candidates) as i64)
-            .collect()
+        rows.map(|(row, uniform)| nucleus_id(row, self.top_p, *uniform, &mut candidates) as i64).collect()
     }
 }
 
 /// Ids `[B,1]` with the logarithms of their probabilities, in one transfer.
 fn draws(ids: &Tensor, probabilities: &Tensor) -> Result<Vec<Draw>, Error> {
     let logprobs = probabilities.gather(1, ids, false).log();
-    let both = Tensor::cat(
-        &[ids.to_kind(Kind::Double), logprobs.to_kind(Kind::Double)],
-        1,
-    );
-    let flat =
-        Vec::<f64>::try_from(both.flatten(0, -1)).expect("a flat double tensor is a vector of f64");
-    let draws: Vec<Draw> = flat
-        .chunks(2)
-        .map(|pair| (pair[0] as i32, pair[1] as f32))
-        .collect();
+    let both = Tensor::cat(&[ids.to_kind(Kind::Double), logprobs.to_kind(Kind::Double)], 1);
+    let flat = Vec::<f64>::try_from(both.flatten(0, -1)).expect("a flat double tensor is a vector of f64");
+    let draws: Vec<Draw> = flat.chunks(2).map(|pair| (pair[0] as i32, pair[1] as f32)).collect();
     match draws.iter().find(|(_, logprob)| !logprob.is_finite()) {
         None => Ok(draws),
         Some(_) => Err(Error::Options(
-            "the model's logits are not finite; its weights are damaged or overflow this dtype"
-                .to_owned(),
+            "the model's logits are not finite; its weights are damaged or overflow this dtype".to_owned(),
         )),
     }
 }
@@ -145,12 +110,7 @@ fn nucleus_end(row: &[f32], top_p: f64, candidates: &mut Vec<(f32, usize)>) -> (
     // Ids below this make up less than 1 - top_p together, so the nucleus lies among the others.
     let least = (total * (1.0 - top_p) / row.len() as f64 * 0.999) as f32;
     candidates.clear();
-    candidates.extend(
-        row.iter()
-            .enumerate()
-            .filter(|(_, p)| **p > least)
-            .map(|(id, p)| (*p, id)),
-    );
+    candidates.extend(row.iter().enumerate().filter(|(_, p)| **p > least).map(|(id, p)| (*p, id)));
     let mut missing = top_p * total;
     let mut rest = &mut candidates[..];
     while rest.len() > 1 {
@@ -189,18 +149,13 @@ mod tests {
     #[test]
     fn a_nucleus_is_the_smallest_set_of_most_probable_ids() {
         for (seed, power) in [(1, 1), (2, 4), (3, 16), (4, 40)] {
-            let row: Vec<f32> = (0..300)
-                .map(|i| crate::counter_uniform(seed, i).powi(power))
-                .collect();
+            let row: Vec<f32> = (0..300).map(|i| crate::counter_uniform(seed, i).powi(power)).collect();
             for top_p in [0.01, 0.3, 0.9, 0.99] {
                 let allowed = brute_force(&row, top_p);
                 let mut candidates = Vec::new();
                 let draw = |i| nucleus_id(&row, top_p, counter(i), &mut candidates);
                 let drawn: std::collections::BTreeSet<usize> = (0..3000).map(draw).collect();
-                assert!(
-                    drawn.iter().all(|id| allowed.contains(id)),
-                    "{seed} {top_p}"
-                );
+                assert!(drawn.iter().all(|id| allowed.contains(id)), "{seed} {top_p}");
                 let end = nucleus_end(&row, top_p, &mut candidates);
                 assert_eq!(end.1, *allowed.last().unwrap(), "{seed} {top_p}");
                 let first = allowed.iter().min().unwrap();
@@ -217,9 +172,7 @@ mod tests {
     fn a_flat_row_keeps_every_id_it_needs() {
         let row = vec![0.25f32; 4];
         let mut candidates = Vec::new();
-        let ids: Vec<usize> = [0.0, 0.4, 0.99]
-            .map(|u| nucleus_id(&row, 0.6, u, &mut candidates))
-            .to_vec();
+        let ids: Vec<usize> = [0.0, 0.4, 0.99].map(|u| nucleus_id(&row, 0.6, u, &mut candidates)).to_vec();
         assert_eq!(ids, [0, 1, 2]);
     }
 }

@@ -44,27 +44,17 @@ impl Model {
             }
         }
         let _guard = tch::no_grad_guard();
-        let mut order: Vec<usize> = (0..sequences.len())
-            .filter(|row| !sequences[*row].targets.is_empty())
-            .collect();
+        let mut order: Vec<usize> = (0..sequences.len()).filter(|row| !sequences[*row].targets.is_empty()).collect();
         order.sort_by_key(|row| (sequences[*row].targets.end, &sequences[*row].ids));
         let mut logprobs = vec![Vec::new(); sequences.len()];
         let mut rest = &order[..];
         while !rest.is_empty() {
             // Sorted by length: the last row of a batch sets its width.
-            let fits = |count: usize| {
-                count * (sequences[rest[count - 1]].targets.end - 1) <= options.tokens_per_batch
-            };
-            let count = (1..=rest.len())
-                .take_while(|count| fits(*count))
-                .last()
-                .unwrap_or(1);
+            let fits = |count: usize| count * (sequences[rest[count - 1]].targets.end - 1) <= options.tokens_per_batch;
+            let count = (1..=rest.len()).take_while(|count| fits(*count)).last().unwrap_or(1);
             let (batch, later) = rest.split_at(count);
             let scored: Vec<&ScoredSequence> = batch.iter().map(|row| &sequences[*row]).collect();
-            for (row, values) in batch
-                .iter()
-                .zip(self.batch_logprobs(&scored, options.temperature))
-            {
+            for (row, values) in batch.iter().zip(self.batch_logprobs(&scored, options.temperature)) {
                 logprobs[*row] = values;
             }
             rest = later;
@@ -74,43 +64,20 @@ impl Model {
 
     fn batch_logprobs(&self, batch: &[&ScoredSequence], temperature: f64) -> Vec<Vec<f32>> {
         // The last target is predicted from the id before it; nothing after that matters.
-        let inputs: Vec<&[i32]> = batch
-            .iter()
-            .map(|sequence| &sequence.ids[..sequence.targets.end - 1])
-            .collect();
+        let inputs: Vec<&[i32]> = batch.iter().map(|sequence| &sequence.ids[..sequence.targets.end - 1]).collect();
         let hidden = self.hidden(&self.padded(&inputs));
         let width = hidden.size()[1];
         let (mut places, mut targets) = (Vec::new(), Vec::new());
         for (row, sequence) in batch.iter().enumerate() {
-            places.extend(
-                sequence
-                    .targets
-                    .clone()
-                    .map(|target| row as i64 * width + target as i64 - 1),
-            );
-            targets.extend(
-                sequence.ids[sequence.targets.clone()]
-                    .iter()
-                    .map(|id| i64::from(*id)),
-            );
+            places.extend(sequence.targets.clone().map(|target| row as i64 * width + target as i64 - 1));
+            targets.extend(sequence.ids[sequence.targets.clone()].iter().map(|id| i64::from(*id)));
         }
         let device = self.runtime().device;
-        let hidden = hidden
-            .flatten(0, 1)
-            .index_select(0, &Tensor::from_slice(&places).to_device(device));
-        let logprobs = logprobs_at(
-            self,
-            &hidden,
-            &Tensor::from_slice(&targets).to_device(device),
-            temperature,
-        );
-        let flat = Vec::<f32>::try_from(&logprobs)
-            .expect("a one-dimensional float tensor is a vector of f32");
+        let hidden = hidden.flatten(0, 1).index_select(0, &Tensor::from_slice(&places).to_device(device));
+        let logprobs = logprobs_at(self, &hidden, &Tensor::from_slice(&targets).to_device(device), temperature);
+        let flat = Vec::<f32>::try_from(&logprobs).expect("a one-dimensional float tensor is a vector of f32");
         let mut flat = flat.into_iter();
-        batch
-            .iter()
-            .map(|sequence| flat.by_ref().take(sequence.targets.len()).collect())
-            .collect()
+        batch.iter().map(|sequence| flat.by_ref().take(sequence.targets.len()).collect()).collect()
     }
 }
 
@@ -123,25 +90,15 @@ pub fn logprobs_at(model: &Model, hidden: &Tensor, targets: &Tensor, temperature
         .map(|start| {
             let length = rows.min(hidden.size()[0] - start);
             let logits = model.scaled_logits(&hidden.narrow(0, start, length), temperature);
-            let chosen = logits
-                .gather(1, &targets.narrow(0, start, length).unsqueeze(1), false)
-                .squeeze_dim(1);
+            let chosen = logits.gather(1, &targets.narrow(0, start, length).unsqueeze(1), false).squeeze_dim(1);
             chosen - logits.logsumexp([1], false)
         })
         .collect();
-    if chunks.is_empty() {
-        Tensor::zeros([0], (Kind::Float, model.runtime().device))
-    } else {
-        Tensor::cat(&chunks, 0)
-    }
+    if chunks.is_empty() { Tensor::zeros([0], (Kind::Float, model.runtime().device)) } else { Tensor::cat(&chunks, 0) }
 }
 
 /// Rows of logits to hold at a time: 16 MB on a CPU, to stay near its caches; 512 MB on a GPU, to fill it.
 fn chunk_rows(model: &Model) -> i64 {
-    let elements = if model.runtime().device.is_cuda() {
-        1 << 27
-    } else {
-        1 << 22
-    };
+    let elements = if model.runtime().device.is_cuda() { 1 << 27 } else { 1 << 22 };
     (elements / model.config().vocab_size).max(64)
 }

@@ -22,17 +22,11 @@ struct Index {
 }
 
 /// Fills `parameters` from the weights in `dir`, converted to the parameters' number format.
-pub(crate) fn load(
-    dir: &Path,
-    parameters: &mut [(String, Tensor)],
-    tied_head: bool,
-) -> Result<(), Error> {
+pub(crate) fn load(dir: &Path, parameters: &mut [(String, Tensor)], tied_head: bool) -> Result<(), Error> {
     let _guard = tch::no_grad_guard();
     let (listing, files, index) = weight_files(dir)?;
-    let mut wanted: HashMap<&str, &mut Tensor> = parameters
-        .iter_mut()
-        .map(|(name, tensor)| (name.as_str(), tensor))
-        .collect();
+    let mut wanted: HashMap<&str, &mut Tensor> =
+        parameters.iter_mut().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     let mut found = BTreeSet::new();
     for path in &files {
         let file = fs_err::File::open(path)?;
@@ -43,25 +37,15 @@ pub(crate) fn load(
         let bytes = unsafe { memmap2::Mmap::map(file.file()) }?;
         let tensors = SafeTensors::deserialize(&bytes).map_err(|error| Error::Weights {
             path: path.clone(),
-            problem: format!(
-                "damaged or cut short ({error}; {} bytes); fetch or copy it again",
-                bytes.len()
-            ),
+            problem: format!("damaged or cut short ({error}; {} bytes); fetch or copy it again", bytes.len()),
         })?;
         for (name, view) in tensors.iter() {
-            let problem = |problem: String| Error::Tensor {
-                path: path.clone(),
-                tensor: name.to_owned(),
-                problem,
-            };
+            let problem = |problem: String| Error::Tensor { path: path.clone(), tensor: name.to_owned(), problem };
             match wanted.get_mut(name) {
                 Some(parameter) => fill(parameter, &view).map_err(problem)?,
-                None if name.ends_with("rotary_emb.inv_freq")
-                    || (tied_head && name == "lm_head.weight") => {}
+                None if name.ends_with("rotary_emb.inv_freq") || (tied_head && name == "lm_head.weight") => {}
                 None => {
-                    return Err(problem(
-                        "is not part of this model; does config.json belong to it?".to_owned(),
-                    ));
+                    return Err(problem("is not part of this model; does config.json belong to it?".to_owned()));
                 }
             }
             if !found.insert(name.to_owned()) {
@@ -88,36 +72,23 @@ fn weight_files(dir: &Path) -> Result<WeightFiles, Error> {
         return Ok((single.clone(), vec![single], BTreeMap::new()));
     }
     if !path.is_file() {
-        let problem = format!(
-            "holds neither {SINGLE} nor {INDEX}; weights in other formats must be converted to safetensors"
-        );
-        return Err(Error::Weights {
-            path: dir.to_owned(),
-            problem,
-        });
+        let problem =
+            format!("holds neither {SINGLE} nor {INDEX}; weights in other formats must be converted to safetensors");
+        return Err(Error::Weights { path: dir.to_owned(), problem });
     }
-    let problem = |problem: String| Error::Weights {
-        path: path.clone(),
-        problem,
-    };
+    let problem = |problem: String| Error::Weights { path: path.clone(), problem };
     let text = fs_err::read_to_string(&path)?;
-    let index: Index = serde_json::from_str(&text)
-        .map_err(|error| problem(format!("not an index of shards: {error}")))?;
+    let index: Index =
+        serde_json::from_str(&text).map_err(|error| problem(format!("not an index of shards: {error}")))?;
     let names: BTreeSet<&String> = index.weight_map.values().collect();
-    if let Some(name) = names
-        .iter()
-        .find(|name| Path::new(name).file_name() != Some(name.as_ref()) || name.contains('\\'))
+    if let Some(name) =
+        names.iter().find(|name| Path::new(name).file_name() != Some(name.as_ref()) || name.contains('\\'))
     {
-        return Err(problem(format!(
-            "shard name `{name}` is not a plain file name"
-        )));
+        return Err(problem(format!("shard name `{name}` is not a plain file name")));
     }
     let files: Vec<PathBuf> = names.into_iter().map(|name| dir.join(name)).collect();
     if let Some(missing) = files.iter().find(|file| !file.is_file()) {
-        return Err(problem(format!(
-            "the shard {} is missing",
-            missing.display()
-        )));
+        return Err(problem(format!("the shard {} is missing", missing.display())));
     }
     Ok((path, files, index.weight_map))
 }
@@ -131,10 +102,7 @@ fn fill(parameter: &mut Tensor, view: &TensorView) -> Result<(), String> {
     };
     let shape: Vec<i64> = view.shape().iter().map(|size| *size as i64).collect();
     if shape != parameter.size() {
-        return Err(format!(
-            "has shape {shape:?}; expected {:?}",
-            parameter.size()
-        ));
+        return Err(format!("has shape {shape:?}; expected {:?}", parameter.size()));
     }
     parameter.copy_(&Tensor::from_data_size(view.data(), &shape, kind));
     Ok(())
@@ -161,12 +129,7 @@ impl View for Saved<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let tensor = self
-            .tensor
-            .detach()
-            .to_device(Device::Cpu)
-            .to_kind(self.kind)
-            .contiguous();
+        let tensor = self.tensor.detach().to_device(Device::Cpu).to_kind(self.kind).contiguous();
         let mut bytes = vec![0; self.data_len()];
         tensor.copy_data_u8(&mut bytes, tensor.numel());
         bytes.into()
@@ -194,27 +157,17 @@ impl Model {
         let mut room = 0;
         for (name, tensor) in self.parameters() {
             let shape = tensor.size().iter().map(|size| *size as usize).collect();
-            let saved = Saved {
-                tensor,
-                kind: dtype,
-                shape,
-            };
+            let saved = Saved { tensor, kind: dtype, shape };
             let bytes = saved.data_len();
             if shards.is_empty() || bytes > room {
                 shards.push(Vec::new());
                 room = shard_bytes.max(bytes);
             }
             room -= bytes;
-            shards
-                .last_mut()
-                .expect("one was just pushed")
-                .push((name, saved));
+            shards.last_mut().expect("one was just pushed").push((name, saved));
         }
         let count = shards.len();
-        let mut index = Index {
-            metadata: serde_json::Value::Null,
-            weight_map: BTreeMap::new(),
-        };
+        let mut index = Index { metadata: serde_json::Value::Null, weight_map: BTreeMap::new() };
         let mut total = 0;
         for (shard, tensors) in shards.into_iter().enumerate() {
             let file = if count == 1 {
@@ -222,15 +175,8 @@ impl Model {
             } else {
                 format!("model-{:05}-of-{count:05}.safetensors", shard + 1)
             };
-            index.weight_map.extend(
-                tensors
-                    .iter()
-                    .map(|(name, _)| ((*name).to_owned(), file.clone())),
-            );
-            total += tensors
-                .iter()
-                .map(|(_, saved)| saved.data_len())
-                .sum::<usize>();
+            index.weight_map.extend(tensors.iter().map(|(name, _)| ((*name).to_owned(), file.clone())));
+            total += tensors.iter().map(|(_, saved)| saved.data_len()).sum::<usize>();
             write_file(&dir.join(file), tensors)?;
         }
         if count > 1 {
@@ -246,14 +192,10 @@ fn write_file(path: &Path, tensors: Vec<(&str, Saved)>) -> Result<(), Error> {
     // Without this entry several versions of transformers refuse the file.
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| match error {
-        safetensors::SafeTensorError::IoError(error) => Error::Io(std::io::Error::new(
-            error.kind(),
-            format!("{}: {error}", path.display()),
-        )),
-        error => Error::Weights {
-            path: path.to_owned(),
-            problem: error.to_string(),
-        },
+        safetensors::SafeTensorError::IoError(error) => {
+            Error::Io(std::io::Error::new(error.kind(), format!("{}: {error}", path.display())))
+        }
+        error => Error::Weights { path: path.to_owned(), problem: error.to_string() },
     })
 }
 
@@ -265,10 +207,7 @@ mod tests {
     #[test]
     fn shards_and_their_index_hold_the_whole_model() {
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama");
-        let runtime = Runtime {
-            device: Device::Cpu,
-            kind: Kind::Float,
-        };
+        let runtime = Runtime { device: Device::Cpu, kind: Kind::Float };
         let model = Model::load(&golden, &runtime).unwrap();
         let out = tempfile::tempdir().unwrap();
         model.save_shards(out.path(), Kind::Float, 30_000).unwrap();
@@ -281,10 +220,7 @@ mod tests {
         let count = files.len();
         assert!(count > 3, "{files:?}");
         for (number, file) in files.into_iter().enumerate() {
-            assert_eq!(
-                *file,
-                format!("model-{:05}-of-{count:05}.safetensors", number + 1)
-            );
+            assert_eq!(*file, format!("model-{:05}-of-{count:05}.safetensors", number + 1));
             let bytes = fs_err::metadata(out.path().join(file)).unwrap().len();
             assert!(bytes < 33_000, "{file}: {bytes}");
         }

@@ -73,14 +73,8 @@ fn numbers(arguments: &Numbers) -> anyhow::Result<()> {
         }
         sleep(Duration::from_millis(arguments.milliseconds_per_unit));
         let text = stage.seed(&["numbers", &unit.to_string()]).to_string();
-        let row = Document {
-            doc_id: format!("{unit:05}"),
-            title: unit.to_string(),
-            text,
-        };
-        stage.write_part("corpus", unit, |sink| {
-            Ok(write_rows(&[row], sink).map(drop)?)
-        })?;
+        let row = Document { doc_id: format!("{unit:05}"), title: unit.to_string(), text };
+        stage.write_part("corpus", unit, |sink| Ok(write_rows(&[row], sink).map(drop)?))?;
         stage.timing(&serde_json::json!({ "unit": unit }));
         progress.inc(1);
     }

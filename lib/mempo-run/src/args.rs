@@ -72,10 +72,7 @@ impl Shard {
     /// The shard that writes to a folder of this name.
     pub(crate) fn of_folder(name: &str) -> Option<Self> {
         let (index, count) = name.strip_prefix("shard-")?.split_once("-of-")?;
-        let shard = Self {
-            index: index.parse().ok()?,
-            count: count.parse().ok()?,
-        };
+        let shard = Self { index: index.parse().ok()?, count: count.parse().ok()? };
         (shard.index < shard.count && shard.folder() == name).then_some(shard)
     }
 }
@@ -92,10 +89,7 @@ impl FromStr for Shard {
     fn from_str(text: &str) -> Result<Self, String> {
         let parse = || {
             let (index, count) = text.split_once('/')?;
-            Some(Self {
-                index: index.parse().ok()?,
-                count: count.parse().ok()?,
-            })
+            Some(Self { index: index.parse().ok()?, count: count.parse().ok()? })
         };
         match parse() {
             Some(shard) if shard.index < shard.count => Ok(shard),
@@ -110,10 +104,7 @@ mod tests {
 
     #[test]
     fn shards_are_parsed_and_named() {
-        let shard = Shard {
-            index: 3,
-            count: 12,
-        };
+        let shard = Shard { index: 3, count: 12 };
         assert_eq!("3/12".parse(), Ok(shard));
         assert_eq!(shard.to_string(), "3/12");
         assert_eq!(Shard::of_folder(&shard.folder()), Some(shard));
@@ -128,15 +119,7 @@ mod tests {
     #[test]
     fn what_may_differ_between_runs_is_not_serialised() {
         let shard = Some(Shard { index: 0, count: 2 });
-        let args = StageArgs {
-            out: "x".into(),
-            seed: 7,
-            restart: true,
-            shard,
-        };
-        assert_eq!(
-            serde_json::to_value(args).unwrap(),
-            serde_json::json!({ "seed": 7 })
-        );
+        let args = StageArgs { out: "x".into(), seed: 7, restart: true, shard };
+        assert_eq!(serde_json::to_value(args).unwrap(), serde_json::json!({ "seed": 7 }));
     }
 }

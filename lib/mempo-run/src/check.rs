@@ -10,11 +10,7 @@ use crate::{FileRecord, Manifest, ResultExt, Run, Shard, difference, digest, dur
 /// The manifest of a finished stage; that of a complete set of shards is theirs together, with paths from `dir`.
 pub(crate) fn finished(dir: &Path) -> anyhow::Result<Manifest> {
     if !dir.is_dir() {
-        return Err(anyhow!(
-            "{}: no such directory, expected the output of a stage",
-            dir.display()
-        ))
-        .bad_input();
+        return Err(anyhow!("{}: no such directory, expected the output of a stage", dir.display())).bad_input();
     }
     if let Some(manifest) = Manifest::read(dir)? {
         return Ok(manifest);
@@ -31,16 +27,9 @@ fn unfinished(dir: &Path) -> anyhow::Error {
     match Run::read(dir) {
         Ok(Some(run)) => {
             let (program, stage) = (run.program, run.stage);
-            anyhow!(
-                "{}: not finished; run its `{program} {stage}` command again to finish it",
-                dir.display()
-            )
+            anyhow!("{}: not finished; run its `{program} {stage}` command again to finish it", dir.display())
         }
-        _ => anyhow!(
-            "{}: no {}, expected the output of a finished stage",
-            dir.display(),
-            manifest::MANIFEST
-        ),
+        _ => anyhow!("{}: no {}, expected the output of a finished stage", dir.display(), manifest::MANIFEST),
     }
 }
 
@@ -48,9 +37,7 @@ fn unfinished(dir: &Path) -> anyhow::Error {
 pub(crate) fn shards(dir: &Path) -> anyhow::Result<Vec<Shard>> {
     let mut shards = Vec::new();
     for entry in fs_err::read_dir(dir).bad_input()? {
-        shards.extend(Shard::of_folder(
-            &entry.bad_input()?.file_name().to_string_lossy(),
-        ));
+        shards.extend(Shard::of_folder(&entry.bad_input()?.file_name().to_string_lossy()));
     }
     shards.sort_by_key(|shard| (shard.count, shard.index));
     Ok(shards)
@@ -61,10 +48,8 @@ fn complete(dir: &Path, found: &[Shard]) -> anyhow::Result<Manifest> {
     let count = found[0].count;
     if let Some(other) = found.iter().find(|shard| shard.count != count) {
         let (first, second) = (found[0].folder(), other.folder());
-        let error = anyhow!(
-            "{}: holds {first} and {second}, expected shards of one set; remove the others",
-            dir.display()
-        );
+        let error =
+            anyhow!("{}: holds {first} and {second}, expected shards of one set; remove the others", dir.display());
         return Err(error).bad_input();
     }
     let mut manifests = Vec::new();
@@ -79,11 +64,7 @@ fn complete(dir: &Path, found: &[Shard]) -> anyhow::Result<Manifest> {
     }
     if !missing.is_empty() {
         let missing = missing.join(", ");
-        return Err(anyhow!(
-            "{}: missing {missing}; run them with --shard",
-            dir.display()
-        ))
-        .bad_input();
+        return Err(anyhow!("{}: missing {missing}; run them with --shard", dir.display())).bad_input();
     }
     agree(dir, &manifests)?;
     join(manifests).ok_or_else(|| unfinished(dir)).bad_input()
@@ -101,12 +82,8 @@ fn agree(dir: &Path, manifests: &[(Shard, Manifest)]) -> anyhow::Result<()> {
             differences.insert(0, format!("says that it is shard {:?}", manifest.shard));
         }
         if !differences.is_empty() {
-            let (folder, first, differences) =
-                (shard.folder(), first.folder(), differences.join("; "));
-            let error = anyhow!(
-                "{}: {folder} differs from {first}: {differences}; run it again",
-                dir.display()
-            );
+            let (folder, first, differences) = (shard.folder(), first.folder(), differences.join("; "));
+            let error = anyhow!("{}: {folder} differs from {first}: {differences}; run it again", dir.display());
             return Err(error).bad_input();
         }
     }
@@ -123,11 +100,9 @@ fn join(manifests: Vec<(Shard, Manifest)>) -> Option<Manifest> {
     let mut summaries = Vec::new();
     for (shard, manifest) in manifests {
         let folder = shard.folder();
-        all.files
-            .extend(manifest.files.into_iter().map(|file| FileRecord {
-                path: format!("{folder}/{}", file.path),
-                ..file
-            }));
+        all.files.extend(
+            manifest.files.into_iter().map(|file| FileRecord { path: format!("{folder}/{}", file.path), ..file }),
+        );
         for (table, rows) in manifest.rows {
             *all.rows.entry(table).or_default() += rows;
         }
@@ -141,15 +116,8 @@ fn join(manifests: Vec<(Shard, Manifest)>) -> Option<Manifest> {
 /// What a file's record does not allow, if anything. With `deep` its bytes are compared, too, not only its size.
 pub(crate) fn problem(dir: &Path, file: &FileRecord, deep: bool) -> Option<String> {
     let relative = Path::new(&file.path);
-    if !relative
-        .components()
-        .all(|part| matches!(part, Component::Normal(_)))
-    {
-        return Some(format!(
-            "{}: the manifest names a file outside, `{}`",
-            dir.display(),
-            file.path
-        ));
+    if !relative.components().all(|part| matches!(part, Component::Normal(_))) {
+        return Some(format!("{}: the manifest names a file outside, `{}`", dir.display(), file.path));
     }
     let path = dir.join(relative);
     let size = match fs_err::metadata(&path) {
@@ -157,22 +125,14 @@ pub(crate) fn problem(dir: &Path, file: &FileRecord, deep: bool) -> Option<Strin
         Err(error) => return Some(error.to_string()),
     };
     if size != file.size {
-        return Some(format!(
-            "{}: {size} bytes, expected {}",
-            path.display(),
-            file.size
-        ));
+        return Some(format!("{}: {size} bytes, expected {}", path.display(), file.size));
     }
     if !deep {
         return None;
     }
     match digest::of_file(&path) {
         Ok((_, sha256)) if sha256 == file.sha256 => None,
-        Ok((_, sha256)) => Some(format!(
-            "{}: SHA-256 {sha256}, expected {}",
-            path.display(),
-            file.sha256
-        )),
+        Ok((_, sha256)) => Some(format!("{}: SHA-256 {sha256}, expected {}", path.display(), file.sha256)),
         Err(error) => Some(error.to_string()),
     }
 }
@@ -180,35 +140,22 @@ pub(crate) fn problem(dir: &Path, file: &FileRecord, deep: bool) -> Option<Strin
 /// Compares every file of a finished directory with its manifest; an error names all that differ.
 pub(crate) fn verify(dir: &Path) -> anyhow::Result<Manifest> {
     let manifest = finished(dir)?;
-    let mut problems: Vec<String> = manifest
-        .files
-        .iter()
-        .filter_map(|file| problem(dir, file, true))
-        .collect();
+    let mut problems: Vec<String> = manifest.files.iter().filter_map(|file| problem(dir, file, true)).collect();
     problems.extend(strangers(dir, &manifest)?);
     if problems.is_empty() {
         return Ok(manifest);
     }
     let problems = problems.join("\n  ");
-    Err(anyhow!(
-        "{} is damaged; copy or make it again:\n  {problems}",
-        dir.display()
-    ))
-    .bad_input()
+    Err(anyhow!("{} is damaged; copy or make it again:\n  {problems}", dir.display())).bad_input()
 }
 
 /// Table parts that are not in the manifest: tools that read whole folders would take them in.
 fn strangers(dir: &Path, manifest: &Manifest) -> anyhow::Result<Vec<String>> {
     let files = list_files(dir).bad_input()?;
-    let parts = files.into_iter().filter(|path| {
-        Path::new(path)
-            .extension()
-            .is_some_and(|extension| extension == "parquet")
-    });
+    let parts =
+        files.into_iter().filter(|path| Path::new(path).extension().is_some_and(|extension| extension == "parquet"));
     let strange = parts.filter(|path| manifest.files.iter().all(|file| file.path != *path));
-    Ok(strange
-        .map(|path| format!("{}: not in the manifest", dir.join(path).display()))
-        .collect())
+    Ok(strange.map(|path| format!("{}: not in the manifest", dir.join(path).display())).collect())
 }
 
 /// The files below a stage's directory that belong to its result, as sorted relative paths with `/`.
@@ -238,17 +185,8 @@ fn collect(folder: &Path, prefix: &str, files: &mut Vec<String>) -> std::io::Res
 
 /// Whether a path is part of the result: not the books of the run, nor what differs between equal runs.
 fn belongs(path: &str, name: &str) -> bool {
-    const BOOKS: [&str; 7] = [
-        manifest::RUN,
-        manifest::MANIFEST,
-        "timings.jsonl",
-        "status.json",
-        "logs",
-        "tensorboard",
-        "resume",
-    ];
-    let is_log = Path::new(name)
-        .extension()
-        .is_some_and(|extension| extension == "log");
+    const BOOKS: [&str; 7] =
+        [manifest::RUN, manifest::MANIFEST, "timings.jsonl", "status.json", "logs", "tensorboard", "resume"];
+    let is_log = Path::new(name).extension().is_some_and(|extension| extension == "log");
     !BOOKS.contains(&path) && !name.starts_with('.') && !is_log && !durable::is_temporary(name)
 }

@@ -17,18 +17,10 @@ pub(crate) fn between(old: &Run, new: &Run) -> Vec<String> {
     let mut names: Vec<&String> = old.keys().chain(new.keys()).collect();
     names.sort();
     names.dedup();
-    let differing = names
-        .into_iter()
-        .filter(|name| old.get(*name) != new.get(*name));
-    let show = |settings: &BTreeMap<String, String>, name| {
-        settings
-            .get(name)
-            .map_or("(none)", String::as_str)
-            .to_owned()
-    };
-    differing
-        .map(|name| format!("{name}: {} -> {}", show(&old, name), show(&new, name)))
-        .collect()
+    let differing = names.into_iter().filter(|name| old.get(*name) != new.get(*name));
+    let show =
+        |settings: &BTreeMap<String, String>, name| settings.get(name).map_or("(none)", String::as_str).to_owned();
+    differing.map(|name| format!("{name}: {} -> {}", show(&old, name), show(&new, name))).collect()
 }
 
 /// Every setting of a run by its dotted name.
@@ -40,15 +32,8 @@ fn settings(run: &Run) -> BTreeMap<String, String> {
     ]);
     flatten("", &run.arguments, &mut settings);
     for (index, input) in run.inputs.iter().enumerate() {
-        let earlier = run.inputs[..index]
-            .iter()
-            .filter(|other| other.name == input.name)
-            .count();
-        let ordinal = if earlier == 0 {
-            String::new()
-        } else {
-            format!(" {}", earlier + 1)
-        };
+        let earlier = run.inputs[..index].iter().filter(|other| other.name == input.name).count();
+        let ordinal = if earlier == 0 { String::new() } else { format!(" {}", earlier + 1) };
         let digest = input.digest.chars().take(DIGEST_DIGITS).collect();
         settings.insert(format!("content of --{}{ordinal}", input.name), digest);
     }
@@ -59,11 +44,7 @@ fn flatten(name: &str, value: &Value, settings: &mut BTreeMap<String, String>) {
     match value {
         Value::Object(fields) => {
             for (key, value) in fields {
-                let name = if name.is_empty() {
-                    key.clone()
-                } else {
-                    format!("{name}.{key}")
-                };
+                let name = if name.is_empty() { key.clone() } else { format!("{name}.{key}") };
                 flatten(&name, value, settings);
             }
         }
@@ -103,9 +84,6 @@ mod tests {
         old.inputs.push(old.inputs[0].clone());
         let mut new = old.clone();
         new.inputs[1].digest = "cd".repeat(32);
-        assert_eq!(
-            between(&old, &new),
-            ["content of --tasks 2: abababababab -> cdcdcdcdcdcd"]
-        );
+        assert_eq!(between(&old, &new), ["content of --tasks 2: abababababab -> cdcdcdcdcdcd"]);
     }
 }

@@ -81,10 +81,7 @@ mod tests {
     #[test]
     fn seeds_differ_by_every_part_and_by_where_parts_end() {
         // Independent: python3 -c "import hashlib; ..." over the same bytes.
-        assert_eq!(
-            seed_of(0, &[]),
-            u64::from_le_bytes([0xaf, 0x55, 0x70, 0xf5, 0xa1, 0x81, 0x0b, 0x7a])
-        );
+        assert_eq!(seed_of(0, &[]), u64::from_le_bytes([0xaf, 0x55, 0x70, 0xf5, 0xa1, 0x81, 0x0b, 0x7a]));
         let seeds = [
             seed_of(0, &["ab", "c"]),
             seed_of(0, &["a", "bc"]),

@@ -94,14 +94,8 @@ pub(crate) fn clean(folder: &Path, run_id: &str) -> std::io::Result<()> {
 
 /// Removes a file or a folder; it need not be there.
 pub(crate) fn remove(path: &Path) -> std::io::Result<()> {
-    let is_folder = path
-        .symlink_metadata()
-        .is_ok_and(|metadata| metadata.is_dir());
-    let removed = if is_folder {
-        fs_err::remove_dir_all(path)
-    } else {
-        fs_err::remove_file(path)
-    };
+    let is_folder = path.symlink_metadata().is_ok_and(|metadata| metadata.is_dir());
+    let removed = if is_folder { fs_err::remove_dir_all(path) } else { fs_err::remove_file(path) };
     match removed {
         Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
         other => other,
@@ -147,40 +141,21 @@ pub(crate) fn failed(path: &Path, temporary: &Path, source: anyhow::Error) -> an
     if Failure::is_in(&source) {
         return source;
     }
-    let io_error = source
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<std::io::Error>());
+    let io_error = source.chain().find_map(|cause| cause.downcast_ref::<std::io::Error>());
     let Some(io_error) = io_error else {
         return source.context(format!("cannot write {}", path.display()));
     };
-    let is_full = matches!(
-        io_error.kind(),
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded
-    );
-    let room = if is_full {
-        room(path, temporary)
-    } else {
-        String::new()
-    };
-    Failure::Io {
-        path: path.to_owned(),
-        room,
-        source,
-    }
-    .into()
+    let is_full = matches!(io_error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
+    let room = if is_full { room(path, temporary) } else { String::new() };
+    Failure::Io { path: path.to_owned(), room, source }.into()
 }
 
 /// What a full disk has and what the file had come to.
 fn room(path: &Path, temporary: &Path) -> String {
     let written = fs_err::metadata(temporary).map_or(0, |metadata| metadata.len());
-    let existing = path
-        .ancestors()
-        .find(|folder| folder.is_dir())
-        .unwrap_or(Path::new("."));
+    let existing = path.ancestors().find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
     let free = rustix::fs::statvfs(existing).map_or(0, |disk| disk.f_bavail * disk.f_frsize);
-    format!(
-        " (needs more than {written} bytes, {free} are free: make room and run the same command again)"
-    )
+    format!(" (needs more than {written} bytes, {free} are free: make room and run the same command again)")
 }
 
 fn parent(path: &Path) -> &Path {
@@ -205,9 +180,7 @@ mod tests {
 
     fn names(folder: &Path) -> Vec<String> {
         let entries = fs_err::read_dir(folder).unwrap();
-        let mut names: Vec<_> = entries
-            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-            .collect();
+        let mut names: Vec<_> = entries.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
         names.sort();
         names
     }
@@ -231,16 +204,11 @@ mod tests {
     fn a_full_disk_is_failure_74_with_path_and_room() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("b.txt");
-        let result = write_file(&path, "1", |_| {
-            Err(std::io::Error::from(ErrorKind::StorageFull).into())
-        });
+        let result = write_file(&path, "1", |_| Err(std::io::Error::from(ErrorKind::StorageFull).into()));
         let error = result.unwrap_err();
         assert_eq!(crate::exit_code(&error), 74);
         let text = format!("{error:#}");
-        assert!(
-            text.contains(path.to_str().unwrap()) && text.contains("are free: make room"),
-            "{text}"
-        );
+        assert!(text.contains(path.to_str().unwrap()) && text.contains("are free: make room"), "{text}");
     }
 
     #[test]
@@ -249,8 +217,7 @@ mod tests {
         let path = folder.path().join("resume");
         let build = |name: &'static str| {
             move |dir: &Path| {
-                Ok(fs_err::create_dir(dir.join("in"))
-                    .and_then(|()| fs_err::write(dir.join("in").join(name), "x"))?)
+                Ok(fs_err::create_dir(dir.join("in")).and_then(|()| fs_err::write(dir.join("in").join(name), "x"))?)
             }
         };
         replace_folder(&path, "1", build("first")).unwrap();

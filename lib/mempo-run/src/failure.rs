@@ -92,40 +92,23 @@ impl<T, E: Into<anyhow::Error>> ResultExt<T> for Result<T, E> {
 }
 
 fn mark(error: anyhow::Error, kind: fn(anyhow::Error) -> Failure) -> anyhow::Error {
-    if Failure::is_in(&error) {
-        error
-    } else {
-        kind(error).into()
-    }
+    if Failure::is_in(&error) { error } else { kind(error).into() }
 }
 
 /// The exit code that `error` ends a program with.
 pub fn exit_code(error: &anyhow::Error) -> u8 {
-    if let Some(failure) = error
-        .chain()
-        .find_map(|cause| cause.downcast_ref::<Failure>())
-    {
+    if let Some(failure) = error.chain().find_map(|cause| cause.downcast_ref::<Failure>()) {
         return failure.exit_code();
     }
-    let io_errors = error
-        .chain()
-        .filter_map(|cause| cause.downcast_ref::<std::io::Error>());
-    if io_errors.into_iter().any(is_disk_error) {
-        IO
-    } else {
-        FAILURE
-    }
+    let io_errors = error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>());
+    if io_errors.into_iter().any(is_disk_error) { IO } else { FAILURE }
 }
 
 /// Whether an error is the disk's fault whatever was being done.
 fn is_disk_error(error: &std::io::Error) -> bool {
     const EIO: i32 = 5;
-    let kinds = [
-        ErrorKind::StorageFull,
-        ErrorKind::QuotaExceeded,
-        ErrorKind::FileTooLarge,
-        ErrorKind::ReadOnlyFilesystem,
-    ];
+    let kinds =
+        [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::FileTooLarge, ErrorKind::ReadOnlyFilesystem];
     kinds.contains(&error.kind()) || error.raw_os_error() == Some(EIO)
 }
 
@@ -179,33 +162,19 @@ mod tests {
         let failed = || -> anyhow::Result<()> { Err(anyhow!("low")) };
         let check = |result: anyhow::Result<()>, code: u8, text: &str| {
             let error = result.context("above").unwrap_err();
-            assert_eq!(
-                (exit_code(&error), format!("{error:#}").as_str()),
-                (code, text)
-            );
+            assert_eq!((exit_code(&error), format!("{error:#}").as_str()), (code, text));
         };
         check(failed(), 1, "above: low");
         check(failed().usage(), 2, "above: low");
         check(failed().quality(), 3, "above: low");
-        check(
-            failed().context("middle").bad_input(),
-            4,
-            "above: middle: low",
-        );
-        check(
-            Err(Failure::Interrupted.into()),
-            75,
-            "above: interrupted; run the same command again to continue",
-        );
+        check(failed().context("middle").bad_input(), 4, "above: middle: low");
+        check(Err(Failure::Interrupted.into()), 75, "above: interrupted; run the same command again to continue");
     }
 
     #[test]
     fn the_first_kind_stays() {
         let interrupted: anyhow::Result<()> = Err(Failure::Interrupted.into());
-        assert_eq!(
-            exit_code(&interrupted.context("reading").bad_input().unwrap_err()),
-            75
-        );
+        assert_eq!(exit_code(&interrupted.context("reading").bad_input().unwrap_err()), 75);
     }
 
     #[test]

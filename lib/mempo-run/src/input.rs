@@ -29,33 +29,14 @@ impl Input {
         let names: Vec<String> = manifest.files.iter().map(inner).collect();
         let digests = manifest.files.iter().map(|file| file.sha256.as_str());
         let digest = digest::of_pairs(names.iter().map(String::as_str).zip(digests));
-        Ok(Self {
-            name,
-            dir: dir.to_owned(),
-            digest,
-            manifest: Some(manifest),
-            is_whole_dir: true,
-        })
+        Ok(Self { name, dir: dir.to_owned(), digest, manifest: Some(manifest), is_whole_dir: true })
     }
 
     /// Plain files, in any order.
     pub fn files(name: &'static str, paths: &[PathBuf]) -> anyhow::Result<Self> {
-        let records = paths
-            .iter()
-            .map(|path| record(path))
-            .collect::<anyhow::Result<Vec<_>>>()?;
-        let dir = paths
-            .first()
-            .and_then(|path| path.parent())
-            .unwrap_or(Path::new(""))
-            .to_owned();
-        Ok(Self {
-            name,
-            dir,
-            digest: digest_of(&records),
-            manifest: None,
-            is_whole_dir: false,
-        })
+        let records = paths.iter().map(|path| record(path)).collect::<anyhow::Result<Vec<_>>>()?;
+        let dir = paths.first().and_then(|path| path.parent()).unwrap_or(Path::new("")).to_owned();
+        Ok(Self { name, dir, digest: digest_of(&records), manifest: None, is_whole_dir: false })
     }
 
     /// A Hugging Face model directory: configuration, weights and their index, tokenizer files, chat template.
@@ -63,10 +44,7 @@ impl Input {
     /// Where a stage wrote it, it must be finished, and these files as they were written.
     pub fn model(name: &'static str, dir: &Path) -> anyhow::Result<Self> {
         if !dir.join("config.json").is_file() {
-            let error = anyhow!(
-                "{}: no config.json, expected a Hugging Face model directory",
-                dir.display()
-            );
+            let error = anyhow!("{}: no config.json, expected a Hugging Face model directory", dir.display());
             return Err(error).bad_input();
         }
         let manifest = Manifest::read(dir)?;
@@ -81,47 +59,26 @@ impl Input {
             }
         }
         if !paths.iter().any(|path| is_weights(path)) {
-            return Err(anyhow!(
-                "{}: no *.safetensors, expected the model's weights",
-                dir.display()
-            ))
-            .bad_input();
+            return Err(anyhow!("{}: no *.safetensors, expected the model's weights", dir.display())).bad_input();
         }
-        let records = paths
-            .iter()
-            .map(|path| record(path))
-            .collect::<anyhow::Result<Vec<_>>>()?;
+        let records = paths.iter().map(|path| record(path)).collect::<anyhow::Result<Vec<_>>>()?;
         if let Some(manifest) = &manifest {
             compare(dir, manifest, &records)?;
         }
-        Ok(Self {
-            name,
-            dir: dir.to_owned(),
-            digest: digest_of(&records),
-            manifest,
-            is_whole_dir: true,
-        })
+        Ok(Self { name, dir: dir.to_owned(), digest: digest_of(&records), manifest, is_whole_dir: true })
     }
 
     /// The parts of a table, in the order of their rows.
     pub fn table(&self, table: &str) -> anyhow::Result<Vec<PathBuf>> {
         let files = self.manifest.iter().flat_map(|manifest| &manifest.files);
-        let mut parts: Vec<(usize, &str, &str)> = files
-            .filter_map(|file| part_of(&file.path, table))
-            .collect();
+        let mut parts: Vec<(usize, &str, &str)> = files.filter_map(|file| part_of(&file.path, table)).collect();
         if parts.is_empty() {
-            let error = anyhow!(
-                "{}: no table `{table}`, expected {table}/part-*.parquet",
-                self.dir.display()
-            );
+            let error = anyhow!("{}: no table `{table}`, expected {table}/part-*.parquet", self.dir.display());
             return Err(error).bad_input();
         }
         // Shards hold consecutive units; past unit 99999 names grow longer.
         parts.sort_by_key(|(shard, name, _)| (*shard, name.len(), *name));
-        Ok(parts
-            .into_iter()
-            .map(|(_, _, path)| self.dir.join(path))
-            .collect())
+        Ok(parts.into_iter().map(|(_, _, path)| self.dir.join(path)).collect())
     }
 
     /// Lower-case hexadecimal SHA-256 over the sorted (name, SHA-256) pairs of the files that matter.
@@ -142,11 +99,7 @@ impl Input {
     /// What is written about the input into the run's records.
     pub(crate) fn to_record(&self) -> InputRecord {
         let path = self.dir.display().to_string();
-        InputRecord {
-            name: self.name.to_owned(),
-            digest: self.digest.clone(),
-            path,
-        }
+        InputRecord { name: self.name.to_owned(), digest: self.digest.clone(), path }
     }
 
     /// Whether writing to `out` would change the input.
@@ -155,9 +108,7 @@ impl Input {
             return false;
         };
         // The output may not exist yet, but the folders above it can be compared.
-        let mut above = out
-            .ancestors()
-            .filter_map(|folder| fs_err::canonicalize(folder).ok());
+        let mut above = out.ancestors().filter_map(|folder| fs_err::canonicalize(folder).ok());
         self.is_whole_dir && above.any(|folder| folder == dir)
     }
 }
@@ -165,9 +116,7 @@ impl Input {
 /// Shard, name and path of a table's part.
 fn part_of<'a>(path: &'a str, table: &str) -> Option<(usize, &'a str, &'a str)> {
     let (shard, inner) = match path.split_once('/') {
-        Some((folder, inner)) => {
-            crate::Shard::of_folder(folder).map_or((0, path), |shard| (shard.index, inner))
-        }
+        Some((folder, inner)) => crate::Shard::of_folder(folder).map_or((0, path), |shard| (shard.index, inner)),
         None => (0, path),
     };
     let name = inner.strip_prefix(table)?.strip_prefix('/')?;
@@ -176,29 +125,16 @@ fn part_of<'a>(path: &'a str, table: &str) -> Option<(usize, &'a str, &'a str)> 
 
 fn record(path: &Path) -> anyhow::Result<FileRecord> {
     let (size, sha256) = digest::of_file(path).bad_input()?;
-    let name = path
-        .file_name()
-        .unwrap_or(path.as_os_str())
-        .to_string_lossy()
-        .into_owned();
-    Ok(FileRecord {
-        path: name,
-        size,
-        sha256,
-    })
+    let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
+    Ok(FileRecord { path: name, size, sha256 })
 }
 
 fn digest_of(records: &[FileRecord]) -> String {
-    digest::of_pairs(
-        records
-            .iter()
-            .map(|file| (file.path.as_str(), file.sha256.as_str())),
-    )
+    digest::of_pairs(records.iter().map(|file| (file.path.as_str(), file.sha256.as_str())))
 }
 
 fn is_weights(path: &Path) -> bool {
-    path.extension()
-        .is_some_and(|extension| extension == "safetensors")
+    path.extension().is_some_and(|extension| extension == "safetensors")
 }
 
 /// Whether a file of a model directory, by its path in there, changes what the model does.
@@ -230,23 +166,9 @@ fn compare(dir: &Path, manifest: &Manifest, records: &[FileRecord]) -> anyhow::R
     if expected == found {
         return Ok(());
     }
-    let differing = expected
-        .iter()
-        .filter(|file| !found.contains(file))
-        .map(|file| &file.path);
-    let added = found
-        .iter()
-        .filter(|file| expected.iter().all(|other| other.path != file.path))
-        .map(|file| &file.path);
-    let names = differing
-        .chain(added)
-        .cloned()
-        .collect::<Vec<_>>()
-        .join(", ");
-    let error = anyhow!(
-        "{}: {names} not as in {}; copy or make it again",
-        dir.display(),
-        manifest::MANIFEST
-    );
+    let differing = expected.iter().filter(|file| !found.contains(file)).map(|file| &file.path);
+    let added = found.iter().filter(|file| expected.iter().all(|other| other.path != file.path)).map(|file| &file.path);
+    let names = differing.chain(added).cloned().collect::<Vec<_>>().join(", ");
+    let error = anyhow!("{}: {names} not as in {}; copy or make it again", dir.display(), manifest::MANIFEST);
     Err(error).bad_input()
 }

@@ -13,10 +13,7 @@ static REQUESTED: AtomicBool = AtomicBool::new(false);
 pub(crate) fn install() {
     let installed = ctrlc::set_handler(|| {
         if REQUESTED.swap(true, Ordering::SeqCst) {
-            #[allow(
-                clippy::exit,
-                reason = "everything committed is on disk; the user wants out now"
-            )]
+            #[allow(clippy::exit, reason = "everything committed is on disk; the user wants out now")]
             std::process::exit(SECOND_SIGNAL);
         }
         tracing::warn!("stopping after what is being done; a second signal stops at once");
@@ -28,9 +25,5 @@ pub(crate) fn install() {
 
 /// An error once a signal has come.
 pub(crate) fn check() -> anyhow::Result<()> {
-    if REQUESTED.load(Ordering::SeqCst) {
-        Err(Failure::Interrupted.into())
-    } else {
-        Ok(())
-    }
+    if REQUESTED.load(Ordering::SeqCst) { Err(Failure::Interrupted.into()) } else { Ok(()) }
 }

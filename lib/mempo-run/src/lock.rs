@@ -24,42 +24,23 @@ impl Lock {
     pub(crate) fn acquire(out: &Path) -> anyhow::Result<Self> {
         let path = out.join(NAME);
         let failed = |error: std::io::Error| durable::failed(&path, &path, error.into());
-        let mut file = File::options()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(failed)?;
+        let mut file =
+            File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
                 let mut owner = String::new();
                 // Between the owner's lock and its note the file is empty.
                 let _ = file.read_to_string(&mut owner);
-                let owner = if owner.is_empty() {
-                    "another process".to_owned()
-                } else {
-                    owner
-                };
-                return Err(Failure::Locked {
-                    out: out.to_owned(),
-                    owner,
-                }
-                .into());
+                let owner = if owner.is_empty() { "another process".to_owned() } else { owner };
+                return Err(Failure::Locked { out: out.to_owned(), owner }.into());
             }
             Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => {
-                tracing::warn!(
-                    "{}: no locks here; see to it that only one process writes",
-                    out.display()
-                );
+                tracing::warn!("{}: no locks here; see to it that only one process writes", out.display());
             }
             Err(TryLockError::Error(error)) => return Err(failed(error)),
         }
-        let host = rustix::system::uname()
-            .nodename()
-            .to_string_lossy()
-            .into_owned();
+        let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
         let note = format!("process {} on {host}", std::process::id());
         let write = |file: &mut File| {
             file.set_len(0)?;
@@ -98,10 +79,7 @@ mod tests {
                     Lock::acquire(folder.path()).ok()
                 };
                 let threads: Vec<_> = (0..8).map(|_| scope.spawn(attempt)).collect();
-                threads
-                    .into_iter()
-                    .map(|thread| thread.join().unwrap())
-                    .collect()
+                threads.into_iter().map(|thread| thread.join().unwrap()).collect()
             });
             assert_eq!(winners.iter().flatten().count(), 1);
         }

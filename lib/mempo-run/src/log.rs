@@ -42,16 +42,12 @@ pub(crate) fn init(quiet: bool, format: LogFormat) {
 
 /// Whether errors, too, are wanted as JSON.
 pub(crate) fn is_json() -> bool {
-    SETTINGS
-        .get()
-        .is_some_and(|settings| settings.format == LogFormat::Json)
+    SETTINGS.get().is_some_and(|settings| settings.format == LogFormat::Json)
 }
 
 /// Whether progress is drawn as a bar. Before [`init`], as in tests, it is not.
 pub(crate) fn wants_bars() -> bool {
-    let text = SETTINGS
-        .get()
-        .is_some_and(|settings| !settings.quiet && settings.format == LogFormat::Text);
+    let text = SETTINGS.get().is_some_and(|settings| !settings.quiet && settings.format == LogFormat::Text);
     text && has_terminal() && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 

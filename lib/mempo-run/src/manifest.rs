@@ -84,10 +84,7 @@ impl Run {
     /// Names this run's temporary files, so that only they are cleaned up.
     pub(crate) fn id(&self) -> anyhow::Result<String> {
         let mut without_paths = self.clone();
-        without_paths
-            .inputs
-            .iter_mut()
-            .for_each(|input| input.path.clear());
+        without_paths.inputs.iter_mut().for_each(|input| input.path.clear());
         let mut id = digest::of_bytes(&serde_json::to_vec(&without_paths)?);
         id.truncate(16);
         Ok(id)
@@ -100,11 +97,7 @@ impl Run {
             return Ok(None);
         };
         let run = serde_json::from_slice(&text).with_context(|| {
-            format!(
-                "{}: not what a stage writes; remove {} or choose another --out",
-                path.display(),
-                dir.display()
-            )
+            format!("{}: not what a stage writes; remove {} or choose another --out", path.display(), dir.display())
         });
         run.map(Some).usage()
     }
@@ -126,10 +119,7 @@ impl Manifest {
     pub(crate) fn read(dir: &Path) -> anyhow::Result<Option<Self>> {
         let path = dir.join(MANIFEST);
         let bytes = read_if_there(&path)?;
-        bytes
-            .map(|bytes| Self::parse(&path, bytes))
-            .transpose()
-            .bad_input()
+        bytes.map(|bytes| Self::parse(&path, bytes)).transpose().bad_input()
     }
 
     /// A manifest from its file's content. Damage of any byte is noticed.
@@ -140,16 +130,12 @@ impl Manifest {
             (digest::of_bytes(content.as_bytes()) == seal).then(|| format!("{content}\n}}"))
         };
         let path = path.display();
-        let content =
-            content().with_context(|| format!("{path}: damaged; make the stage again"))?;
-        let manifest: Self = serde_json::from_str(&content).with_context(|| {
-            format!("{path}: not a manifest; was it written by a newer program?")
-        })?;
+        let content = content().with_context(|| format!("{path}: damaged; make the stage again"))?;
+        let manifest: Self = serde_json::from_str(&content)
+            .with_context(|| format!("{path}: not a manifest; was it written by a newer program?"))?;
         let (found, newest) = (manifest.schema_version, mempo_data::SCHEMA_VERSION);
         if found > newest {
-            bail!(
-                "{path}: schema version {found}, this program reads up to {newest}; use a newer one"
-            );
+            bail!("{path}: schema version {found}, this program reads up to {newest}; use a newer one");
         }
         Ok(manifest)
     }
@@ -157,9 +143,7 @@ impl Manifest {
     /// Commits a stage.
     pub(crate) fn write(&self, dir: &Path) -> anyhow::Result<()> {
         let text = serde_json::to_string_pretty(self)?;
-        let content = text
-            .strip_suffix("\n}")
-            .context("a manifest is an object")?;
+        let content = text.strip_suffix("\n}").context("a manifest is an object")?;
         let seal = digest::of_bytes(content.as_bytes());
         durable::write_file(&dir.join(MANIFEST), &self.run.id()?, |sink| {
             Ok(write!(sink, "{content}{SEAL}{seal}{END}")?)
@@ -190,11 +174,7 @@ pub(crate) mod tests {
             shard: None,
             seed: u64::MAX,
             arguments: json!({ "temperature": 0.1, "limits": { "max_steps": 16 } }),
-            inputs: vec![InputRecord {
-                name: "tasks".to_owned(),
-                digest: "ab".repeat(32),
-                path: "x".to_owned(),
-            }],
+            inputs: vec![InputRecord { name: "tasks".to_owned(), digest: "ab".repeat(32), path: "x".to_owned() }],
         }
     }
 
@@ -202,13 +182,8 @@ pub(crate) mod tests {
     fn every_flipped_bit_and_every_truncation_is_noticed() {
         let folder = tempfile::tempdir().unwrap();
         let rows = BTreeMap::from([("steps".to_owned(), 3)]);
-        let manifest = Manifest {
-            run: run(),
-            files: vec![],
-            rows,
-            summary: json!({ "mean": 0.3 }),
-            wall_seconds: 0.25,
-        };
+        let manifest =
+            Manifest { run: run(), files: vec![], rows, summary: json!({ "mean": 0.3 }), wall_seconds: 0.25 };
         manifest.write(folder.path()).unwrap();
         assert_eq!(Manifest::read(folder.path()).unwrap(), Some(manifest));
         let path = folder.path().join(MANIFEST);
@@ -220,10 +195,7 @@ pub(crate) mod tests {
             assert!(Manifest::parse(&path, damaged).is_err(), "bit {bit}");
         }
         for length in 0..bytes.len() {
-            assert!(
-                Manifest::parse(&path, bytes[..length].to_vec()).is_err(),
-                "length {length}"
-            );
+            assert!(Manifest::parse(&path, bytes[..length].to_vec()).is_err(), "length {length}");
         }
     }
 

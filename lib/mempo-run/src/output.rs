@@ -16,9 +16,7 @@ static FAILED: Mutex<Option<io::Error>> = Mutex::new(None);
 pub fn print_data(text: &str) {
     let result = log::suspend(|| {
         let mut stdout = io::stdout().lock();
-        stdout
-            .write_all(text.as_bytes())
-            .and_then(|()| stdout.flush())
+        stdout.write_all(text.as_bytes()).and_then(|()| stdout.flush())
     });
     if let Err(error) = result
         && error.kind() != ErrorKind::BrokenPipe
@@ -37,21 +35,14 @@ pub(crate) fn check() -> anyhow::Result<()> {
     match failed().take() {
         Some(source) => {
             let (path, room) = ("standard output".into(), String::new());
-            Err(Failure::Io {
-                path,
-                room,
-                source: source.into(),
-            }
-            .into())
+            Err(Failure::Io { path, room, source: source.into() }.into())
         }
         None => Ok(()),
     }
 }
 
 fn failed() -> std::sync::MutexGuard<'static, Option<io::Error>> {
-    FAILED
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner)
+    FAILED.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 fn render_table(header: &[&str], rows: &[Vec<String>]) -> String {
@@ -70,23 +61,12 @@ fn render_table(header: &[&str], rows: &[Vec<String>]) -> String {
 
 /// A column's cells, header first, all equally wide.
 fn align(name: &str, mut cells: Vec<String>) -> Vec<String> {
-    let is_number = |cell: &String| {
-        cell.trim_start_matches(['-', '+', '±'])
-            .starts_with(|c: char| c.is_ascii_digit())
-    };
+    let is_number = |cell: &String| cell.trim_start_matches(['-', '+', '±']).starts_with(|c: char| c.is_ascii_digit());
     let is_right = !cells.is_empty() && cells.iter().all(is_number);
     cells.insert(0, name.to_owned());
-    let width = cells
-        .iter()
-        .map(|cell| cell.chars().count())
-        .max()
-        .unwrap_or_default();
+    let width = cells.iter().map(|cell| cell.chars().count()).max().unwrap_or_default();
     let pad = |cell: String| {
-        if is_right {
-            format!("{cell:>width$}")
-        } else {
-            format!("{cell:<width$}")
-        }
+        if is_right { format!("{cell:>width$}") } else { format!("{cell:<width$}") }
     };
     cells.into_iter().map(pad).collect()
 }
@@ -97,17 +77,8 @@ mod tests {
 
     #[test]
     fn tables_are_aligned() {
-        let rows = [
-            vec!["naïve".to_owned(), "9".to_owned()],
-            vec!["b".to_owned(), "-10.5 ± 1".to_owned()],
-        ];
-        let expected = [
-            "name          F1",
-            "naïve          9",
-            "b      -10.5 ± 1",
-            "",
-        ]
-        .join("\n");
+        let rows = [vec!["naïve".to_owned(), "9".to_owned()], vec!["b".to_owned(), "-10.5 ± 1".to_owned()]];
+        let expected = ["name          F1", "naïve          9", "b      -10.5 ± 1", ""].join("\n");
         assert_eq!(render_table(&["name", "F1"], &rows), expected);
         assert_eq!(render_table(&["name", "F1"], &[]), "name  F1\n");
     }

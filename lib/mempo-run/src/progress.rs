@@ -44,10 +44,7 @@ impl Progress {
             skipped: AtomicU64::new(0),
             started,
             bar: log::wants_bars().then(|| bar(what, total, unit)),
-            log: Mutex::new(Log {
-                next: started + LOG_INTERVAL,
-                message: String::new(),
-            }),
+            log: Mutex::new(Log { next: started + LOG_INTERVAL, message: String::new() }),
         }
     }
 
@@ -93,10 +90,7 @@ impl Progress {
 
     /// `sampling: 3/10 tasks, 0.5 tasks/s, 14s left, message`.
     fn line(&self, elapsed: Duration, message: &str) -> String {
-        let (done, skipped) = (
-            self.done.load(Ordering::Relaxed),
-            self.skipped.load(Ordering::Relaxed),
-        );
+        let (done, skipped) = (self.done.load(Ordering::Relaxed), self.skipped.load(Ordering::Relaxed));
         let (what, unit, total) = (&self.what, &self.unit, self.total);
         let rate = (done - skipped) as f64 / elapsed.as_secs_f64().max(1e-9);
         let mut parts = vec![format!("{what}: {done}/{total} {unit}")];
@@ -128,10 +122,8 @@ impl Drop for Progress {
 }
 
 fn bar(what: &str, total: u64, unit: &str) -> ProgressBar {
-    let template =
-        format!("{what} [{{wide_bar}}] {{pos}}/{{len}} {unit}, {{per_sec}}, {{eta}} left {{msg}}");
-    let style =
-        ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    let template = format!("{what} [{{wide_bar}}] {{pos}}/{{len}} {unit}, {{per_sec}}, {{eta}} left {{msg}}");
+    let style = ProgressStyle::with_template(&template).unwrap_or_else(|_| ProgressStyle::default_bar());
     let bar = ProgressBar::new(total).with_style(style.progress_chars("=> "));
     let bar = log::BARS.add(bar);
     bar.enable_steady_tick(Duration::from_secs(1));
@@ -159,14 +151,8 @@ mod tests {
         progress.skip(40);
         assert_eq!(progress.line(after, ""), "sampling: 40/100 tasks");
         progress.inc(20);
-        assert_eq!(
-            progress.line(after, "loss 1.5"),
-            "sampling: 60/100 tasks, 2.0 tasks/s, 20 seconds left, loss 1.5"
-        );
+        assert_eq!(progress.line(after, "loss 1.5"), "sampling: 60/100 tasks, 2.0 tasks/s, 20 seconds left, loss 1.5");
         progress.inc(40);
-        assert_eq!(
-            progress.line(after, ""),
-            "sampling: 100/100 tasks, 6.0 tasks/s"
-        );
+        assert_eq!(progress.line(after, ""), "sampling: 100/100 tasks, 6.0 tasks/s");
     }
 }

@@ -13,8 +13,7 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::{
-    FileRecord, Input, Manifest, Progress, ResultExt, Run, StageArgs, check, difference, digest,
-    durable, interrupt,
+    FileRecord, Input, Manifest, Progress, ResultExt, Run, StageArgs, check, difference, digest, durable, interrupt,
     lock::{self, Lock},
     manifest, seed_of,
 };
@@ -52,18 +51,10 @@ impl Stage {
             inputs: inputs.iter().map(|input| input.to_record()).collect(),
         };
         refuse_place(args, inputs)?;
-        let dir = args
-            .shard
-            .map_or_else(|| args.out.clone(), |shard| args.out.join(shard.folder()));
+        let dir = args.shard.map_or_else(|| args.out.clone(), |shard| args.out.join(shard.folder()));
         durable::create_folder(&dir).map_err(|error| durable::failed(&dir, &dir, error.into()))?;
         let lock = Lock::acquire(&dir)?;
-        let stage = Self {
-            run_id: run.id()?,
-            dir,
-            run,
-            started: Instant::now(),
-            _lock: lock,
-        };
+        let stage = Self { run_id: run.id()?, dir, run, started: Instant::now(), _lock: lock };
         if args.restart {
             stage.clear()?;
         }
@@ -119,11 +110,7 @@ impl Stage {
     }
 
     /// Builds a folder of the stage under another name and puts it in the place of the one that was there.
-    pub fn replace_dir(
-        &self,
-        relative: &str,
-        build: impl FnOnce(&Path) -> anyhow::Result<()>,
-    ) -> anyhow::Result<()> {
+    pub fn replace_dir(&self, relative: &str, build: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
         durable::replace_folder(&self.dir.join(relative), &self.run_id, build)
     }
 
@@ -145,11 +132,7 @@ impl Stage {
         let append = || -> anyhow::Result<()> {
             let mut line = serde_json::to_vec(value)?;
             line.push(b'\n');
-            Ok(fs_err::OpenOptions::new()
-                .create(true)
-                .append(true)
-                .open(&path)?
-                .write_all(&line)?)
+            Ok(fs_err::OpenOptions::new().create(true).append(true).open(&path)?.write_all(&line)?)
         };
         if let Err(error) = append() {
             tracing::warn!("timing left out: {error:#}");
@@ -160,18 +143,12 @@ impl Stage {
     pub fn finish(self, rows: &[(&str, u64)], summary: Value) -> anyhow::Result<()> {
         let failed = |error: std::io::Error| durable::failed(&self.dir, &self.dir, error.into());
         let paths = check::list_files(&self.dir).map_err(failed)?;
-        let files = paths
-            .into_iter()
-            .map(|path| self.record(path))
-            .collect::<std::io::Result<Vec<_>>>();
+        let files = paths.into_iter().map(|path| self.record(path)).collect::<std::io::Result<Vec<_>>>();
         let wall_seconds = (self.started.elapsed().as_secs_f64() * 1000.0).round() / 1000.0;
         let manifest = Manifest {
             run: self.run.clone(),
             files: files.map_err(failed)?,
-            rows: rows
-                .iter()
-                .map(|(table, count)| ((*table).to_owned(), *count))
-                .collect(),
+            rows: rows.iter().map(|(table, count)| ((*table).to_owned(), *count)).collect(),
             summary,
             wall_seconds,
         };
@@ -197,16 +174,9 @@ impl Stage {
             return Ok(false);
         };
         // A newer program need not do again what an older one has finished.
-        manifest
-            .run
-            .program_version
-            .clone_from(&self.run.program_version);
+        manifest.run.program_version.clone_from(&self.run.program_version);
         self.refuse_other(&manifest.run)?;
-        match manifest
-            .files
-            .iter()
-            .find_map(|file| check::problem(&self.dir, file, false))
-        {
+        match manifest.files.iter().find_map(|file| check::problem(&self.dir, file, false)) {
             Some(problem) => Err(anyhow!("{problem}; use --restart to make it again")).bad_input(),
             None => Ok(true),
         }
@@ -226,8 +196,7 @@ impl Stage {
         }
         if let Some(name) = self.entries()?.first() {
             let dir = self.dir.display();
-            let error =
-                anyhow!("{dir} holds `{name}` and no run of this program; choose another --out");
+            let error = anyhow!("{dir} holds `{name}` and no run of this program; choose another --out");
             return Err(error).usage();
         }
         self.run.write(&self.dir)
@@ -246,16 +215,11 @@ impl Stage {
     }
 
     fn refuse_other_stage(&self, old: &Run) -> anyhow::Result<()> {
-        if (&old.program, &old.stage, old.shard)
-            == (&self.run.program, &self.run.stage, self.run.shard)
-        {
+        if (&old.program, &old.stage, old.shard) == (&self.run.program, &self.run.stage, self.run.shard) {
             return Ok(());
         }
         let (dir, program, stage) = (self.dir.display(), &old.program, &old.stage);
-        Err(anyhow!(
-            "{dir} holds the output of `{program} {stage}`; choose another --out"
-        ))
-        .usage()
+        Err(anyhow!("{dir} holds the output of `{program} {stage}`; choose another --out")).usage()
     }
 
     /// Throws away what an earlier run of this stage left. The record of that run goes last, so that a directory that
@@ -302,16 +266,10 @@ fn as_written(value: &impl Serialize) -> anyhow::Result<Value> {
 fn refuse_place(args: &StageArgs, inputs: &[&Input]) -> anyhow::Result<()> {
     let out = args.out.display();
     if inputs.iter().any(|input| input.holds(&args.out)) {
-        return Err(anyhow!(
-            "--out {out} lies in an input, which is never changed; choose another"
-        ))
-        .usage();
+        return Err(anyhow!("--out {out} lies in an input, which is never changed; choose another")).usage();
     }
     if args.shard.is_some() && args.out.join(manifest::RUN).exists() {
-        return Err(anyhow!(
-            "{out} holds a run without --shard; choose another --out for shards"
-        ))
-        .usage();
+        return Err(anyhow!("{out} holds a run without --shard; choose another --out for shards")).usage();
     }
     Ok(())
 }

@@ -34,11 +34,7 @@ impl StandardCommand {
             Self::Verify { dir } => {
                 let manifest = check::verify(dir)?;
                 let bytes: u64 = manifest.files.iter().map(|file| file.size).sum();
-                tracing::info!(
-                    "{}: {} files, {bytes} bytes, as written",
-                    dir.display(),
-                    manifest.files.len()
-                );
+                tracing::info!("{}: {} files, {bytes} bytes, as written", dir.display(), manifest.files.len());
             }
             Self::Schema { table } => print_data(&schema(table.as_deref())?),
             Self::Completions { shell } => {
@@ -55,17 +51,9 @@ impl StandardCommand {
 fn schema(table: Option<&str>) -> anyhow::Result<String> {
     let tables = mempo_data::TABLES;
     match table {
-        None => Ok(tables
-            .iter()
-            .map(|table| mempo_data::schema_markdown(table))
-            .collect::<Vec<_>>()
-            .join("\n")),
+        None => Ok(tables.iter().map(|table| mempo_data::schema_markdown(table)).collect::<Vec<_>>().join("\n")),
         Some(table) if tables.contains(&table) => Ok(mempo_data::schema_markdown(table)),
-        Some(table) => Err(anyhow!(
-            "no table `{table}`, expected one of {}",
-            tables.join(", ")
-        ))
-        .usage(),
+        Some(table) => Err(anyhow!("no table `{table}`, expected one of {}", tables.join(", "))).usage(),
     }
 }
 
@@ -77,11 +65,7 @@ mod tests {
     fn schema_prints_one_or_all_tables() {
         assert!(schema(Some("steps")).unwrap().starts_with("# steps\n"));
         let all = schema(None).unwrap();
-        assert!(
-            mempo_data::TABLES
-                .iter()
-                .all(|table| all.contains(&format!("# {table}\n")))
-        );
+        assert!(mempo_data::TABLES.iter().all(|table| all.contains(&format!("# {table}\n"))));
         assert_eq!(crate::exit_code(&schema(Some("stairs")).unwrap_err()), 2);
     }
 }

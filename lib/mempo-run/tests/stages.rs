@@ -11,19 +11,11 @@ use mempo_run::{Input, ResultExt, Shard, Stage, StageArgs, StandardCommand, exit
 use serde_json::{Value, json};
 
 fn args(out: &Path) -> StageArgs {
-    StageArgs {
-        out: out.to_owned(),
-        seed: 7,
-        restart: false,
-        shard: None,
-    }
+    StageArgs { out: out.to_owned(), seed: 7, restart: false, shard: None }
 }
 
 fn shard(out: &Path, index: usize, count: usize) -> StageArgs {
-    StageArgs {
-        shard: Some(Shard { index, count }),
-        ..args(out)
-    }
+    StageArgs { shard: Some(Shard { index, count }), ..args(out) }
 }
 
 fn open(args: &StageArgs, arguments: &Value) -> anyhow::Result<Option<Stage>> {
@@ -36,9 +28,7 @@ fn settings() -> Value {
 
 fn write(stage: &Stage, unit: usize) {
     let text = format!("unit {unit}, seed {}", stage.seed(&[&unit.to_string()]));
-    stage
-        .write_part("steps", unit, |sink| Ok(sink.write_all(text.as_bytes())?))
-        .unwrap();
+    stage.write_part("steps", unit, |sink| Ok(sink.write_all(text.as_bytes())?)).unwrap();
 }
 
 /// Runs the stage to its end; the units that were written this time.
@@ -46,17 +36,12 @@ fn finish(args: &StageArgs) -> Vec<usize> {
     let Some(stage) = open(args, &settings()).unwrap() else {
         return vec![];
     };
-    let missing: Vec<usize> = stage
-        .shard_range(7)
-        .filter(|unit| !stage.has_part("steps", *unit))
-        .collect();
+    let missing: Vec<usize> = stage.shard_range(7).filter(|unit| !stage.has_part("steps", *unit)).collect();
     for unit in &missing {
         write(&stage, *unit);
     }
     let count = stage.shard_range(7).len() as u64;
-    stage
-        .finish(&[("steps", count)], json!({ "count": count }))
-        .unwrap();
+    stage.finish(&[("steps", count)], json!({ "count": count })).unwrap();
     missing
 }
 
@@ -71,10 +56,7 @@ fn check_refused<T>(result: anyhow::Result<T>, code: u8, parts: &[&str]) {
 }
 
 fn verify(dir: &Path) -> anyhow::Result<()> {
-    StandardCommand::Verify {
-        dir: dir.to_owned(),
-    }
-    .run(clap::Command::new("test"))
+    StandardCommand::Verify { dir: dir.to_owned() }.run(clap::Command::new("test"))
 }
 
 fn folder() -> (tempfile::TempDir, PathBuf) {
@@ -92,26 +74,17 @@ fn a_stopped_run_continues_and_a_finished_one_does_nothing() {
     }
     fs_err::write(out.join("steps/part-00003.parquet.tmp-other"), "not ours").unwrap();
     drop(stage);
-    check_refused(
-        Input::stage("rollouts", &out),
-        4,
-        &["not finished", "`mempo-test numbers`"],
-    );
+    check_refused(Input::stage("rollouts", &out), 4, &["not finished", "`mempo-test numbers`"]);
     assert_eq!(finish(&args(&out)), [1, 3, 4, 5, 6]);
     let manifest = fs_err::read(out.join("manifest.json")).unwrap();
     assert_eq!(finish(&args(&out)), [0; 0]);
     assert_eq!(fs_err::read(out.join("manifest.json")).unwrap(), manifest);
     let input = Input::stage("rollouts", &out).unwrap();
     let names: Vec<_> = input.table("steps").unwrap();
-    let expected: Vec<_> = (0..7)
-        .map(|unit| out.join(format!("steps/part-0000{unit}.parquet")))
-        .collect();
+    let expected: Vec<_> = (0..7).map(|unit| out.join(format!("steps/part-0000{unit}.parquet"))).collect();
     assert_eq!(names, expected);
     let manifest = input.manifest().unwrap();
-    assert_eq!(
-        (manifest.seed, &manifest.arguments, manifest.rows["steps"]),
-        (7, &settings(), 7)
-    );
+    assert_eq!((manifest.seed, &manifest.arguments, manifest.rows["steps"]), (7, &settings(), 7));
     verify(&out).unwrap();
 }
 
@@ -120,33 +93,18 @@ fn other_arguments_are_refused_key_by_key_until_restart() {
     let (_folder, out) = folder();
     drop(open(&args(&out), &settings()).unwrap());
     let changed = json!({ "temperature": 0.7, "limits": { "max_steps": 16, "top_k": 3 } });
-    let differences = [
-        "temperature: 1.0 -> 0.7",
-        "limits.top_k: (none) -> 3",
-        "seed: 7 -> 8",
-        "--restart",
-    ];
-    let other = StageArgs {
-        seed: 8,
-        ..args(&out)
-    };
+    let differences = ["temperature: 1.0 -> 0.7", "limits.top_k: (none) -> 3", "seed: 7 -> 8", "--restart"];
+    let other = StageArgs { seed: 8, ..args(&out) };
     check_refused(open(&other, &changed), 2, &differences);
     finish(&args(&out));
     check_refused(open(&other, &changed), 2, &differences);
 
-    let restart = StageArgs {
-        restart: true,
-        ..other.clone()
-    };
+    let restart = StageArgs { restart: true, ..other.clone() };
     let stage = open(&restart, &changed).unwrap().unwrap();
     assert!(!stage.has_part("steps", 0));
     drop(stage);
     check_refused(Input::stage("rollouts", &out), 4, &["not finished"]);
-    check_refused(
-        open(&args(&out), &settings()),
-        2,
-        &["temperature: 0.7 -> 1.0"],
-    );
+    check_refused(open(&args(&out), &settings()), 2, &["temperature: 0.7 -> 1.0"]);
     assert!(open(&other, &changed).unwrap().is_some());
 }
 
@@ -162,11 +120,7 @@ fn other_inputs_are_refused_but_moved_ones_are_not() {
     };
     drop(open_with("here", "1").unwrap());
     assert!(open_with("there", "1").unwrap().is_some());
-    check_refused(
-        open_with("here", "2"),
-        2,
-        &["content of --questions: ", " -> "],
-    );
+    check_refused(open_with("here", "2"), 2, &["content of --questions: ", " -> "]);
 }
 
 #[test]
@@ -175,22 +129,12 @@ fn what_is_not_this_stages_is_never_touched() {
     fs_err::create_dir_all(&out).unwrap();
     fs_err::write(out.join("thesis.txt"), "mine").unwrap();
     for restart in [false, true] {
-        let args = StageArgs {
-            restart,
-            ..args(&out)
-        };
-        check_refused(
-            open(&args, &settings()),
-            2,
-            &["holds `thesis.txt`", "choose another --out"],
-        );
+        let args = StageArgs { restart, ..args(&out) };
+        check_refused(open(&args, &settings()), 2, &["holds `thesis.txt`", "choose another --out"]);
     }
     fs_err::remove_file(out.join("thesis.txt")).unwrap();
     finish(&args(&out));
-    let restart = StageArgs {
-        restart: true,
-        ..args(&out)
-    };
+    let restart = StageArgs { restart: true, ..args(&out) };
     let other = Stage::open("mempo-test", "letters", &restart, &settings(), &[]);
     check_refused(other, 2, &["holds the output of `mempo-test numbers`"]);
     verify(&out).unwrap();
@@ -202,13 +146,7 @@ fn nothing_is_written_into_an_input() {
     finish(&args(&out));
     let input = Input::stage("rollouts", &out).unwrap();
     for place in [out.clone(), out.join("scores/deep")] {
-        let result = Stage::open(
-            "mempo-test",
-            "scores",
-            &args(&place),
-            &settings(),
-            &[&input],
-        );
+        let result = Stage::open("mempo-test", "scores", &args(&place), &settings(), &[&input]);
         check_refused(result, 2, &["lies in an input"]);
     }
     assert!(!out.join("scores").exists());
@@ -219,33 +157,16 @@ fn files_written_in_any_way_are_committed_and_books_are_not() {
     let (_folder, out) = folder();
     let stage = open(&args(&out), &settings()).unwrap().unwrap();
     write(&stage, 0);
-    stage
-        .replace_dir("trainer", |dir| {
-            Ok(fs_err::write(dir.join("state.json"), "{}")?)
-        })
-        .unwrap();
-    stage
-        .write_file("metrics.jsonl", |sink| Ok(sink.write_all(b"{}\n")?))
-        .unwrap();
+    stage.replace_dir("trainer", |dir| Ok(fs_err::write(dir.join("state.json"), "{}")?)).unwrap();
+    stage.write_file("metrics.jsonl", |sink| Ok(sink.write_all(b"{}\n")?)).unwrap();
     stage.timing(&json!({ "seconds": 1 }));
     fs_err::write(stage.dir().join("model.safetensors"), "weights").unwrap();
     fs_err::create_dir(out.join("resume")).unwrap();
     fs_err::write(out.join("resume/state"), "").unwrap();
     stage.finish(&[], Value::Null).unwrap();
     let input = Input::stage("model", &out).unwrap();
-    let paths: Vec<_> = input
-        .manifest()
-        .unwrap()
-        .files
-        .iter()
-        .map(|file| file.path.as_str())
-        .collect();
-    let expected = [
-        "metrics.jsonl",
-        "model.safetensors",
-        "steps/part-00000.parquet",
-        "trainer/state.json",
-    ];
+    let paths: Vec<_> = input.manifest().unwrap().files.iter().map(|file| file.path.as_str()).collect();
+    let expected = ["metrics.jsonl", "model.safetensors", "steps/part-00000.parquet", "trainer/state.json"];
     assert_eq!(paths, expected);
     fs_err::remove_dir_all(out.join("resume")).unwrap();
     verify(&out).unwrap();
@@ -267,28 +188,16 @@ fn verify_and_the_next_stage_notice_every_kind_of_damage() {
     for (bytes, text) in damages {
         fs_err::write(&part, bytes).unwrap();
         check_refused(verify(&out), 4, &["part-00004.parquet: ", text]);
-        check_refused(
-            Input::stage("rollouts", &out),
-            4,
-            &["part-00004.parquet: ", text],
-        );
+        check_refused(Input::stage("rollouts", &out), 4, &["part-00004.parquet: ", text]);
     }
     fs_err::remove_file(&part).unwrap();
     check_refused(verify(&out), 4, &["part-00004.parquet"]);
-    check_refused(
-        open(&args(&out), &settings()),
-        4,
-        &["part-00004.parquet", "--restart"],
-    );
+    check_refused(open(&args(&out), &settings()), 4, &["part-00004.parquet", "--restart"]);
     fs_err::write(&part, &whole).unwrap();
     verify(&out).unwrap();
 
     fs_err::write(out.join("steps/part-00099.parquet"), "").unwrap();
-    check_refused(
-        verify(&out),
-        4,
-        &["part-00099.parquet: not in the manifest"],
-    );
+    check_refused(verify(&out), 4, &["part-00099.parquet: not in the manifest"]);
 }
 
 #[test]
@@ -307,11 +216,7 @@ fn a_table_that_is_not_there_is_named() {
     finish(&args(&out));
     let input = Input::stage("rollouts", &out).unwrap();
     check_refused(input.table("step"), 4, &["no table `step`"]);
-    check_refused(
-        Input::stage("rollouts", &out.join("nowhere")),
-        4,
-        &["nowhere: no such directory"],
-    );
+    check_refused(Input::stage("rollouts", &out.join("nowhere")), 4, &["nowhere: no such directory"]);
 }
 
 #[test]
@@ -321,64 +226,35 @@ fn shards_are_read_as_one_if_they_are_all_there_and_agree() {
     finish(&args(&whole));
     finish(&shard(&out, 2, 3));
     finish(&shard(&out, 0, 3));
-    check_refused(
-        Input::stage("rollouts", &out),
-        4,
-        &["missing shard-1-of-3;"],
-    );
+    check_refused(Input::stage("rollouts", &out), 4, &["missing shard-1-of-3;"]);
     drop(open(&shard(&out, 1, 3), &settings()).unwrap());
-    check_refused(
-        Input::stage("rollouts", &out),
-        4,
-        &["missing shard-1-of-3 (not finished)"],
-    );
+    check_refused(Input::stage("rollouts", &out), 4, &["missing shard-1-of-3 (not finished)"]);
     finish(&shard(&out, 1, 3));
 
     let input = Input::stage("rollouts", &out).unwrap();
-    let bytes = |paths: Vec<PathBuf>| {
-        paths
-            .iter()
-            .map(|path| fs_err::read(path).unwrap())
-            .collect::<Vec<_>>()
-    };
+    let bytes = |paths: Vec<PathBuf>| paths.iter().map(|path| fs_err::read(path).unwrap()).collect::<Vec<_>>();
     let one = Input::stage("rollouts", &whole).unwrap();
-    assert_eq!(
-        bytes(input.table("steps").unwrap()),
-        bytes(one.table("steps").unwrap())
-    );
+    assert_eq!(bytes(input.table("steps").unwrap()), bytes(one.table("steps").unwrap()));
     assert_eq!(input.digest(), one.digest());
     assert_eq!(input.manifest().unwrap().rows["steps"], 7);
     verify(&out).unwrap();
 
     check_refused(open(&args(&out), &settings()), 2, &["holds `shard-0-of-3`"]);
-    check_refused(
-        open(&shard(&whole, 0, 3), &settings()),
-        2,
-        &["holds a run without --shard"],
-    );
+    check_refused(open(&shard(&whole, 0, 3), &settings()), 2, &["holds a run without --shard"]);
     fs_err::create_dir(out.join("shard-0-of-2")).unwrap();
-    check_refused(
-        Input::stage("rollouts", &out),
-        4,
-        &["shard-0-of-2 and shard-0-of-3"],
-    );
+    check_refused(Input::stage("rollouts", &out), 4, &["shard-0-of-2 and shard-0-of-3"]);
 }
 
 #[test]
 fn shards_of_different_commands_are_refused() {
     let (_folder, out) = folder();
     finish(&shard(&out, 0, 2));
-    let stage = open(&shard(&out, 1, 2), &json!({ "temperature": 0.5 }))
-        .unwrap()
-        .unwrap();
+    let stage = open(&shard(&out, 1, 2), &json!({ "temperature": 0.5 })).unwrap().unwrap();
     stage.finish(&[], Value::Null).unwrap();
     check_refused(
         Input::stage("rollouts", &out),
         4,
-        &[
-            "shard-1-of-2 differs from shard-0-of-2",
-            "temperature: 1.0 -> 0.5",
-        ],
+        &["shard-1-of-2 differs from shard-0-of-2", "temperature: 1.0 -> 0.5"],
     );
 }
 
@@ -390,9 +266,7 @@ fn shards_cut_any_number_of_units_without_gap_or_overlap() {
             let mut next = 0;
             for index in 0..count {
                 let out = folder.path().join(format!("{count}-{units}"));
-                let stage = open(&shard(&out, index, count), &settings())
-                    .unwrap()
-                    .unwrap();
+                let stage = open(&shard(&out, index, count), &settings()).unwrap().unwrap();
                 let range = stage.shard_range(units);
                 assert_eq!(range.start, next);
                 assert!(range.len() <= units / count + 1);
@@ -405,12 +279,7 @@ fn shards_cut_any_number_of_units_without_gap_or_overlap() {
 
 fn model(dir: &Path) {
     fs_err::create_dir_all(dir).unwrap();
-    for name in [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "chat_template.jinja",
-    ] {
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja"] {
         fs_err::write(dir.join(name), name).unwrap();
     }
 }
@@ -425,21 +294,12 @@ fn a_models_digest_is_of_what_changes_its_answers() {
     fs_err::create_dir(dir.join("trainer")).unwrap();
     fs_err::write(dir.join("trainer/state.json"), "{}").unwrap();
     assert_eq!(digest(&dir), before);
-    for name in [
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "chat_template.jinja",
-        "generation_config.json",
-    ] {
+    for name in ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"]
+    {
         let old = fs_err::read(dir.join(name)).ok();
         fs_err::write(dir.join(name), "other").unwrap();
         assert_ne!(digest(&dir), before, "{name}");
-        old.map_or_else(
-            || fs_err::remove_file(dir.join(name)),
-            |old| fs_err::write(dir.join(name), old),
-        )
-        .unwrap();
+        old.map_or_else(|| fs_err::remove_file(dir.join(name)), |old| fs_err::write(dir.join(name), old)).unwrap();
         assert_eq!(digest(&dir), before);
     }
     fs_err::remove_file(dir.join("model.safetensors")).unwrap();
@@ -458,20 +318,14 @@ fn a_model_that_a_stage_wrote_must_be_finished_and_whole() {
     let digest = Input::model("model", &out).unwrap().digest().to_owned();
     assert_eq!(digest.len(), 64);
     fs_err::write(out.join("tokenizer.json"), "tokenizer.jsoN").unwrap();
-    check_refused(
-        Input::model("model", &out),
-        4,
-        &["tokenizer.json not as in manifest.json"],
-    );
+    check_refused(Input::model("model", &out), 4, &["tokenizer.json not as in manifest.json"]);
 }
 
 #[test]
 fn a_failure_inside_a_write_keeps_its_kind() {
     let (_folder, out) = folder();
     let stage = open(&args(&out), &settings()).unwrap().unwrap();
-    let result = stage.write_part("steps", 0, |_| {
-        Err(anyhow::anyhow!("a line is broken")).bad_input()
-    });
+    let result = stage.write_part("steps", 0, |_| Err(anyhow::anyhow!("a line is broken")).bad_input());
     check_refused(result, 4, &["a line is broken"]);
     assert!(!stage.has_part("steps", 0));
 }

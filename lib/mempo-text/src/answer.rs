@@ -9,8 +9,7 @@ use std::sync::LazyLock;
 use regex::Regex;
 
 /// A word as Python's `\w` sees it: letters, numbers, underscore, no combining marks.
-static WORD: LazyLock<Regex> =
-    LazyLock::new(|| Regex::new(r"[\p{L}\p{N}_]+").expect("a constant pattern compiles"));
+static WORD: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"[\p{L}\p{N}_]+").expect("a constant pattern compiles"));
 
 /// Lower case, ASCII punctuation deleted, then the words `a`, `an`, `the` dropped, then white space squeezed.
 ///
@@ -24,10 +23,7 @@ pub fn normalize(text: &str) -> String {
         "a" | "an" | "the" => " ".to_owned(),
         word => word.to_owned(),
     });
-    let words: Vec<&str> = text
-        .split(is_python_space)
-        .filter(|word| !word.is_empty())
-        .collect();
+    let words: Vec<&str> = text.split(is_python_space).filter(|word| !word.is_empty()).collect();
     words.join(" ")
 }
 
@@ -47,10 +43,7 @@ pub fn exact_match(prediction: &str, answers: &[String]) -> bool {
 /// `yes`, `no` and `noanswer` count only as a whole (HotpotQA's rule).
 pub fn f1(prediction: &str, answers: &[String]) -> f64 {
     let prediction = normalize(prediction);
-    answers
-        .iter()
-        .map(|answer| f1_of_normalized(&prediction, &normalize(answer)))
-        .fold(0.0, f64::max)
+    answers.iter().map(|answer| f1_of_normalized(&prediction, &normalize(answer))).fold(0.0, f64::max)
 }
 
 fn f1_of_normalized(prediction: &str, answer: &str) -> f64 {
@@ -87,10 +80,7 @@ fn f1_of_normalized(prediction: &str, answer: &str) -> f64 {
 /// assert_eq!(mempo_text::answer::split_answers("Paris; ; 1889;"), ["Paris", "", "1889"]);
 /// ```
 pub fn split_answers(text: &str) -> Vec<String> {
-    let mut answers: Vec<String> = text
-        .split(';')
-        .map(|answer| answer.trim().to_owned())
-        .collect();
+    let mut answers: Vec<String> = text.split(';').map(|answer| answer.trim().to_owned()).collect();
     while answers.last().is_some_and(String::is_empty) {
         answers.pop();
     }
@@ -112,41 +102,21 @@ mod tests {
 
     #[test]
     fn same_as_the_python_reference() {
-        let cases: Vec<Case> =
-            serde_json::from_str(include_str!("../tests/golden/answers.json")).unwrap();
+        let cases: Vec<Case> = serde_json::from_str(include_str!("../tests/golden/answers.json")).unwrap();
         assert!(cases.len() > 60);
         for case in cases {
-            assert_eq!(
-                normalize(&case.prediction),
-                case.normalized,
-                "{:?}",
-                case.prediction
-            );
-            assert_eq!(
-                exact_match(&case.prediction, &case.answers),
-                case.exact_match,
-                "{:?}",
-                case.prediction
-            );
+            assert_eq!(normalize(&case.prediction), case.normalized, "{:?}", case.prediction);
+            assert_eq!(exact_match(&case.prediction, &case.answers), case.exact_match, "{:?}", case.prediction);
             let score = f1(&case.prediction, &case.answers);
-            assert!(
-                (score - case.f1).abs() < 1e-12,
-                "{:?}: {score} != {}",
-                case.prediction,
-                case.f1
-            );
+            assert!((score - case.f1).abs() < 1e-12, "{:?}: {score} != {}", case.prediction, case.f1);
         }
     }
 
     #[test]
     fn answers_are_split_by_position() {
-        for (text, expected) in [
-            ("", vec![]),
-            (" ; ", vec![]),
-            ("a", vec!["a"]),
-            ("a; b ;c", vec!["a", "b", "c"]),
-            (";b", vec!["", "b"]),
-        ] {
+        for (text, expected) in
+            [("", vec![]), (" ; ", vec![]), ("a", vec!["a"]), ("a; b ;c", vec!["a", "b", "c"]), (";b", vec!["", "b"])]
+        {
             assert_eq!(split_answers(text), expected, "{text:?}");
         }
     }

@@ -19,10 +19,7 @@ impl ByteTable {
         let mut contents: Vec<Vec<u8>> = vec![Vec::new(); size];
         let mut byte_ids = [None; 256];
         for (token, id) in vocabulary {
-            let bytes: Option<Vec<u8>> = token
-                .chars()
-                .map(|character| byte_of.get(&character).copied())
-                .collect();
+            let bytes: Option<Vec<u8>> = token.chars().map(|character| byte_of.get(&character).copied()).collect();
             let bytes = bytes.unwrap_or_else(|| token.into_bytes());
             if let [byte] = bytes[..] {
                 byte_ids[usize::from(byte)] = Some(id as i32);
@@ -38,11 +35,7 @@ impl ByteTable {
             bytes.extend(content);
             starts.push(bytes.len());
         }
-        Self {
-            bytes,
-            starts,
-            byte_ids,
-        }
+        Self { bytes, starts, byte_ids }
     }
 
     /// The highest id + 1.
@@ -52,9 +45,7 @@ impl ByteTable {
 
     /// The bytes of a token; empty for an unknown id.
     pub(crate) fn get(&self, id: i32) -> &[u8] {
-        let range = usize::try_from(id)
-            .ok()
-            .and_then(|id| Some(*self.starts.get(id)?..*self.starts.get(id + 1)?));
+        let range = usize::try_from(id).ok().and_then(|id| Some(*self.starts.get(id)?..*self.starts.get(id + 1)?));
         range.map_or(&[], |range| &self.bytes[range])
     }
 
@@ -67,14 +58,7 @@ impl ByteTable {
 /// Undoes GPT-2's spelling of bytes as printable characters.
 fn byte_of_character() -> HashMap<char, u8> {
     let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    let others = (0..=255u8)
-        .filter(|byte| !printable(*byte))
-        .zip('\u{100}'..);
-    let same = (0..=255u8)
-        .filter(|byte| printable(*byte))
-        .map(|byte| (char::from(byte), byte));
-    others
-        .map(|(byte, character)| (character, byte))
-        .chain(same)
-        .collect()
+    let others = (0..=255u8).filter(|byte| !printable(*byte)).zip('\u{100}'..);
+    let same = (0..=255u8).filter(|byte| printable(*byte)).map(|byte| (char::from(byte), byte));
+    others.map(|(byte, character)| (character, byte)).chain(same).collect()
 }

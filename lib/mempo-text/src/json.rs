@@ -9,28 +9,12 @@ use serde_json::ser::{Formatter, PrettyFormatter, Serializer};
 struct PythonFormatter;
 
 impl Formatter for PythonFormatter {
-    fn begin_array_value<W: ?Sized + Write>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> io::Result<()> {
-        if first {
-            Ok(())
-        } else {
-            writer.write_all(b", ")
-        }
+    fn begin_array_value<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
     }
 
-    fn begin_object_key<W: ?Sized + Write>(
-        &mut self,
-        writer: &mut W,
-        first: bool,
-    ) -> io::Result<()> {
-        if first {
-            Ok(())
-        } else {
-            writer.write_all(b", ")
-        }
+    fn begin_object_key<W: ?Sized + Write>(&mut self, writer: &mut W, first: bool) -> io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
     }
 
     fn begin_object_value<W: ?Sized + Write>(&mut self, writer: &mut W) -> io::Result<()> {
@@ -50,10 +34,7 @@ pub fn python_json(value: &Value) -> String {
 
 /// The same over several lines, `indent` spaces a level.
 pub(crate) fn python_json_indented(value: &Value, indent: usize) -> String {
-    serialize(
-        value,
-        PrettyFormatter::with_indent(" ".repeat(indent.min(16)).as_bytes()),
-    )
+    serialize(value, PrettyFormatter::with_indent(" ".repeat(indent.min(16)).as_bytes()))
 }
 
 fn serialize(value: &Value, formatter: impl Formatter) -> String {

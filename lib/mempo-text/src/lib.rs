@@ -27,4 +27,4 @@ pub use segment::{ParsedCompletion, Segment, SegmentKind, parse_completion};
 pub use template::{ChatTemplate, Message};
 pub use tokenizer::Tokenizer;
 pub use tool::{ToolCall, ToolSpec};
-pub use train::train_tokenizer;
+pub use train::{NewTokenizer, train_tokenizer};

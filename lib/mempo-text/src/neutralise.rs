@@ -10,37 +10,23 @@ use std::sync::LazyLock;
 use regex::{Captures, Regex};
 
 /// Names of the tags that mean something to an agent, ours or a published one.
-pub const PROTOCOL_TAGS: [&str; 8] = [
-    "mem",
-    "think",
-    "tool_call",
-    "tool_response",
-    "answer",
-    "information",
-    "search",
-    "memory",
-];
+pub const PROTOCOL_TAGS: [&str; 8] =
+    ["mem", "think", "tool_call", "tool_response", "answer", "information", "search", "memory"];
 
 const OPENING_BRACKETS: &str = "<‹〈〈⟨＜﹤❮❬ᐸ˂≺⧼";
 const CLOSING_BRACKETS: &str = ">›〉〉⟩＞﹥❯❭ᐳ˃≻⧽";
 const SLASHES: &str = "/／⁄∕⧸╱";
 
-static TAG: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new(&tag_pattern()).expect("the pattern is made of constants and compiles")
-});
+static TAG: LazyLock<Regex> =
+    LazyLock::new(|| Regex::new(&tag_pattern()).expect("the pattern is made of constants and compiles"));
 
 /// Matches any spelling of a protocol tag: groups 1 to 3 are opening bracket, inside, closing bracket.
 fn tag_pattern() -> String {
     // Invisible characters may stand anywhere, white space around the name.
     let gap = r"[\s\p{Cf}]*";
-    let names: Vec<String> = PROTOCOL_TAGS
-        .iter()
-        .map(|name| name_pattern(name))
-        .collect();
+    let names: Vec<String> = PROTOCOL_TAGS.iter().map(|name| name_pattern(name)).collect();
     let names = names.join("|");
-    format!(
-        "(?i)([{OPENING_BRACKETS}])({gap}[{SLASHES}]?{gap}(?:{names}){gap})([{CLOSING_BRACKETS}])"
-    )
+    format!("(?i)([{OPENING_BRACKETS}])({gap}[{SLASHES}]?{gap}(?:{names}){gap})([{CLOSING_BRACKETS}])")
 }
 
 /// Each letter as itself or in its full-width form, invisible characters between letters allowed.
@@ -92,16 +78,7 @@ mod tests {
 
     #[test]
     fn other_text_is_untouched() {
-        for text in [
-            "a < b > c",
-            "<b>bold</b>",
-            "<members>",
-            "mem",
-            "x <answer y",
-            "<|im_end|>",
-            "",
-            "＜3",
-        ] {
+        for text in ["a < b > c", "<b>bold</b>", "<members>", "mem", "x <answer y", "<|im_end|>", "", "＜3"] {
             assert!(matches!(neutralise(text), Cow::Borrowed(_)), "{text}");
         }
     }

@@ -39,36 +39,21 @@ pub struct Profile {
 }
 
 const BUILT_IN: [(&str, &str, &str); 2] = [
-    (
-        "mempo",
-        include_str!("../profiles/mempo/profile.json"),
-        include_str!("../profiles/mempo/system.txt"),
-    ),
-    (
-        "react",
-        include_str!("../profiles/react/profile.json"),
-        include_str!("../profiles/react/system.txt"),
-    ),
+    ("mempo", include_str!("../profiles/mempo/profile.json"), include_str!("../profiles/mempo/system.txt")),
+    ("react", include_str!("../profiles/react/profile.json"), include_str!("../profiles/react/system.txt")),
 ];
 
 impl Profile {
     /// A built-in profile by name (`mempo`, `react`), or the one in a folder.
     pub fn load(name_or_dir: &str) -> Result<Self, Error> {
-        if let Some((name, json, system)) = BUILT_IN.iter().find(|(name, ..)| *name == name_or_dir)
-        {
+        if let Some((name, json, system)) = BUILT_IN.iter().find(|(name, ..)| *name == name_or_dir) {
             return Self::parse(name, json, system);
         }
         let dir = Path::new(name_or_dir);
         if !dir.is_dir() {
             let names: Vec<&str> = BUILT_IN.iter().map(|(name, ..)| *name).collect();
-            let message = format!(
-                "neither built in ({}) nor a folder with profile.json",
-                names.join(", ")
-            );
-            return Err(Error::Profile {
-                name: name_or_dir.to_owned(),
-                message,
-            });
+            let message = format!("neither built in ({}) nor a folder with profile.json", names.join(", "));
+            return Err(Error::Profile { name: name_or_dir.to_owned(), message });
         }
         let json = fs_err::read_to_string(dir.join("profile.json"))?;
         let system = fs_err::read_to_string(dir.join("system.txt"))?;
@@ -77,42 +62,28 @@ impl Profile {
 
     /// One search result as the policy reads it; `number` counts from 1.
     pub fn render_document(&self, number: usize, title: &str, text: &str) -> String {
-        fill(
-            &self.document,
-            &[("i", &number.to_string()), ("title", title), ("text", text)],
-        )
+        fill(&self.document, &[("i", &number.to_string()), ("title", title), ("text", text)])
     }
 
     /// What stands before and after the results in an observation.
     pub(crate) fn around_results(&self) -> (&str, &str) {
-        self.observation
-            .split_once("{results}")
-            .unwrap_or((&self.observation, ""))
+        self.observation.split_once("{results}").unwrap_or((&self.observation, ""))
     }
 
     fn parse(name: &str, json: &str, system: &str) -> Result<Self, Error> {
-        let error = |message: String| Error::Profile {
-            name: name.to_owned(),
-            message,
-        };
-        let mut profile: Self =
-            serde_json::from_str(json).map_err(|cause| error(format!("profile.json: {cause}")))?;
+        let error = |message: String| Error::Profile { name: name.to_owned(), message };
+        let mut profile: Self = serde_json::from_str(json).map_err(|cause| error(format!("profile.json: {cause}")))?;
         system.trim_end().clone_into(&mut profile.system);
-        for (field, text, placeholder) in [
-            ("user", &profile.user, "{question}"),
-            ("observation", &profile.observation, "{results}"),
-        ] {
+        for (field, text, placeholder) in
+            [("user", &profile.user, "{question}"), ("observation", &profile.observation, "{results}")]
+        {
             let count = text.matches(placeholder).count();
             if count != 1 {
-                return Err(error(format!(
-                    "`{field}` holds {placeholder} {count} times, expected once"
-                )));
+                return Err(error(format!("`{field}` holds {placeholder} {count} times, expected once")));
             }
         }
         if profile.stop.iter().any(String::is_empty) {
-            return Err(error(
-                "`stop` holds an empty text, which would end every completion at once".to_owned(),
-            ));
+            return Err(error("`stop` holds an empty text, which would end every completion at once".to_owned()));
         }
         Ok(profile)
     }
@@ -149,15 +120,8 @@ mod tests {
         for (name, ..) in BUILT_IN {
             let profile = Profile::load(name).unwrap();
             assert_eq!(profile.name, name);
-            assert!(
-                profile.system.contains("{tools}") && profile.system.contains("<tool_call>"),
-                "{name}"
-            );
-            assert_eq!(
-                profile.system.contains("<mem>"),
-                profile.memory == MemoryRule::Required,
-                "{name}"
-            );
+            assert!(profile.system.contains("{tools}") && profile.system.contains("<tool_call>"), "{name}");
+            assert_eq!(profile.system.contains("<mem>"), profile.memory == MemoryRule::Required, "{name}");
             assert_eq!(profile.stop, ["</tool_call>", "</answer>"]);
         }
     }
@@ -165,10 +129,7 @@ mod tests {
     #[test]
     fn placeholders_are_filled_once() {
         let profile = Profile::load("mempo").unwrap();
-        assert_eq!(
-            profile.render_document(2, "{text} {i}", "{title}"),
-            "Doc 2(Title: {text} {i}) {title}\n"
-        );
+        assert_eq!(profile.render_document(2, "{text} {i}", "{title}"), "Doc 2(Title: {text} {i}) {title}\n");
         assert_eq!(fill("{a}{{a}{", &[("a", "1")]), "1{1{");
     }
 
@@ -182,19 +143,9 @@ mod tests {
         write(json);
         assert_eq!(Profile::load(name).unwrap().system, "Be brief.");
         write(&json.replace("{question}", "?"));
-        assert!(
-            Profile::load(name)
-                .unwrap_err()
-                .to_string()
-                .contains("{question} 0 times")
-        );
+        assert!(Profile::load(name).unwrap_err().to_string().contains("{question} 0 times"));
         write(&json.replace("\"user\"", "\"usr\""));
         assert!(Profile::load(name).unwrap_err().to_string().contains("usr"));
-        assert!(
-            Profile::load("nothing")
-                .unwrap_err()
-                .to_string()
-                .contains("mempo, react")
-        );
+        assert!(Profile::load("nothing").unwrap_err().to_string().contains("mempo, react"));
     }
 }

@@ -54,13 +54,7 @@ impl PromptBuilder {
     ) -> Result<Self, Error> {
         let schemas: Vec<String> = tools.iter().map(ToolSpec::render).collect();
         let system = profile.system.replace("{tools}", &schemas.join("\n"));
-        let mut builder = Self {
-            tokenizer,
-            template,
-            profile,
-            system,
-            end_of_turn_id: None,
-        };
+        let mut builder = Self { tokenizer, template, profile, system, end_of_turn_id: None };
         let opening = builder.fixed_pieces(&[])?.concat();
         if !opening.contains(builder.system.trim()) {
             let message = "it leaves out or changes the system message, which holds the agent's rules: use another \
@@ -69,10 +63,7 @@ impl PromptBuilder {
         }
         let pieces = builder.fixed_pieces(&[true, true])?;
         let after_completion = builder.tokenizer.encode_trusted(&pieces[2]);
-        builder.end_of_turn_id = after_completion
-            .first()
-            .copied()
-            .filter(|id| builder.tokenizer.is_control(*id));
+        builder.end_of_turn_id = after_completion.first().copied().filter(|id| builder.tokenizer.is_control(*id));
         Ok(builder)
     }
 
@@ -80,10 +71,7 @@ impl PromptBuilder {
     ///
     /// An end-of-turn id at the end of a carried completion is left to the template, which closes the turn itself.
     pub fn prompt(&self, question: &str, carried: &[CarriedStep<'_>]) -> Result<Vec<i32>, Error> {
-        let replies: Vec<bool> = carried
-            .iter()
-            .map(|step| step.observation_ids.is_some())
-            .collect();
+        let replies: Vec<bool> = carried.iter().map(|step| step.observation_ids.is_some()).collect();
         let pieces = self.fixed_pieces(&replies)?;
         let question_ids = self.tokenizer.encode_untrusted(question);
         let mut slots: Vec<&[i32]> = vec![&question_ids];
@@ -126,11 +114,7 @@ impl PromptBuilder {
             let length = self.tokenizer.normalise(&crate::neutralise(answer)).len();
             let mut span = ids_touching(&ends, &(byte..byte + length));
             span.start = span.start.max(free);
-            span.end = if length == 0 {
-                span.start
-            } else {
-                span.end.max(span.start)
-            };
+            span.end = if length == 0 { span.start } else { span.end.max(span.start) };
             free = span.end;
             spans.push(span);
             byte += length + "; ".len();
@@ -142,18 +126,13 @@ impl PromptBuilder {
     /// the part of it that belongs to the memory is encoded instead.
     pub fn memory_ids(&self, completion_ids: &[i32], segment: &Segment) -> Vec<i32> {
         // A `<` that an earlier segment's token took with it is looked for one token back.
-        let first = segment
-            .range
-            .start
-            .saturating_sub(1)
-            .min(completion_ids.len());
+        let first = segment.range.start.saturating_sub(1).min(completion_ids.len());
         let window = &completion_ids[first..segment.range.end.clamp(first, completion_ids.len())];
         let (bytes, ends) = bytes_of(&self.tokenizer, window);
         let tag = SegmentKind::Memory.tag();
         let start = find(&bytes, format!("<{tag}>").as_bytes()).unwrap_or(0);
         let closing = format!("</{tag}>");
-        let end = find(&bytes[start..], closing.as_bytes())
-            .map_or(bytes.len(), |at| start + at + closing.len());
+        let end = find(&bytes[start..], closing.as_bytes()).map_or(bytes.len(), |at| start + at + closing.len());
 
         let touching = ids_touching(&ends, &(start..end));
         let mut ids = Vec::with_capacity(touching.len() + 2);
@@ -172,10 +151,7 @@ impl PromptBuilder {
     /// Target ids of a demonstrated completion. Tags are encoded apart from what stands around them, so that the same
     /// ids follow `<answer>` or `</mem>` whatever comes next.
     pub fn completion_ids_from_text(&self, text: &str) -> Vec<i32> {
-        cut_at_tags(text)
-            .into_iter()
-            .flat_map(|piece| self.tokenizer.encode_plain(piece))
-            .collect()
+        cut_at_tags(text).into_iter().flat_map(|piece| self.tokenizer.encode_plain(piece)).collect()
     }
 
     /// The id with which the template closes the assistant's turn, if it is a control token. It ends a turn even if
@@ -207,10 +183,7 @@ impl PromptBuilder {
         if !self.system.is_empty() {
             messages.push(Message::new("system", self.system.as_str()));
         }
-        messages.push(Message::new(
-            "user",
-            self.profile.user.replace("{question}", &slot()),
-        ));
+        messages.push(Message::new("user", self.profile.user.replace("{question}", &slot())));
         for reply in replies {
             messages.push(Message::new("assistant", slot()));
             if *reply {
@@ -237,20 +210,14 @@ impl PromptBuilder {
         }
         pieces.push(rest.to_owned());
         if pieces.iter().any(|piece| piece.contains(SLOT)) {
-            return Err(self.template.error(format!(
-                "it writes a message twice, or a text holds `{SLOT}`"
-            )));
+            return Err(self.template.error(format!("it writes a message twice, or a text holds `{SLOT}`")));
         }
         Ok(pieces)
     }
 
     fn without_end_of_turn<'a>(&self, completion_ids: &'a [i32]) -> &'a [i32] {
         match (self.end_of_turn_id, completion_ids) {
-            (Some(end), [rest @ .., last])
-                if *last == end || self.tokenizer.end_of_turn_ids().contains(last) =>
-            {
-                rest
-            }
+            (Some(end), [rest @ .., last]) if *last == end || self.tokenizer.end_of_turn_ids().contains(last) => rest,
             _ => completion_ids,
         }
     }

@@ -37,9 +37,7 @@ impl SegmentKind {
     }
 
     fn from_tag(tag: &[u8]) -> Option<Self> {
-        [Self::Memory, Self::Think, Self::ToolCall, Self::Answer]
-            .into_iter()
-            .find(|kind| kind.tag().as_bytes() == tag)
+        [Self::Memory, Self::Think, Self::ToolCall, Self::Answer].into_iter().find(|kind| kind.tag().as_bytes() == tag)
     }
 
     /// Place in a step; a segment must come before all segments of a higher place, and once.
@@ -95,8 +93,7 @@ struct Span {
 }
 
 static TAG: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new(r"<(/?)(mem|think|tool_call|answer|information)>")
-        .expect("a constant pattern compiles")
+    Regex::new(r"<(/?)(mem|think|tool_call|answer|information)>").expect("a constant pattern compiles")
 });
 
 /// Finds the segments of a completion and what they say. Total: any ids give a result.
@@ -106,16 +103,10 @@ pub fn parse_completion(tokenizer: &Tokenizer, ids: &[i32], profile: &Profile) -
     let spans = spans(&tags(&bytes), &mut problems);
     check_order(&spans, profile, &mut problems);
 
-    let action = spans
-        .iter()
-        .find(|span| span.kind.place() == SegmentKind::Answer.place());
+    let action = spans.iter().find(|span| span.kind.place() == SegmentKind::Answer.place());
     let inside = |span: &Span| String::from_utf8_lossy(&bytes[span.inside.clone()]).into_owned();
-    let tool_call = action
-        .filter(|span| span.kind == SegmentKind::ToolCall)
-        .map(|span| ToolCall::parse(&inside(span)));
-    let answer = action
-        .filter(|span| span.kind == SegmentKind::Answer)
-        .map(|span| inside(span).trim().to_owned());
+    let tool_call = action.filter(|span| span.kind == SegmentKind::ToolCall).map(|span| ToolCall::parse(&inside(span)));
+    let answer = action.filter(|span| span.kind == SegmentKind::Answer).map(|span| inside(span).trim().to_owned());
     match &tool_call {
         Some(Err(problem)) => problems.push(problem.clone()),
         None if answer.is_none() => problems.push("neither a tool call nor an answer".to_owned()),
@@ -124,10 +115,7 @@ pub fn parse_completion(tokenizer: &Tokenizer, ids: &[i32], profile: &Profile) -
     ParsedCompletion {
         text: String::from_utf8_lossy(&bytes).into_owned(),
         segments: segments(&spans, &ends),
-        memory_count: spans
-            .iter()
-            .filter(|span| span.kind == SegmentKind::Memory)
-            .count(),
+        memory_count: spans.iter().filter(|span| span.kind == SegmentKind::Memory).count(),
         tool_call,
         answer,
         problems,
@@ -155,16 +143,9 @@ pub(crate) fn ids_touching(ends: &[usize], bytes: &Range<usize>) -> Range<usize>
 /// Cuts text at the tags of segments: tags and what stands between them, in order, nothing lost or empty.
 pub(crate) fn cut_at_tags(text: &str) -> Vec<&str> {
     let mut cuts = vec![0];
-    cuts.extend(
-        tags(text.as_bytes())
-            .iter()
-            .flat_map(|tag| [tag.range.start, tag.range.end]),
-    );
+    cuts.extend(tags(text.as_bytes()).iter().flat_map(|tag| [tag.range.start, tag.range.end]));
     cuts.push(text.len());
-    cuts.windows(2)
-        .map(|cut| &text[cut[0]..cut[1]])
-        .filter(|piece| !piece.is_empty())
-        .collect()
+    cuts.windows(2).map(|cut| &text[cut[0]..cut[1]]).filter(|piece| !piece.is_empty()).collect()
 }
 
 fn tags(bytes: &[u8]) -> Vec<Tag> {
@@ -192,10 +173,7 @@ fn spans(tags: &[Tag], problems: &mut Vec<String>) -> Vec<Span> {
             problems.push(format!("</{name}> without <{name}>"));
             continue;
         }
-        let Some(distance) = tags[index..]
-            .iter()
-            .position(|other| other.closing && other.kind == Some(kind))
-        else {
+        let Some(distance) = tags[index..].iter().position(|other| other.closing && other.kind == Some(kind)) else {
             problems.push(format!("<{name}> is not closed"));
             continue;
         };
@@ -236,19 +214,12 @@ fn check_order(spans: &[Span], profile: &Profile, problems: &mut Vec<String>) {
 fn segments(spans: &[Span], ends: &[usize]) -> Vec<Segment> {
     let mut segments: Vec<Segment> = Vec::new();
     for span in spans {
-        let second_memory = span.kind == SegmentKind::Memory
-            && segments
-                .iter()
-                .any(|segment| segment.kind == SegmentKind::Memory);
+        let second_memory =
+            span.kind == SegmentKind::Memory && segments.iter().any(|segment| segment.kind == SegmentKind::Memory);
         let mut range = ids_touching(ends, &span.range);
-        range.start = range
-            .start
-            .max(segments.last().map_or(0, |earlier| earlier.range.end));
+        range.start = range.start.max(segments.last().map_or(0, |earlier| earlier.range.end));
         if !second_memory && range.start < range.end {
-            segments.push(Segment {
-                kind: span.kind,
-                range,
-            });
+            segments.push(Segment { kind: span.kind, range });
         }
     }
     segments

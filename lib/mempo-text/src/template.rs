@@ -30,10 +30,7 @@ pub struct Message {
 impl Message {
     /// A message of that role.
     pub fn new(role: &str, content: impl Into<String>) -> Self {
-        Self {
-            role: role.to_owned(),
-            content: content.into(),
-        }
+        Self { role: role.to_owned(), content: content.into() }
     }
 }
 
@@ -68,84 +65,45 @@ impl ChatTemplate {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let message = "no chat_template here and no chat_template.jinja beside it: take both files from the \
                                instruct model of the same family";
-                let source =
-                    config_template(&config["chat_template"]).ok_or_else(|| Error::File {
-                        path: config_path.clone(),
-                        message: message.to_owned(),
-                    })?;
+                let source = config_template(&config["chat_template"])
+                    .ok_or_else(|| Error::File { path: config_path.clone(), message: message.to_owned() })?;
                 (config_path, source)
             }
             Err(error) => return Err(error.into()),
         };
         let tokens = ["bos_token", "eos_token", "pad_token", "unk_token"];
-        let special_tokens = tokens
-            .iter()
-            .filter_map(|name| Some(((*name).to_owned(), token_text(&config[name])?)))
-            .collect();
+        let special_tokens =
+            tokens.iter().filter_map(|name| Some(((*name).to_owned(), token_text(&config[name])?))).collect();
         Self::new(source, special_tokens, path)
     }
 
-    fn new(
-        source: String,
-        special_tokens: BTreeMap<String, String>,
-        path: PathBuf,
-    ) -> Result<Self, Error> {
-        let syntax = SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build();
+    fn new(source: String, special_tokens: BTreeMap<String, String>, path: PathBuf) -> Result<Self, Error> {
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         let mut environment = Environment::new();
         environment.set_syntax(syntax.map_err(|error| failure(&path, &error))?);
         environment.set_fuel(Some(FUEL));
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", raise_exception);
         environment.add_function("strftime_now", strftime_now);
-        environment
-            .add_template_owned("chat_template", source)
-            .map_err(|error| failure(&path, &error))?;
-        Ok(Self {
-            environment,
-            special_tokens,
-            path,
-        })
+        environment.add_template_owned("chat_template", source).map_err(|error| failure(&path, &error))?;
+        Ok(Self { environment, special_tokens, path })
     }
 
     /// The conversation as the template writes it, with the opening of the assistant's next turn if asked for.
-    pub fn render(
-        &self,
-        messages: &[Message],
-        add_generation_prompt: bool,
-    ) -> Result<String, Error> {
+    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Error> {
         let content_bytes: usize = messages.iter().map(|message| message.content.len()).sum();
-        let mut output = CappedWriter {
-            bytes: Vec::new(),
-            limit: 4 * content_bytes + OUTPUT_ALLOWANCE,
-        };
-        let context = Context {
-            messages,
-            add_generation_prompt,
-            tools: (),
-            documents: (),
-            special_tokens: &self.special_tokens,
-        };
-        let template = self
-            .environment
-            .get_template("chat_template")
-            .map_err(|error| failure(&self.path, &error))?;
-        template
-            .render_captured_to(Serde(context), &mut output)
-            .map_err(|error| failure(&self.path, &error))?;
+        let mut output = CappedWriter { bytes: Vec::new(), limit: 4 * content_bytes + OUTPUT_ALLOWANCE };
+        let context =
+            Context { messages, add_generation_prompt, tools: (), documents: (), special_tokens: &self.special_tokens };
+        let template = self.environment.get_template("chat_template").map_err(|error| failure(&self.path, &error))?;
+        template.render_captured_to(Serde(context), &mut output).map_err(|error| failure(&self.path, &error))?;
         String::from_utf8(output.bytes).map_err(|error| self.error(error.to_string()))
     }
 
     /// An error that names this template.
     pub(crate) fn error(&self, message: String) -> Error {
-        Error::Template {
-            path: self.path.clone(),
-            message,
-        }
+        Error::Template { path: self.path.clone(), message }
     }
 }
 
@@ -156,54 +114,30 @@ fn failure(path: &Path, error: &minijinja::Error) -> Error {
         message = format!("{message}: {inner}");
         cause = inner.source();
     }
-    Error::Template {
-        path: path.to_owned(),
-        message,
-    }
+    Error::Template { path: path.to_owned(), message }
 }
 
 fn config_template(value: &serde_json::Value) -> Option<String> {
-    let named = |name: &str| {
-        value
-            .as_array()?
-            .iter()
-            .find(|entry| entry["name"] == name)?["template"]
-            .as_str()
-    };
-    value
-        .as_str()
-        .or_else(|| named("default"))
-        .map(str::to_owned)
+    let named = |name: &str| value.as_array()?.iter().find(|entry| entry["name"] == name)?["template"].as_str();
+    value.as_str().or_else(|| named("default")).map(str::to_owned)
 }
 
 /// `tojson` of transformers: Python's separators, nothing escaped but what JSON demands.
-#[allow(
-    clippy::needless_pass_by_value,
-    reason = "the engine hands keyword arguments over by value"
-)]
+#[allow(clippy::needless_pass_by_value, reason = "the engine hands keyword arguments over by value")]
 fn tojson(value: &minijinja::Value, options: Kwargs) -> Result<String, minijinja::Error> {
     let indent: Option<usize> = options.get("indent")?;
     let ensure_ascii: Option<bool> = options.get("ensure_ascii")?;
     options.assert_all_used()?;
     if ensure_ascii == Some(true) {
-        return Err(minijinja::Error::new(
-            ErrorKind::InvalidOperation,
-            "tojson(ensure_ascii=true) is not supported",
-        ));
+        return Err(minijinja::Error::new(ErrorKind::InvalidOperation, "tojson(ensure_ascii=true) is not supported"));
     }
     let value = serde_json::to_value(value)
         .map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string()))?;
-    Ok(indent.map_or_else(
-        || python_json(&value),
-        |indent| python_json_indented(&value, indent),
-    ))
+    Ok(indent.map_or_else(|| python_json(&value), |indent| python_json_indented(&value, indent)))
 }
 
 fn raise_exception(message: &str) -> Result<String, minijinja::Error> {
-    Err(minijinja::Error::new(
-        ErrorKind::InvalidOperation,
-        message.to_owned(),
-    ))
+    Err(minijinja::Error::new(ErrorKind::InvalidOperation, message.to_owned()))
 }
 
 /// Templates that print today's date get a fixed one, 26 July 2024 (the fallback date of Llama's own template): the
@@ -245,10 +179,7 @@ struct CappedWriter {
 impl io::Write for CappedWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         if self.bytes.len() + bytes.len() > self.limit {
-            return Err(io::Error::other(format!(
-                "the template writes more than {} bytes",
-                self.limit
-            )));
+            return Err(io::Error::other(format!("the template writes more than {} bytes", self.limit)));
         }
         self.bytes.extend_from_slice(bytes);
         Ok(bytes.len())
@@ -278,27 +209,15 @@ mod tests {
 
     #[test]
     fn same_as_transformers() {
-        let cases: Vec<Golden> =
-            serde_json::from_str(include_str!("../tests/golden/templates.json")).unwrap();
+        let cases: Vec<Golden> = serde_json::from_str(include_str!("../tests/golden/templates.json")).unwrap();
         assert!(cases.len() >= 15);
         for case in cases {
             let source = fs_err::read_to_string(format!("tests/golden/{}", case.template)).unwrap();
-            let template =
-                ChatTemplate::new(source, case.special_tokens, PathBuf::from(&case.template))
-                    .unwrap();
-            let messages: Vec<Message> = case
-                .messages
-                .iter()
-                .map(|(role, content)| Message::new(role, content.as_str()))
-                .collect();
-            let found = template
-                .render(&messages, case.add_generation_prompt)
-                .unwrap();
-            assert_eq!(
-                found, case.expected,
-                "{} {:?}",
-                case.template, case.messages
-            );
+            let template = ChatTemplate::new(source, case.special_tokens, PathBuf::from(&case.template)).unwrap();
+            let messages: Vec<Message> =
+                case.messages.iter().map(|(role, content)| Message::new(role, content.as_str())).collect();
+            let found = template.render(&messages, case.add_generation_prompt).unwrap();
+            assert_eq!(found, case.expected, "{} {:?}", case.template, case.messages);
         }
     }
 
@@ -313,27 +232,17 @@ mod tests {
             "{% include '/etc/passwd' %}",
             "{{ strftime_now('%Q') }}",
         ] {
-            let error = template(source)
-                .unwrap()
-                .render(&messages, true)
-                .unwrap_err()
-                .to_string();
+            let error = template(source).unwrap().render(&messages, true).unwrap_err().to_string();
             assert!(error.starts_with("chat template of here: "), "{error}");
         }
-        let error = template("{{ raise_exception('only users') }}")
-            .unwrap()
-            .render(&messages, true)
-            .unwrap_err();
+        let error = template("{{ raise_exception('only users') }}").unwrap().render(&messages, true).unwrap_err();
         assert!(error.to_string().contains("only users"), "{error}");
         assert!(template("{% if %}").is_err());
     }
 
     #[test]
     fn the_date_stands_still() {
-        let text = template("{{ strftime_now('%d %b %Y, 100%%') }}")
-            .unwrap()
-            .render(&[], false)
-            .unwrap();
+        let text = template("{{ strftime_now('%d %b %Y, 100%%') }}").unwrap().render(&[], false).unwrap();
         assert_eq!(text, "26 Jul 2024, 100%");
     }
 }

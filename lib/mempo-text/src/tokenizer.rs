@@ -30,47 +30,26 @@ impl Tokenizer {
     /// `config.json` and `generation_config.json`. Truncation and padding settings of the file are ignored.
     pub fn load(dir: &Path) -> Result<Self, Error> {
         let path = dir.join("tokenizer.json");
-        let error = |message: String| Error::File {
-            path: path.clone(),
-            message,
-        };
+        let error = |message: String| Error::File { path: path.clone(), message };
         let json = fs_err::read(&path)?;
-        let mut trusted =
-            tokenizers::Tokenizer::from_bytes(&json).map_err(|cause| error(cause.to_string()))?;
-        trusted
-            .with_truncation(None)
-            .map_err(|cause| error(cause.to_string()))?;
+        let mut trusted = tokenizers::Tokenizer::from_bytes(&json).map_err(|cause| error(cause.to_string()))?;
+        trusted.with_truncation(None).map_err(|cause| error(cause.to_string()))?;
         trusted.with_padding(None);
         check_kind(&trusted).map_err(error)?;
         check_added_ids(&json, &trusted).map_err(error)?;
 
-        let (plain, control_ids) =
-            without_control_tokens(&trusted).map_err(|cause| error(cause.to_string()))?;
+        let (plain, control_ids) = without_control_tokens(&trusted).map_err(|cause| error(cause.to_string()))?;
         let mut untrusted = trusted.clone();
         untrusted.with_added_vocabulary(AddedVocabulary::new());
 
         let bytes = ByteTable::new(&trusted);
         let end_of_turn_ids = end_of_turn_ids(dir, &trusted, bytes.len())?;
-        let added_ids = trusted
-            .get_added_tokens_decoder()
-            .into_keys()
-            .map(|id| id as i32)
-            .collect();
-        let tokenizer = Self {
-            trusted,
-            plain,
-            untrusted,
-            bytes,
-            added_ids,
-            control_ids,
-            end_of_turn_ids,
-        };
+        let added_ids = trusted.get_added_tokens_decoder().into_keys().map(|id| id as i32).collect();
+        let tokenizer = Self { trusted, plain, untrusted, bytes, added_ids, control_ids, end_of_turn_ids };
         let probe = "a b";
         let found = tokenizer.decode(&tokenizer.encode_untrusted(probe));
         if found != probe {
-            return Err(error(format!(
-                "`{probe}` comes back as `{found}`: only lossless tokenizers can be used"
-            )));
+            return Err(error(format!("`{probe}` comes back as `{found}`: only lossless tokenizers can be used")));
         }
         Ok(tokenizer)
     }
@@ -97,11 +76,7 @@ impl Tokenizer {
 
     /// Text of the ids, special tokens' text included; bytes that are not UTF-8 become `U+FFFD`, unknown ids nothing.
     pub fn decode(&self, ids: &[i32]) -> String {
-        let bytes: Vec<u8> = ids
-            .iter()
-            .flat_map(|id| self.token_bytes(*id))
-            .copied()
-            .collect();
+        let bytes: Vec<u8> = ids.iter().flat_map(|id| self.token_bytes(*id)).copied().collect();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
@@ -149,11 +124,7 @@ impl Tokenizer {
             return ids;
         }
         let spell = |id: i32| -> Vec<i32> {
-            if forbidden(id) {
-                self.byte_ids_of(self.token_bytes(id)).collect()
-            } else {
-                vec![id]
-            }
+            if forbidden(id) { self.byte_ids_of(self.token_bytes(id)).collect() } else { vec![id] }
         };
         ids.into_iter().flat_map(spell).collect()
     }
@@ -165,14 +136,10 @@ impl Tokenizer {
 }
 
 /// A copy that takes control tokens for ordinary text, and their ids in ascending order.
-fn without_control_tokens(
-    tokenizer: &tokenizers::Tokenizer,
-) -> tokenizers::Result<(tokenizers::Tokenizer, Vec<i32>)> {
+fn without_control_tokens(tokenizer: &tokenizers::Tokenizer) -> tokenizers::Result<(tokenizers::Tokenizer, Vec<i32>)> {
     let added = tokenizer.get_added_tokens_decoder().into_iter();
     let control = added.filter(|(_, token)| token.special || looks_like_control(&token.content));
-    let (mut ids, tokens): (Vec<i32>, Vec<_>) = control
-        .map(|(id, token)| (id as i32, token.special(true)))
-        .unzip();
+    let (mut ids, tokens): (Vec<i32>, Vec<_>) = control.map(|(id, token)| (id as i32, token.special(true))).unzip();
     ids.sort_unstable();
     let mut plain = tokenizer.clone();
     plain.add_special_tokens(tokens)?;
@@ -187,22 +154,14 @@ fn looks_like_control(content: &str) -> bool {
 
 fn check_kind(tokenizer: &tokenizers::Tokenizer) -> Result<(), String> {
     let ModelWrapper::BPE(model) = tokenizer.get_model() else {
-        return Err(
-            "the model is not BPE; byte-level BPE (Qwen, Llama 3, SmolLM2) is supported".to_owned(),
-        );
+        return Err("the model is not BPE; byte-level BPE (Qwen, Llama 3, SmolLM2) is supported".to_owned());
     };
     if model.dropout.is_some_and(|dropout| dropout > 0.0) {
-        return Err(
-            "BPE dropout is on, so the same text would give different ids: set `dropout` to null"
-                .to_owned(),
-        );
+        return Err("BPE dropout is on, so the same text would give different ids: set `dropout` to null".to_owned());
     }
     match tokenizer.get_decoder() {
         Some(DecoderWrapper::ByteLevel(_)) => Ok(()),
-        _ => Err(
-            "the decoder is not ByteLevel; byte-level BPE (Qwen, Llama 3, SmolLM2) is supported"
-                .to_owned(),
-        ),
+        _ => Err("the decoder is not ByteLevel; byte-level BPE (Qwen, Llama 3, SmolLM2) is supported".to_owned()),
     }
 }
 
@@ -222,48 +181,28 @@ fn check_added_ids(json: &[u8], tokenizer: &tokenizers::Tokenizer) -> Result<(),
     for Token { id, content } in file.added_tokens {
         let found = tokenizer.token_to_id(&content);
         if found != Some(id) {
-            return Err(format!(
-                "added token `{content}` says id {id} but is loaded as {found:?}: ids have a gap"
-            ));
+            return Err(format!("added token `{content}` says id {id} but is loaded as {found:?}: ids have a gap"));
         }
     }
     Ok(())
 }
 
-fn end_of_turn_ids(
-    dir: &Path,
-    tokenizer: &tokenizers::Tokenizer,
-    size: usize,
-) -> Result<Vec<i32>, Error> {
+fn end_of_turn_ids(dir: &Path, tokenizer: &tokenizers::Tokenizer, size: usize) -> Result<Vec<i32>, Error> {
     let mut ids = Vec::new();
     for name in ["config.json", "generation_config.json"] {
         let path = dir.join(name);
         let found = read_json(&path)?.map_or(Value::Null, |config| config["eos_token_id"].clone());
-        let found = if let Value::Array(found) = found {
-            found
-        } else {
-            vec![found]
-        };
+        let found = if let Value::Array(found) = found { found } else { vec![found] };
         for id in found.iter().filter(|id| !id.is_null()) {
             let known = id.as_u64().filter(|id| *id < size as u64);
-            let message = || {
-                format!(
-                    "eos_token_id {id} is not an id of tokenizer.json, which has {size}: correct it"
-                )
-            };
-            ids.push(known.ok_or_else(|| Error::File {
-                path: path.clone(),
-                message: message(),
-            })? as i32);
+            let message = || format!("eos_token_id {id} is not an id of tokenizer.json, which has {size}: correct it");
+            ids.push(known.ok_or_else(|| Error::File { path: path.clone(), message: message() })? as i32);
         }
     }
     let path = dir.join("tokenizer_config.json");
     if let Some(token) = read_json(&path)?.and_then(|config| token_text(&config["eos_token"])) {
         let message = || format!("eos_token `{token}` is not a token of tokenizer.json");
-        let id = tokenizer.token_to_id(&token).ok_or_else(|| Error::File {
-            path: path.clone(),
-            message: message(),
-        })?;
+        let id = tokenizer.token_to_id(&token).ok_or_else(|| Error::File { path: path.clone(), message: message() })?;
         ids.push(id as i32);
     }
     ids.sort_unstable();
@@ -273,10 +212,7 @@ fn end_of_turn_ids(
 
 /// A token in a configuration file: its text, or an object with its text under `content`.
 pub(crate) fn token_text(value: &Value) -> Option<String> {
-    value
-        .as_str()
-        .or_else(|| value.get("content")?.as_str())
-        .map(str::to_owned)
+    value.as_str().or_else(|| value.get("content")?.as_str()).map(str::to_owned)
 }
 
 /// The file's JSON; `None` if there is no such file.
@@ -284,10 +220,7 @@ pub(crate) fn read_json(path: &Path) -> Result<Option<Value>, Error> {
     match fs_err::read(path) {
         Ok(bytes) => serde_json::from_slice(&bytes)
             .map(Some)
-            .map_err(|error| Error::File {
-                path: path.to_owned(),
-                message: format!("not valid JSON: {error}"),
-            }),
+            .map_err(|error| Error::File { path: path.to_owned(), message: format!("not valid JSON: {error}") }),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error.into()),
     }

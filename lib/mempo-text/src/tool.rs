@@ -25,8 +25,7 @@ impl ToolSpec {
     pub fn search() -> Self {
         Self {
             name: SEARCH.to_owned(),
-            description: "Searches a document collection and returns the best matching passages."
-                .to_owned(),
+            description: "Searches a document collection and returns the best matching passages.".to_owned(),
             parameters: json!({
                 "type": "object",
                 "properties": {"query": {"type": "string", "description": "Keywords or a short question about one thing."}},
@@ -67,12 +66,8 @@ impl ToolCall {
         match serde_json::from_str(text) {
             Ok(Value::Object(call)) => Self::from_object(call),
             Ok(Value::String(query)) => Ok(Self::search(&query)),
-            Ok(Value::Array(_)) => {
-                Err("the tool call is a JSON list, not an object: one call a step".to_owned())
-            }
-            Err(error) if text.starts_with(['{', '[']) => {
-                Err(format!("the tool call is not valid JSON: {error}"))
-            }
+            Ok(Value::Array(_)) => Err("the tool call is a JSON list, not an object: one call a step".to_owned()),
+            Err(error) if text.starts_with(['{', '[']) => Err(format!("the tool call is not valid JSON: {error}")),
             Ok(_) | Err(_) => Ok(Self::search(text)),
         }
     }
@@ -84,10 +79,7 @@ impl ToolCall {
     }
 
     fn search(query: &str) -> Self {
-        Self {
-            name: SEARCH.to_owned(),
-            arguments: json!({"query": query}),
-        }
+        Self { name: SEARCH.to_owned(), arguments: json!({"query": query}) }
     }
 
     fn from_object(mut call: Map<String, Value>) -> Result<Self, String> {
@@ -95,10 +87,7 @@ impl ToolCall {
             Some(Value::String(name)) => name,
             Some(_) => return Err("`name` of the tool call is not a string".to_owned()),
             None if call.contains_key("query") || call.contains_key("query_list") => {
-                return Ok(Self {
-                    name: SEARCH.to_owned(),
-                    arguments: Value::Object(one_query_key(call)),
-                });
+                return Ok(Self { name: SEARCH.to_owned(), arguments: Value::Object(one_query_key(call)) });
             }
             None => return Err("the tool call has no `name`".to_owned()),
         };
@@ -108,15 +97,8 @@ impl ToolCall {
             Some(_) => return Err("`arguments` of the tool call is not an object".to_owned()),
             None => return Err("the tool call has no `arguments`".to_owned()),
         };
-        let arguments = if name == SEARCH {
-            one_query_key(arguments)
-        } else {
-            arguments
-        };
-        Ok(Self {
-            name,
-            arguments: Value::Object(arguments),
-        })
+        let arguments = if name == SEARCH { one_query_key(arguments) } else { arguments };
+        Ok(Self { name, arguments: Value::Object(arguments) })
     }
 }
 
@@ -163,18 +145,9 @@ mod tests {
             "\n x y \n",
         ] {
             let call = ToolCall::parse(text).unwrap();
-            assert_eq!(
-                call,
-                ToolCall {
-                    name: "search".into(),
-                    arguments: json!({"query": "x y"})
-                },
-                "{text}"
-            );
+            assert_eq!(call, ToolCall { name: "search".into(), arguments: json!({"query": "x y"}) }, "{text}");
             let rendered = call.render();
-            let inside = rendered
-                .trim_start_matches("<tool_call>")
-                .trim_end_matches("</tool_call>");
+            let inside = rendered.trim_start_matches("<tool_call>").trim_end_matches("</tool_call>");
             assert_eq!(ToolCall::parse(inside).unwrap(), call);
         }
         let several = ToolCall::parse(r#"{"query_list": ["x", "y"]}"#).unwrap();

@@ -16,18 +16,18 @@ use crate::random::Random;
 use crate::work::{Habits, attempt};
 
 /// How many questions a task has, in hundredths of all tasks.
-const OBJECTIVES: [(usize, usize); 4] = [(1, 20), (2, 45), (3, 15), (4, 20)];
+const OBJECTIVES: [(usize, usize); 4] = [(1, 10), (2, 35), (3, 25), (4, 30)];
 const TWO_HOPS: f64 = 0.5;
 /// Share of the attempts with a memory that loses facts, and how readily: the steps that lose them are not learnt, but
 /// what to do with a memory that has lost something is.
 const LOSSY: f64 = 0.33;
 const LOSS: f64 = 0.25;
-/// Words in one half of a line of copies.
+/// Words to copy.
 const COPIED_WORDS: std::ops::Range<usize> = 4..14;
 
 /// Make what the base model learns from: work on made-up facts, by an expert who forgets nothing.
 ///
-/// Writes copies.jsonl (lines of words, each line twice: plain text), with-memory.jsonl and with-history.jsonl (chat
+/// Writes copies.jsonl (words to copy: prompts and completions), with-memory.jsonl and with-history.jsonl (chat
 /// messages). Names and values are invented in the manner of the training regions' documents, so that the model learns to
 /// read, not what stands there. Nothing of the dev and test regions is used.
 #[derive(Debug, Args, Serialize)]
@@ -67,7 +67,7 @@ pub(crate) fn run(arguments: &BaseArguments) -> anyhow::Result<()> {
 
     let lines = (0..arguments.copies).map(|index| {
         let mut random = Random::new(stage.seed(&["copy", &index.to_string()]));
-        json!({ "text": copied_words(&inventor, &mut random) })
+        copied_words(&inventor, &mut random)
     });
     stage.write_file("copies.jsonl", |file| write_lines(file, lines))?;
     for (name, count) in [("with-memory", arguments.with_memory), ("with-history", arguments.with_history)] {
@@ -102,11 +102,14 @@ fn made_up_attempt(
     random: &mut Random,
 ) -> anyhow::Result<Value> {
     let mut draw = random.below(100);
-    let (objectives, _) = OBJECTIVES.iter().find(|(_, share)| {
-        let hit = draw < *share;
-        draw = draw.saturating_sub(*share);
-        hit
-    }).unwrap_or(&OBJECTIVES[0]);
+    let (objectives, _) = OBJECTIVES
+        .iter()
+        .find(|(_, share)| {
+            let hit = draw < *share;
+            draw = draw.saturating_sub(*share);
+            hit
+        })
+        .unwrap_or(&OBJECTIVES[0]);
     let (mut questions, mut search) = (Vec::new(), Found::default());
     while questions.len() < *objectives {
         let (question, found) = inventor.question(random.chance(TWO_HOPS), random)?;
@@ -122,12 +125,13 @@ fn made_up_attempt(
     Ok(if with_memory { attempt.with_memory(true) } else { attempt.with_history() })
 }
 
-/// Invented words, some other ones, and the first again.
-fn copied_words(inventor: &Inventor<'_>, random: &mut Random) -> String {
+/// Invented words and some others; the first are to be written again.
+fn copied_words(inventor: &Inventor<'_>, random: &mut Random) -> Value {
+    let count = COPIED_WORDS.start + random.below(COPIED_WORDS.len());
     let mut words = |count: usize| {
         let words: Vec<String> = (0..count).map(|_| inventor.any_word(random)).collect();
         words.join(" ")
     };
-    let copied = words(COPIED_WORDS.start + COPIED_WORDS.len() / 2);
-    format!("{copied}; {}; {copied}", words(2))
+    let copied = words(count);
+    json!({ "prompt": format!("{copied}; {}", words(2)), "completion": copied })
 }

@@ -57,7 +57,9 @@ pub(crate) fn run(arguments: &DataArguments) -> anyhow::Result<()> {
         let entities = entities.iter().filter(|entity| entity.split == split).count();
         info!("{split}: {entities} entities, {} questions of one hop, {} of two", hops(1), hops(2));
     }
-    rejections.iter().for_each(|(rule, count)| info!("{count} left out, {rule}"));
+    for (rule, count) in &rejections {
+        info!("{count} left out, {rule}");
+    }
     let rows = [("documents", documents.len() as u64), ("questions", questions.len() as u64)];
     stage.finish(&rows, json!({ "entities": entities.len(), "entities_left_out": left_out, "rejections": rejections }))
 }

@@ -80,11 +80,11 @@ pub(crate) fn run(arguments: &ExpertArguments) -> anyhow::Result<()> {
     stage.write_file("with-memory.jsonl", |file| write_lines(file, with_memory))?;
     let with_history = attempts.iter().map(|(id, attempt)| row(id, attempt.with_history()));
     stage.write_file("with-history.jsonl", |file| write_lines(file, with_history))?;
-    finish(stage, attempts)
+    finish(stage, &attempts)
 }
 
 /// Counts what was forgotten.
-fn finish(stage: Stage, attempts: Vec<(String, Attempt)>) -> anyhow::Result<()> {
+fn finish(stage: Stage, attempts: &[(String, Attempt)]) -> anyhow::Result<()> {
     let chances: u64 = attempts.iter().map(|(_, attempt)| attempt.chances).sum();
     let forgotten: u64 = attempts.iter().map(|(_, attempt)| attempt.forgotten).sum();
     let rate = forgotten as f64 / chances.max(1) as f64;

@@ -72,8 +72,8 @@ pub(crate) fn read(files: &[PathBuf]) -> anyhow::Result<(Vec<Entity>, u64)> {
         let code = path.file_stem().unwrap_or_default().to_string_lossy();
         let split = SPLITS.iter().find(|(_, regions)| regions.contains(&region.as_str()));
         let (split, _) = split.with_context(|| format!("{}: region `{region}` is in no split", path.display()))?;
-        let fields = serde_json::from_slice(&fs_err::read(path)?)
-            .with_context(|| format!("{}: not JSON", path.display()))?;
+        let fields =
+            serde_json::from_slice(&fs_err::read(path)?).with_context(|| format!("{}: not JSON", path.display()))?;
         match entity(&code, split, fields) {
             Some(entity) => drop(entities.insert(entity.code.clone(), entity)),
             None => left_out += 1,
@@ -83,8 +83,7 @@ pub(crate) fn read(files: &[PathBuf]) -> anyhow::Result<(Vec<Entity>, u64)> {
 }
 
 fn entity(code: &str, split: &'static str, fields: Value) -> Option<Entity> {
-    let mut entity =
-        Entity { code: code.to_owned(), name: String::new(), split, fields };
+    let mut entity = Entity { code: code.to_owned(), name: String::new(), split, fields };
     let name = ["short", "long"].into_iter().find_map(|form| {
         let name = entity.text(&format!("Government/Country name/conventional {form} form"))?;
         (name.to_lowercase() != "none").then_some(name)

@@ -99,7 +99,7 @@ mod tests {
     use super::*;
     use crate::passages::documents;
 
-    fn facts_of(name: &str, fields: Value) -> (Facts, Rejections) {
+    fn facts_of(name: &str, fields: &Value) -> (Facts, Rejections) {
         let mut all = json!({"Government": {
             "Country name": {"conventional short form": {"text": name}}, "Capital": {"name": {"text": "Lima"}},
         }});
@@ -110,36 +110,42 @@ mod tests {
         }
         let entity = Entity::new("pe", "test", all).unwrap();
         let mut rejections = Rejections::new();
-        let facts = collect(&[entity.clone()], &documents(&entity), &mut rejections);
+        let facts = collect(std::slice::from_ref(&entity), &documents(&entity), &mut rejections);
         (facts, rejections)
     }
 
     #[test]
     fn values_are_cut_out_of_their_fields() {
-        let (facts, _) = facts_of("Peru", json!({
-            "Economy": {"Exchange rates": {"Currency": {"text": "nuevo sol (PEN) per US dollar -"}}},
-            "Geography": {
-                "Elevation": {"highest point": {"text": "Nevado Huascaran 6,746 m"}, "lowest point": {"text": "Pit -3 m"}},
-                "Land boundaries": {"border countries": {"text": "South Africa 1,106 km"}},
-            },
-            "Transportation": {"Airports": {"text": "174 (2025)"}},
-        }));
+        let (facts, _) = facts_of(
+            "Peru",
+            &json!({
+                "Economy": {"Exchange rates": {"Currency": {"text": "nuevo sol (PEN) per US dollar -"}}},
+                "Geography": {
+                    "Elevation": {"highest point": {"text": "Nevado Huascaran 6,746 m"}, "lowest point": {"text": "Pit -3 m"}},
+                    "Land boundaries": {"border countries": {"text": "South Africa 1,106 km"}},
+                },
+                "Transportation": {"Airports": {"text": "174 (2025)"}},
+            }),
+        );
         let found: Vec<(&str, &str)> = facts.iter().map(|((_, name), fact)| (*name, fact.value.as_str())).collect();
-        assert_eq!(found, [
-            ("capital", "Lima"),
-            ("currency", "nuevo sol"),
-            ("highest point", "Nevado Huascaran"),
-            ("land neighbor", "South Africa"),
-            ("lowest point", "Pit"),
-            ("number of airports", "174"),
-        ]);
+        assert_eq!(
+            found,
+            [
+                ("capital", "Lima"),
+                ("currency", "nuevo sol"),
+                ("highest point", "Nevado Huascaran"),
+                ("land neighbor", "South Africa"),
+                ("lowest point", "Pit"),
+                ("number of airports", "174"),
+            ]
+        );
         assert_eq!(facts[&("pe".to_owned(), "currency")].doc_id, "pe/money");
     }
 
     #[test]
     fn what_cannot_be_asked_is_refused_by_its_rule() {
         let check = |name: &str, fields: Value, reason: &str| {
-            let (_, rejections) = facts_of(name, fields);
+            let (_, rejections) = facts_of(name, &fields);
             assert_eq!(rejections.get(&format!("fact: {reason}")), Some(&1), "{rejections:?}");
         };
         let borders = |text: &str| json!({"Geography": {"Land boundaries": {"border countries": {"text": text}}}});

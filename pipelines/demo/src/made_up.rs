@@ -13,12 +13,25 @@ use crate::random::Random;
 use crate::work::Search;
 
 const MONTHS: [&str; 12] = [
-    "January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November",
+    "January",
+    "February",
+    "March",
+    "April",
+    "May",
+    "June",
+    "July",
+    "August",
+    "September",
+    "October",
+    "November",
     "December",
 ];
 /// Words that keep a value what it is.
 const KEPT: [&str; 10] = ["of", "the", "and", "m", "km", "years", "President", "King", "Prince", "Queen"];
 const LONGEST_WORD: usize = 12;
+/// Letters that words of one stem share, and that may follow them in the word known first.
+const STEM: usize = 4;
+const LONGEST_ENDING: usize = 3;
 /// Share of names and values that stay as they are, of words that are taken whole, of documents with other numbers.
 const SAME: f64 = 0.05;
 const WHOLE_WORD: f64 = 0.3;
@@ -46,7 +59,9 @@ impl<'a> Inventor<'a> {
         let (one_hop, two_hops): (Vec<_>, Vec<_>) =
             questions.iter().partition(|question| question.metadata.hops.len() == 1);
         let enough = [one_hop.len(), two_hops.len(), capitalised.len(), lower.len()].into_iter().all(|count| count > 0);
-        enough.then_some(()).context("questions of one and of two hops, capitalised and lower-case words are needed")?;
+        enough
+            .then_some(())
+            .context("questions of one and of two hops, capitalised and lower-case words are needed")?;
         let documents = documents.iter().map(|document| (document.doc_id.as_str(), document)).collect();
         Ok(Self { one_hop, two_hops, documents, capitalised, lower })
     }
@@ -82,12 +97,14 @@ impl<'a> Inventor<'a> {
     /// What each name and value of a question is replaced by, the longest first.
     fn names(&self, real: &Question, documents: &[Document], random: &mut Random) -> Vec<(String, String)> {
         let values = real.metadata.hops.iter().map(|hop| &hop.value);
-        let titles = documents.iter().map(|document| &document.title);
-        let all = values.chain(titles).chain([&real.metadata.mention]);
+        // Titles first: what is called after an entity takes its stem.
+        let titles = documents.iter().rev().map(|document| &document.title);
+        let all = titles.chain(values).chain([&real.metadata.mention]);
         let mut seen = HashSet::new();
+        let mut words = Vec::new();
         let mut names: Vec<(String, String)> = Vec::new();
         for name in all.filter(|name| seen.insert(name.as_str())) {
-            let invented = if random.chance(SAME) { name.clone() } else { self.invent(name, random) };
+            let invented = if random.chance(SAME) { name.clone() } else { self.invent(name, &mut words, random) };
             names.push((name.clone(), invented));
         }
         names.sort_by_key(|(name, _)| std::cmp::Reverse(name.len()));
@@ -100,12 +117,21 @@ impl<'a> Inventor<'a> {
         self.word(like, random)
     }
 
-    /// Other words and numbers of the same look.
-    fn invent(&self, text: &str, random: &mut Random) -> String {
+    /// Other words and numbers of the same look. `words` holds what was invented for this question so far: a word stays
+    /// the same word in it, and words of one stem (Armenia, Armenian) stay of one stem.
+    fn invent(&self, text: &str, words: &mut Vec<(String, String)>, random: &mut Random) -> String {
         let replace = |found: &Captures<'_>| match &found[0] {
             word if KEPT.contains(&word) => word.to_owned(),
             word if MONTHS.contains(&word) => (*random.pick(&MONTHS)).to_owned(),
-            word => self.word(word, random),
+            word => {
+                if let Some((_, invented)) = words.iter().find(|(known, _)| known == word) {
+                    return invented.clone();
+                }
+                let derived = words.iter().find_map(|(known, invented)| derived(word, known, invented));
+                let invented = derived.unwrap_or_else(|| self.word(word, random));
+                words.push((word.to_owned(), invented.clone()));
+                invented
+            }
         };
         WORD.replace_all(text, replace).into_owned()
     }
@@ -121,24 +147,36 @@ impl<'a> Inventor<'a> {
         let mut word: String = head.iter().collect();
         if !random.chance(WHOLE_WORD) {
             let tail: Vec<char> = random.pick(&self.lower).chars().collect();
-            let (kept, from) = (1 + random.below(head.len() - 1), random.below(tail.len() - 1));
-            word = head[..kept].iter().chain(&tail[from..]).take(LONGEST_WORD).collect();
+            let (kept, left_out) = (1 + random.below(head.len() - 1), random.below(tail.len() - 1));
+            word = head[..kept].iter().chain(&tail[left_out..]).take(LONGEST_WORD).collect();
         }
         if upper { word.to_uppercase() } else { word }
     }
 
     /// The text with other numbers wherever they are not part of an invented name.
     fn other_numbers(&self, text: &str, names: &[(String, String)], random: &mut Random) -> String {
-        let of_names: Vec<(usize, usize)> =
-            names.iter().flat_map(|(_, name)| text.match_indices(name).map(|(at, part)| (at, at + part.len()))).collect();
+        let of_names: Vec<(usize, usize)> = names
+            .iter()
+            .flat_map(|(_, name)| text.match_indices(name).map(|(at, part)| (at, at + part.len())))
+            .collect();
         let replace = |found: &Captures<'_>| {
             let range = found.get_match().range();
-            let number = found[0].as_bytes()[0].is_ascii_digit();
-            let named = of_names.iter().any(|(start, end)| range.start < *end && *start < range.end);
-            if number && !named { self.word(&found[0], random) } else { found[0].to_owned() }
+            let is_number = found[0].as_bytes()[0].is_ascii_digit();
+            let inside = of_names.iter().any(|(start, end)| range.start < *end && *start < range.end);
+            if is_number && !inside { self.word(&found[0], random) } else { found[0].to_owned() }
         };
         WORD.replace_all(text, replace).into_owned()
     }
+}
+
+/// The word that is to `invented` as `word` is to `known`, if they begin alike and `known` ends soon after.
+fn derived(word: &str, known: &str, invented: &str) -> Option<String> {
+    let alike = word.chars().zip(known.chars()).take_while(|(a, b)| a == b).count();
+    let rest = known.chars().count() - alike;
+    (alike >= STEM && rest <= LONGEST_ENDING).then(|| {
+        let kept = invented.chars().count().saturating_sub(rest).max(2);
+        invented.chars().take(kept).chain(word.chars().skip(alike)).collect()
+    })
 }
 
 fn other_letter(letter: char, random: &mut Random) -> char {
@@ -246,6 +284,13 @@ mod tests {
             distinct.insert(question.golden_answers[0].clone());
         }
         assert!(distinct.len() > 100, "{}", distinct.len());
+    }
+
+    #[test]
+    fn words_of_one_stem_stay_of_one_stem() {
+        assert_eq!(derived("Armenian", "Armenia", "Olivia").as_deref(), Some("Olivian"));
+        assert_eq!(derived("Tajik", "Tajikistan", "Olivia"), None);
+        assert_eq!(derived("Saudi", "Sau", "Ol"), None);
     }
 
     #[test]

@@ -44,10 +44,14 @@ pub(crate) fn run(arguments: &MajorityArguments) -> anyhow::Result<()> {
     let mut answers = Vec::new();
     for task in read_rows::<Task>(&tasks.table("tasks")?)? {
         let task = task?;
-        let parts: anyhow::Result<Vec<&str>> = task.objectives.iter().map(|objective| {
-            let attribute = attribute(&objective.question)?;
-            values.get(attribute).copied().with_context(|| format!("`{attribute}` is never asked for in training"))
-        }).collect();
+        let parts: anyhow::Result<Vec<&str>> = task
+            .objectives
+            .iter()
+            .map(|objective| {
+                let attribute = attribute(&objective.question)?;
+                values.get(attribute).copied().with_context(|| format!("`{attribute}` is never asked for in training"))
+            })
+            .collect();
         let parts = parts.with_context(|| format!("task `{}`", task.task_id)).bad_input()?;
         answers.push(json!({ "task_id": task.task_id, "answer": parts.join("; ") }));
     }
@@ -74,8 +78,8 @@ fn most_common(questions: &[Question]) -> HashMap<&str, &str> {
 /// What a question asks for: `What is the <attribute> of …?`
 fn attribute(question: &str) -> anyhow::Result<&'static str> {
     let rest = question.split_once(" the ").map_or("", |(_, rest)| rest);
-    let found = ATTRIBUTES.iter().find(|(attribute, _)| {
-        rest.strip_prefix(attribute).is_some_and(|after| after.starts_with(" of "))
-    });
+    let found = ATTRIBUTES
+        .iter()
+        .find(|(attribute, _)| rest.strip_prefix(attribute).is_some_and(|after| after.starts_with(" of ")));
     found.map(|(attribute, _)| *attribute).with_context(|| format!("`{question}` asks for no known attribute"))
 }

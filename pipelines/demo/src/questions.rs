@@ -20,6 +20,7 @@ const BRIDGES: [(&str, &str); 5] = [
 
 /// A question with everything that is known of its answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[allow(clippy::struct_field_names, reason = "the name of the column")]
 pub(crate) struct Question {
     pub(crate) id: String,
     pub(crate) question: String,
@@ -119,7 +120,9 @@ type Bridge<'a> = (Hop, String, &'a Entity, Vec<&'a Entity>);
 /// First hops that lead to one entity only: the hop, what the question names, the entity, and all entities involved.
 fn bridges<'a>(entities: &'a [Entity], facts: &Facts, refuse: &mut impl FnMut(&str)) -> Vec<Bridge<'a>> {
     let mut holders: HashMap<(&str, String), usize> = HashMap::new();
-    facts.iter().for_each(|((_, name), fact)| *holders.entry((name, fact.value.to_lowercase())).or_default() += 1);
+    for ((_, name), fact) in facts {
+        *holders.entry((name, fact.value.to_lowercase())).or_default() += 1;
+    }
     let mut bridges = Vec::new();
     for entity in entities {
         for (attribute, phrase) in BRIDGES {

@@ -156,17 +156,17 @@ impl Attempt {
     pub(crate) fn with_memory(&self, faultless: bool) -> Value {
         let write = |step: &WorkStep| {
             let memory = step.memory.as_ref().map(|memory| format!("<mem>{memory}</mem>")).unwrap_or_default();
-            (format!("{memory}{}", self.action(step, &self.answers)), !(faultless && step.forgot))
+            (format!("{memory}{}", Self::action(step, &self.answers)), !(faultless && step.forgot))
         };
         self.messages(write)
     }
 
     /// The same attempt as chat messages of an agent that sees its whole history.
     pub(crate) fn with_history(&self) -> Value {
-        self.messages(|step| (self.action(step, &self.remembered), true))
+        self.messages(|step| (Self::action(step, &self.remembered), true))
     }
 
-    fn action(&self, step: &WorkStep, answers: &[String]) -> String {
+    fn action(step: &WorkStep, answers: &[String]) -> String {
         match step.results {
             Some(_) => step.action.clone(),
             None => format!("<answer>{}</answer>", answers.join("; ")),
@@ -177,10 +177,11 @@ impl Attempt {
         let mut messages = vec![json!({ "role": "user", "content": self.question })];
         for step in &self.steps {
             let (content, learn) = write(step);
-            messages.push(match learn {
-                true => json!({ "role": "assistant", "content": content }),
-                false => json!({ "role": "assistant", "content": content, "loss_mask": 0 }),
-            });
+            let mut message = json!({ "role": "assistant", "content": content });
+            if !learn {
+                message["loss_mask"] = json!(0);
+            }
+            messages.push(message);
             if let Some(results) = &step.results {
                 messages.push(json!({ "role": "user", "content": results }));
             }
@@ -188,7 +189,6 @@ impl Attempt {
         messages.into()
     }
 }
-
 
 #[cfg(test)]
 mod tests {

@@ -2,7 +2,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use mempo_data::{Document, Objective, Row, SegmentKind, StopReason};
-use mempo_text::{ChatTemplate, Profile, Tokenizer, ToolSpec, train_tokenizer};
+use mempo_text::{ChatTemplate, NewTokenizer, Profile, Tokenizer, ToolSpec, train_tokenizer};
 
 use super::*;
 use crate::toolbox::tests::scripted;
@@ -15,7 +15,7 @@ const RIGHT: &str = "<mem>it is red</mem><answer>red; blue</answer>";
 fn builder(profile: &str) -> PromptBuilder {
     let directory = tempfile::tempdir().unwrap();
     let texts = [SEARCH, RIGHT, "What colour is it? Doc 1(Title: red) It is red. Error: <information></information>"];
-    train_tokenizer(texts.map(str::to_owned).into_iter(), 400, directory.path()).unwrap();
+    train_tokenizer(texts.map(str::to_owned).into_iter(), &NewTokenizer::of_size(400), directory.path()).unwrap();
     let tokenizer = Tokenizer::load(directory.path()).unwrap();
     let template = ChatTemplate::load(directory.path()).unwrap();
     let profile = Profile::load(profile).unwrap();

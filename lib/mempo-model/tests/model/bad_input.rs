@@ -16,30 +16,19 @@ fn error_of(name: &str, change: impl FnOnce(&Path)) -> String {
         fs_err::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
     }
     change(dir.path());
-    let Err(error) = Model::load(dir.path(), &CPU) else {
-        panic!("the changed model was loaded")
-    };
+    let Err(error) = Model::load(dir.path(), &CPU) else { panic!("the changed model was loaded") };
     let error = error.to_string();
-    assert!(
-        error.contains(&dir.path().display().to_string()),
-        "names no file: {error}"
-    );
+    assert!(error.contains(&dir.path().display().to_string()), "names no file: {error}");
     error
 }
 
 fn check(error: &str, words: &[&str]) {
-    assert!(
-        words.iter().all(|word| error.contains(word)),
-        "{error}\nlacks one of {words:?}"
-    );
+    assert!(words.iter().all(|word| error.contains(word)), "{error}\nlacks one of {words:?}");
 }
 
 fn edit_tensors(dir: &Path, edit: impl FnOnce(&mut HashMap<String, Tensor>)) {
     let path = dir.join("model.safetensors");
-    let mut tensors: HashMap<String, Tensor> = Tensor::read_safetensors(&path)
-        .unwrap()
-        .into_iter()
-        .collect();
+    let mut tensors: HashMap<String, Tensor> = Tensor::read_safetensors(&path).unwrap().into_iter().collect();
     edit(&mut tensors);
     let tensors: Vec<(String, Tensor)> = tensors.into_iter().collect();
     Tensor::write_safetensors(&tensors, &path).unwrap();
@@ -72,19 +61,13 @@ fn tensors_missing_misshapen_or_foreign() {
     check(&error, &["model.safetensors", Q, "missing", "[32, 32]"]);
     let error = error_of("qwen2", |dir| {
         edit_tensors(dir, |tensors| {
-            tensors.insert(
-                Q.to_owned(),
-                Tensor::zeros([32, 16], (Kind::Float, tch::Device::Cpu)),
-            );
+            tensors.insert(Q.to_owned(), Tensor::zeros([32, 16], (Kind::Float, tch::Device::Cpu)));
         });
     });
     check(&error, &[Q, "[32, 16]", "[32, 32]"]);
     let error = error_of("qwen2", |dir| {
         edit_tensors(dir, |tensors| {
-            tensors.insert(
-                Q.to_owned(),
-                Tensor::zeros([32, 32], (Kind::Double, tch::Device::Cpu)),
-            );
+            tensors.insert(Q.to_owned(), Tensor::zeros([32, 32], (Kind::Double, tch::Device::Cpu)));
         });
     });
     check(&error, &[Q, "F64"]);
@@ -104,24 +87,14 @@ fn shards_missing_or_pointing_elsewhere() {
     const SHARD: &str = "model-00002-of-00003.safetensors";
     let error = error_of("llama", |dir| fs_err::remove_file(dir.join(SHARD)).unwrap());
     check(&error, &["model.safetensors.index.json", SHARD, "missing"]);
-    for name in [
-        "../outside.safetensors",
-        "/etc/passwd",
-        "sub/file.safetensors",
-        "..",
-        "",
-    ] {
+    for name in ["../outside.safetensors", "/etc/passwd", "sub/file.safetensors", "..", ""] {
         let error = error_of("llama", |dir| {
             edit_text(&dir.join("model.safetensors.index.json"), SHARD, name);
         });
         check(&error, &["index.json", "plain file name"]);
     }
     let error = error_of("llama", |dir| {
-        fs_err::copy(
-            dir.join("model-00001-of-00003.safetensors"),
-            dir.join(SHARD),
-        )
-        .unwrap();
+        fs_err::copy(dir.join("model-00001-of-00003.safetensors"), dir.join(SHARD)).unwrap();
     });
     check(&error, &[SHARD, "two shards"]);
     let error = error_of("llama", |dir| {
@@ -137,24 +110,9 @@ fn configs_of_other_families_or_features() {
             edit_text(&dir.join("config.json"), from, to);
         })
     };
-    check(
-        &edit("\"llama\"", "\"gpt_neox\""),
-        &["config.json", "gpt_neox", "qwen2"],
-    );
-    check(
-        &edit("\"rope_type\": \"default\"", "\"rope_type\": \"llama3\""),
-        &["config.json", "rope_type", "llama3"],
-    );
-    check(
-        &edit("\"attention_bias\": false", "\"attention_bias\": true"),
-        &["config.json", "attention_bias"],
-    );
-    check(
-        &edit("\"vocab_size\": 199", "\"vocab_size\": 200"),
-        &["embed_tokens", "[199, 32]", "[200, 32]"],
-    );
-    check(
-        &edit("\"hidden_size\": 32,", ""),
-        &["config.json", "hidden_size"],
-    );
+    check(&edit("\"llama\"", "\"gpt_neox\""), &["config.json", "gpt_neox", "qwen2"]);
+    check(&edit("\"rope_type\": \"default\"", "\"rope_type\": \"llama3\""), &["config.json", "rope_type", "llama3"]);
+    check(&edit("\"attention_bias\": false", "\"attention_bias\": true"), &["config.json", "attention_bias"]);
+    check(&edit("\"vocab_size\": 199", "\"vocab_size\": 200"), &["embed_tokens", "[199, 32]", "[200, 32]"]);
+    check(&edit("\"hidden_size\": 32,", ""), &["config.json", "hidden_size"]);
 }

@@ -8,9 +8,7 @@ use tch::{Device, Kind};
 use crate::{CPU, fresh, golden, largest_difference, load, logits};
 
 fn names(dir: &Path) -> Vec<String> {
-    let name = |entry: std::io::Result<fs_err::DirEntry>| {
-        entry.unwrap().file_name().to_string_lossy().into_owned()
-    };
+    let name = |entry: std::io::Result<fs_err::DirEntry>| entry.unwrap().file_name().to_string_lossy().into_owned();
     let mut names: Vec<String> = fs_err::read_dir(dir).unwrap().map(name).collect();
     names.sort();
     names
@@ -21,24 +19,12 @@ fn save_load_save_gives_equal_bytes() {
     for (name, kind) in [("qwen2", Kind::Float), ("llama", Kind::BFloat16)] {
         let out = tempfile::tempdir().unwrap();
         let (first, second) = (out.path().join("1"), out.path().join("2"));
-        let runtime = Runtime {
-            device: Device::Cpu,
-            kind,
-        };
-        save_checkpoint(
-            &Model::load(&golden(name), &runtime).unwrap(),
-            &golden(name),
-            &first,
-        )
-        .unwrap();
+        let runtime = Runtime { device: Device::Cpu, kind };
+        save_checkpoint(&Model::load(&golden(name), &runtime).unwrap(), &golden(name), &first).unwrap();
         save_checkpoint(&Model::load(&first, &runtime).unwrap(), &first, &second).unwrap();
         assert_eq!(names(&first), ["config.json", "model.safetensors"]);
         for file in names(&first) {
-            assert_eq!(
-                fs_err::read(first.join(&file)).unwrap(),
-                fs_err::read(second.join(&file)).unwrap(),
-                "{file}"
-            );
+            assert_eq!(fs_err::read(first.join(&file)).unwrap(), fs_err::read(second.join(&file)).unwrap(), "{file}");
         }
     }
 }
@@ -47,11 +33,7 @@ fn save_load_save_gives_equal_bytes() {
 fn a_saved_model_computes_the_same_and_shards_are_one_model() {
     let (model, out) = (load("llama"), tempfile::tempdir().unwrap());
     model.save_weights(out.path(), Kind::Float).unwrap();
-    fs_err::copy(
-        golden("llama").join("config.json"),
-        out.path().join("config.json"),
-    )
-    .unwrap();
+    fs_err::copy(golden("llama").join("config.json"), out.path().join("config.json")).unwrap();
     let again = Model::load(out.path(), &CPU).unwrap();
     let ids = crate::ids(1, 20);
     assert!(largest_difference(&logits(&model, &ids), &logits(&again, &ids)) == 0.0);
@@ -79,16 +61,8 @@ fn everything_but_weights_is_copied_and_dtype_follows() {
     ] {
         fs_err::write(source.path().join(file), format!("bytes of {file}\n")).unwrap();
     }
-    let runtime = Runtime {
-        device: Device::Cpu,
-        kind: Kind::BFloat16,
-    };
-    save_checkpoint(
-        &Model::load(source.path(), &runtime).unwrap(),
-        source.path(),
-        out.path(),
-    )
-    .unwrap();
+    let runtime = Runtime { device: Device::Cpu, kind: Kind::BFloat16 };
+    save_checkpoint(&Model::load(source.path(), &runtime).unwrap(), source.path(), out.path()).unwrap();
     assert_eq!(
         names(out.path()),
         [
@@ -116,19 +90,14 @@ fn everything_but_weights_is_copied_and_dtype_follows() {
 fn a_fresh_model_is_a_function_of_its_seed() {
     let bytes = |seed| {
         let out = tempfile::tempdir().unwrap();
-        fresh("llama", seed, Kind::Float)
-            .save_weights(out.path(), Kind::Float)
-            .unwrap();
+        fresh("llama", seed, Kind::Float).save_weights(out.path(), Kind::Float).unwrap();
         fs_err::read(out.path().join("model.safetensors")).unwrap()
     };
     assert_eq!(bytes(1), bytes(1));
     assert_ne!(bytes(1), bytes(2));
     let model = fresh("qwen2", 1, Kind::Float);
     for (name, tensor) in model.parameters() {
-        let (mean, deviation) = (
-            tensor.mean(Kind::Double).double_value(&[]),
-            tensor.std(false).double_value(&[]),
-        );
+        let (mean, deviation) = (tensor.mean(Kind::Double).double_value(&[]), tensor.std(false).double_value(&[]));
         let expected = if name.ends_with("norm.weight") {
             (1.0, 0.0)
         } else if name.ends_with("bias") {

@@ -1,9 +1,6 @@
 //! Generation against the plain forward pass, and its independence of what runs beside a row.
 
-use mempo_model::{
-    Finish, GenerateOptions, GenerateRequest, Generated, Model, ScoreOptions, ScoredSequence,
-    generate,
-};
+use mempo_model::{Finish, GenerateOptions, GenerateRequest, Generated, Model, ScoreOptions, ScoredSequence, generate};
 use tch::{Kind, Tensor};
 
 use crate::{fresh, ids, logits};
@@ -21,18 +18,8 @@ fn options(temperature: f64, max_tokens: usize) -> GenerateOptions {
 
 fn requests(count: u64) -> Vec<GenerateRequest> {
     // Every third shares a prompt with the one before it; lengths from 1 to 40.
-    let prompt = |i: u64| {
-        ids(
-            i - u64::from(i % 3 == 2),
-            1 + (i - u64::from(i % 3 == 2)) * 17 % 40,
-        )
-    };
-    (0..count)
-        .map(|i| GenerateRequest {
-            prompt_ids: prompt(i),
-            seed: 1000 + i,
-        })
-        .collect()
+    let prompt = |i: u64| ids(i - u64::from(i % 3 == 2), 1 + (i - u64::from(i % 3 == 2)) * 17 % 40);
+    (0..count).map(|i| GenerateRequest { prompt_ids: prompt(i), seed: 1000 + i }).collect()
 }
 
 fn run(model: &Model, requests: &[GenerateRequest], options: &GenerateOptions) -> Vec<Generated> {
@@ -43,13 +30,9 @@ fn run(model: &Model, requests: &[GenerateRequest], options: &GenerateOptions) -
 fn greedy_by_full_forward(model: &Model, prompt: &[i32], options: &GenerateOptions) -> Vec<i32> {
     let mut sequence = prompt.to_vec();
     while sequence.len() < prompt.len() + options.max_tokens {
-        let last =
-            Vec::<f32>::try_from(logits(model, &sequence).get(sequence.len() as i64 - 1)).unwrap();
-        let allowed =
-            (0..options.vocabulary_limit as i32).filter(|id| !options.banned_ids.contains(id));
-        let id = allowed
-            .max_by(|a, b| last[*a as usize].total_cmp(&last[*b as usize]))
-            .unwrap();
+        let last = Vec::<f32>::try_from(logits(model, &sequence).get(sequence.len() as i64 - 1)).unwrap();
+        let allowed = (0..options.vocabulary_limit as i32).filter(|id| !options.banned_ids.contains(id));
+        let id = allowed.max_by(|a, b| last[*a as usize].total_cmp(&last[*b as usize])).unwrap();
         sequence.push(id);
         if options.end_ids.contains(&id) {
             break;
@@ -64,33 +47,19 @@ fn cached_decoding_is_the_full_forward_pass() {
         let model = fresh(family, 3, Kind::Float);
         let (requests, options) = (requests(12), options(0.0, 24));
         for (request, generated) in requests.iter().zip(run(&model, &requests, &options)) {
-            assert_eq!(
-                generated.ids,
-                greedy_by_full_forward(&model, &request.prompt_ids, &options),
-                "{family}"
-            );
+            assert_eq!(generated.ids, greedy_by_full_forward(&model, &request.prompt_ids, &options), "{family}");
         }
     }
 }
 
 #[test]
 fn logprobs_of_sampling_are_those_of_scoring() {
-    for (family, temperature, top_p) in [
-        ("qwen2", 1.0, 1.0),
-        ("llama", 0.6, 1.0),
-        ("llama", 1.3, 0.8),
-        ("qwen2", 0.0, 1.0),
-    ] {
+    for (family, temperature, top_p) in
+        [("qwen2", 1.0, 1.0), ("llama", 0.6, 1.0), ("llama", 1.3, 0.8), ("qwen2", 0.0, 1.0)]
+    {
         let model = fresh(family, 4, Kind::Float);
         let requests = requests(12);
-        let generated = run(
-            &model,
-            &requests,
-            &GenerateOptions {
-                top_p,
-                ..options(temperature, 24)
-            },
-        );
+        let generated = run(&model, &requests, &GenerateOptions { top_p, ..options(temperature, 24) });
         let sequences: Vec<ScoredSequence> = requests
             .iter()
             .zip(&generated)
@@ -99,15 +68,8 @@ fn logprobs_of_sampling_are_those_of_scoring() {
                 targets: request.prompt_ids.len()..request.prompt_ids.len() + generated.ids.len(),
             })
             .collect();
-        let scored = model
-            .completion_logprobs(
-                &sequences,
-                &ScoreOptions {
-                    temperature,
-                    tokens_per_batch: 200,
-                },
-            )
-            .unwrap();
+        let scored =
+            model.completion_logprobs(&sequences, &ScoreOptions { temperature, tokens_per_batch: 200 }).unwrap();
         for (generated, scored) in generated.iter().zip(&scored) {
             assert_eq!(generated.logprobs.len(), scored.len());
             for (a, b) in generated.logprobs.iter().zip(scored) {
@@ -127,10 +89,7 @@ fn a_completion_depends_neither_on_order_nor_on_company() {
     reversed.reverse();
     assert_eq!(together, reversed);
     for (request, generated) in requests.iter().zip(&together) {
-        assert_eq!(
-            run(&model, std::slice::from_ref(request), &options)[0].ids,
-            generated.ids
-        );
+        assert_eq!(run(&model, std::slice::from_ref(request), &options)[0].ids, generated.ids);
     }
 }
 
@@ -157,18 +116,8 @@ fn completions_end_where_they_should() {
             }
         };
         assert_eq!(generated.finish, expected);
-        assert!(
-            generated.ids[..generated.ids.len() - 1]
-                .iter()
-                .all(|id| ![7, 11, 12].contains(id))
-        );
-        assert!(
-            generated
-                .ids
-                .iter()
-                .all(|id| *id < 190 && *id != 3 && *id != 150),
-            "forbidden ids"
-        );
+        assert!(generated.ids[..generated.ids.len() - 1].iter().all(|id| ![7, 11, 12].contains(id)));
+        assert!(generated.ids.iter().all(|id| *id < 190 && *id != 3 && *id != 150), "forbidden ids");
         counts[expected as usize] += 1;
     }
     assert!(counts.iter().all(|count| *count > 2), "{counts:?}");
@@ -177,25 +126,12 @@ fn completions_end_where_they_should() {
 #[test]
 fn the_window_ends_a_completion() {
     let model = fresh("qwen2", 6, Kind::Float);
-    let request = |length| {
-        [GenerateRequest {
-            prompt_ids: ids(1, length),
-            seed: 1,
-        }]
-    };
-    let options = GenerateOptions {
-        end_ids: Vec::new(),
-        ..options(1.0, 40)
-    };
+    let request = |length| [GenerateRequest { prompt_ids: ids(1, length), seed: 1 }];
+    let options = GenerateOptions { end_ids: Vec::new(), ..options(1.0, 40) };
     let generated = run(&model, &request(250), &options);
-    assert_eq!(
-        (generated[0].ids.len(), generated[0].finish),
-        (6, Finish::Length)
-    );
+    assert_eq!((generated[0].ids.len(), generated[0].finish), (6, Finish::Length));
     for length in [0, 256, 257] {
-        let error = generate(&model, &request(length), &options, &mut |_, _| false)
-            .unwrap_err()
-            .to_string();
+        let error = generate(&model, &request(length), &options, &mut |_, _| false).unwrap_err().to_string();
         assert!(error.contains("sequence 0"), "{error}");
     }
 }
@@ -204,25 +140,16 @@ fn the_window_ends_a_completion() {
 fn sampled_frequencies_are_those_of_the_softmax() {
     let model = fresh("llama", 8, Kind::Float);
     let prompt = ids(21, 10);
-    let requests: Vec<GenerateRequest> = (0..20_000)
-        .map(|seed| GenerateRequest {
-            prompt_ids: prompt.clone(),
-            seed,
-        })
-        .collect();
+    let requests: Vec<GenerateRequest> =
+        (0..20_000).map(|seed| GenerateRequest { prompt_ids: prompt.clone(), seed }).collect();
     for temperature in [1.0, 0.5] {
-        let options = GenerateOptions {
-            end_ids: Vec::new(),
-            ..options(temperature, 1)
-        };
+        let options = GenerateOptions { end_ids: Vec::new(), ..options(temperature, 1) };
         let mut counts = vec![0.0f64; 199];
         for generated in run(&model, &requests, &options) {
             counts[generated.ids[0] as usize] += 1.0;
         }
         let scaled = logits(&model, &prompt).get(9).to_kind(Kind::Double) / temperature;
-        let forbidden: Vec<bool> = (0..199)
-            .map(|id| id >= 190 || id == 3 || id == 150)
-            .collect();
+        let forbidden: Vec<bool> = (0..199).map(|id| id >= 190 || id == 3 || id == 150).collect();
         let scaled = scaled.masked_fill(&Tensor::from_slice(&forbidden), f64::NEG_INFINITY);
         let probabilities = Vec::<f64>::try_from(scaled.softmax(-1, Kind::Double)).unwrap();
         // Ids expected fewer than five times are taken together, as the test asks for.
@@ -236,18 +163,12 @@ fn sampled_frequencies_are_those_of_the_softmax() {
             }
         }
         bins.push(rare);
-        let chi_square: f64 = bins
-            .iter()
-            .map(|(count, expected)| (count - expected).powi(2) / expected.max(1e-9))
-            .sum();
+        let chi_square: f64 =
+            bins.iter().map(|(count, expected)| (count - expected).powi(2) / expected.max(1e-9)).sum();
         let freedom = bins.len() as f64 - 1.0;
         // Wilson-Hilferty: 99.9 % of chi-squares lie below.
-        let limit =
-            freedom * (1.0 - 2.0 / (9.0 * freedom) + 3.09 * (2.0 / (9.0 * freedom)).sqrt()).powi(3);
-        assert!(
-            bins.len() > 20 && chi_square < limit,
-            "{temperature}: {chi_square} over {freedom}, limit {limit}"
-        );
+        let limit = freedom * (1.0 - 2.0 / (9.0 * freedom) + 3.09 * (2.0 / (9.0 * freedom)).sqrt()).powi(3);
+        assert!(bins.len() > 20 && chi_square < limit, "{temperature}: {chi_square} over {freedom}, limit {limit}");
     }
 }
 
@@ -255,10 +176,7 @@ fn sampled_frequencies_are_those_of_the_softmax() {
 fn bf16_with_lone_query_heads_decodes_as_the_full_pass_does() {
     let mut config = fresh("llama", 1, Kind::Float).config().clone();
     config.num_key_value_heads = None;
-    let runtime = mempo_model::Runtime {
-        device: tch::Device::Cpu,
-        kind: Kind::BFloat16,
-    };
+    let runtime = mempo_model::Runtime { device: tch::Device::Cpu, kind: Kind::BFloat16 };
     let model = Model::initialise(config, 1, &runtime).unwrap();
     let requests = requests(8);
     let generated = run(&model, &requests, &options(1.0, 16));
@@ -270,20 +188,9 @@ fn bf16_with_lone_query_heads_decodes_as_the_full_pass_does() {
             targets: request.prompt_ids.len()..request.prompt_ids.len() + generated.ids.len(),
         })
         .collect();
-    let scored = model
-        .completion_logprobs(
-            &sequences,
-            &ScoreOptions {
-                temperature: 1.0,
-                tokens_per_batch: 1000,
-            },
-        )
-        .unwrap();
-    let pairs: Vec<(f32, f32)> = generated
-        .iter()
-        .flat_map(|g| g.logprobs.clone())
-        .zip(scored.concat())
-        .collect();
+    let scored =
+        model.completion_logprobs(&sequences, &ScoreOptions { temperature: 1.0, tokens_per_batch: 1000 }).unwrap();
+    let pairs: Vec<(f32, f32)> = generated.iter().flat_map(|g| g.logprobs.clone()).zip(scored.concat()).collect();
     let mean = pairs.iter().map(|(a, b)| (a - b).abs()).sum::<f32>() / pairs.len() as f32;
     assert!(mean < 0.05, "{mean}");
 }

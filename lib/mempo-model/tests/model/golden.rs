@@ -8,20 +8,11 @@ use tch::{Kind, Tensor};
 use crate::{golden, largest_difference, load, logits};
 
 fn expected(name: &str) -> HashMap<String, Tensor> {
-    Tensor::read_safetensors(golden(name).join("expected.safetensors"))
-        .unwrap()
-        .into_iter()
-        .collect()
+    Tensor::read_safetensors(golden(name).join("expected.safetensors")).unwrap().into_iter().collect()
 }
 
 fn rows(ids: &Tensor) -> Vec<Vec<i32>> {
-    let row = |row| {
-        Vec::<i64>::try_from(ids.get(row))
-            .unwrap()
-            .iter()
-            .map(|id| *id as i32)
-            .collect()
-    };
+    let row = |row| Vec::<i64>::try_from(ids.get(row)).unwrap().iter().map(|id| *id as i32).collect();
     (0..ids.size()[0]).map(row).collect()
 }
 
@@ -30,8 +21,7 @@ fn logits_are_those_of_transformers() {
     for name in ["qwen2", "llama"] {
         let (model, expected) = (load(name), expected(name));
         for (row, ids) in rows(&expected["ids"]).iter().enumerate() {
-            let difference =
-                largest_difference(&logits(&model, ids), &expected["logits"].get(row as i64));
+            let difference = largest_difference(&logits(&model, ids), &expected["logits"].get(row as i64));
             assert!(difference < 1e-4, "{name}: {difference}");
         }
     }
@@ -41,25 +31,11 @@ fn logits_are_those_of_transformers() {
 fn logprobs_are_those_of_transformers() {
     for name in ["qwen2", "llama"] {
         let (model, expected) = (load(name), expected(name));
-        let sequences: Vec<ScoredSequence> = rows(&expected["ids"])
-            .into_iter()
-            .map(|ids| ScoredSequence {
-                ids,
-                targets: 1..40,
-            })
-            .collect();
-        let options = ScoreOptions {
-            temperature: 0.7,
-            tokens_per_batch: 100,
-        };
-        let found: Vec<f32> = model
-            .completion_logprobs(&sequences, &options)
-            .unwrap()
-            .concat();
-        let difference = largest_difference(
-            &Tensor::from_slice(&found),
-            &expected["logprobs"].flatten(0, 1),
-        );
+        let sequences: Vec<ScoredSequence> =
+            rows(&expected["ids"]).into_iter().map(|ids| ScoredSequence { ids, targets: 1..40 }).collect();
+        let options = ScoreOptions { temperature: 0.7, tokens_per_batch: 100 };
+        let found: Vec<f32> = model.completion_logprobs(&sequences, &options).unwrap().concat();
+        let difference = largest_difference(&Tensor::from_slice(&found), &expected["logprobs"].flatten(0, 1));
         assert!(difference < 1e-5, "{name}: {difference}");
     }
 }
@@ -69,10 +45,8 @@ fn greedy_ids_are_those_of_transformers() {
     for name in ["qwen2", "llama"] {
         let (model, expected) = (load(name), expected(name));
         let ids = rows(&expected["ids"]);
-        let requests = [&ids[0][..9], &ids[1][..21]].map(|prompt| GenerateRequest {
-            prompt_ids: prompt.to_vec(),
-            seed: 0,
-        });
+        let requests =
+            [&ids[0][..9], &ids[1][..21]].map(|prompt| GenerateRequest { prompt_ids: prompt.to_vec(), seed: 0 });
         let options = GenerateOptions {
             temperature: 0.0,
             top_p: 1.0,
@@ -92,27 +66,14 @@ fn gradients_are_those_of_transformers() {
     for name in ["qwen2", "llama"] {
         let (mut model, expected) = (load(name), expected(name));
         let leaf = |tensor: &Tensor| tensor.detach().copy().set_requires_grad(true);
-        let leaves: Vec<Tensor> = model
-            .parameters()
-            .iter()
-            .map(|(_, tensor)| leaf(tensor))
-            .collect();
+        let leaves: Vec<Tensor> = model.parameters().iter().map(|(_, tensor)| leaf(tensor)).collect();
         model.bind_parameters(leaves);
-        let logits = model
-            .hidden(&expected["ids"])
-            .linear(model.head_weight(), None::<Tensor>);
+        let logits = model.hidden(&expected["ids"]).linear(model.head_weight(), None::<Tensor>);
         let targets = expected["ids"].narrow(1, 1, 39).flatten(0, 1);
-        logits
-            .narrow(1, 0, 39)
-            .flatten(0, 1)
-            .cross_entropy_for_logits(&targets)
-            .backward();
+        logits.narrow(1, 0, 39).flatten(0, 1).cross_entropy_for_logits(&targets).backward();
         let mut compared = 0;
         for (parameter, tensor) in model.parameters() {
-            assert!(
-                tensor.grad().defined(),
-                "{name}: {parameter} has no gradient"
-            );
+            assert!(tensor.grad().defined(), "{name}: {parameter} has no gradient");
             if let Some(gradient) = expected.get(&format!("gradient.{parameter}")) {
                 let difference = largest_difference(&tensor.grad(), gradient);
                 assert!(difference < 1e-5, "{name}: {parameter}: {difference}");
@@ -130,14 +91,8 @@ fn bound_views_of_a_flat_buffer_compute_the_same_and_follow_it() {
         let mut model = load(name);
         let ids = crate::ids(5, 30);
         let before = logits(&model, &ids);
-        let flat = Tensor::cat(
-            &model
-                .parameters()
-                .iter()
-                .map(|(_, tensor)| tensor.flatten(0, -1))
-                .collect::<Vec<_>>(),
-            0,
-        );
+        let flat =
+            Tensor::cat(&model.parameters().iter().map(|(_, tensor)| tensor.flatten(0, -1)).collect::<Vec<_>>(), 0);
         let bind = |model: &mut mempo_model::Model, requires_grad: bool| {
             let mut start = 0;
             let view = |tensor: &Tensor| {
@@ -146,32 +101,18 @@ fn bound_views_of_a_flat_buffer_compute_the_same_and_follow_it() {
                     .view_as(tensor)
                     .set_requires_grad(requires_grad)
             };
-            let views = model
-                .parameters()
-                .iter()
-                .map(|(_, tensor)| tensor)
-                .map(view)
-                .collect();
+            let views = model.parameters().iter().map(|(_, tensor)| tensor).map(view).collect();
             model.bind_parameters(views);
         };
         for requires_grad in [false, true] {
             bind(&mut model, requires_grad);
-            assert!(
-                largest_difference(&logits(&model, &ids), &before) < 1e-5,
-                "{name}"
-            );
+            assert!(largest_difference(&logits(&model, &ids), &before) < 1e-5, "{name}");
         }
         let _ = tch::no_grad(|| flat.shallow_clone().g_mul_scalar_(1.1));
         let separate = logits(&model, &ids);
         bind(&mut model, false);
         let _ = tch::no_grad(|| flat.shallow_clone().g_mul_scalar_(0.5).g_mul_scalar_(2.0));
-        assert!(
-            largest_difference(&separate, &before) > 0.1 && separate.kind() == Kind::Float,
-            "{name}"
-        );
-        assert!(
-            largest_difference(&logits(&model, &ids), &separate) < 1e-4,
-            "{name}"
-        );
+        assert!(largest_difference(&separate, &before) > 0.1 && separate.kind() == Kind::Float, "{name}");
+        assert!(largest_difference(&logits(&model, &ids), &separate) < 1e-4, "{name}");
     }
 }

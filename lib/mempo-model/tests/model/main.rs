@@ -13,24 +13,14 @@ use std::path::{Path, PathBuf};
 use mempo_model::{Config, DeviceOptions, Model, Runtime};
 use tch::{Device, Kind, Tensor};
 
-const CPU: Runtime = Runtime {
-    device: Device::Cpu,
-    kind: Kind::Float,
-};
+const CPU: Runtime = Runtime { device: Device::Cpu, kind: Kind::Float };
 
 fn golden(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("tests/golden")
-        .join(name)
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
 }
 
 fn load(name: &str) -> Model {
-    let _ = DeviceOptions {
-        threads: Some(2),
-        ..DeviceOptions::default()
-    }
-    .resolve()
-    .unwrap();
+    let _ = DeviceOptions { threads: Some(2), ..DeviceOptions::default() }.resolve().unwrap();
     Model::load(&golden(name), &CPU).unwrap()
 }
 
@@ -38,32 +28,18 @@ fn load(name: &str) -> Model {
 fn fresh(family: &str, seed: u64, kind: Kind) -> Model {
     let mut config = Config::load(&golden(family)).unwrap();
     config.initializer_range = 0.3;
-    Model::initialise(
-        config,
-        seed,
-        &Runtime {
-            device: Device::Cpu,
-            kind,
-        },
-    )
-    .unwrap()
+    Model::initialise(config, seed, &Runtime { device: Device::Cpu, kind }).unwrap()
 }
 
 fn ids(seed: u64, count: u64) -> Vec<i32> {
-    (0..count)
-        .map(|i| (mempo_model::counter_hash(seed, i) % 199) as i32)
-        .collect()
+    (0..count).map(|i| (mempo_model::counter_hash(seed, i) % 199) as i32).collect()
 }
 
 /// Logits of the whole sequence by a plain forward pass, `[T,V]`, float32.
 fn logits(model: &Model, ids: &[i32]) -> Tensor {
     let _guard = tch::no_grad_guard();
     let ids = Tensor::from_slice(ids).to_kind(Kind::Int64).unsqueeze(0);
-    model
-        .hidden(&ids)
-        .squeeze_dim(0)
-        .linear(model.head_weight(), None::<Tensor>)
-        .to_kind(Kind::Float)
+    model.hidden(&ids).squeeze_dim(0).linear(model.head_weight(), None::<Tensor>).to_kind(Kind::Float)
 }
 
 fn largest_difference(a: &Tensor, b: &Tensor) -> f64 {

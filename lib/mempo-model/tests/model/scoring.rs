@@ -10,29 +10,14 @@ fn sequences() -> Vec<ScoredSequence> {
         .map(|i| {
             let length = 3 + (i * 31 % 60) as usize;
             let start = 1 + (i as usize * 7) % (length - 1);
-            let end = if i == 4 {
-                start
-            } else {
-                length - usize::from(i == 5)
-            };
-            ScoredSequence {
-                ids: ids(i, length as u64),
-                targets: start..end,
-            }
+            let end = if i == 4 { start } else { length - usize::from(i == 5) };
+            ScoredSequence { ids: ids(i, length as u64), targets: start..end }
         })
         .collect()
 }
 
 fn score(model: &Model, sequences: &[ScoredSequence], tokens_per_batch: usize) -> Vec<Vec<f32>> {
-    model
-        .completion_logprobs(
-            sequences,
-            &ScoreOptions {
-                temperature: 1.0,
-                tokens_per_batch,
-            },
-        )
-        .unwrap()
+    model.completion_logprobs(sequences, &ScoreOptions { temperature: 1.0, tokens_per_batch }).unwrap()
 }
 
 #[test]
@@ -40,24 +25,16 @@ fn scores_are_a_plain_log_softmax_for_any_batching() {
     let model = fresh("qwen2", 2, Kind::Float);
     let sequences = sequences();
     for tokens_per_batch in [1, 64, 150, 100_000] {
-        for (sequence, found) in sequences
-            .iter()
-            .zip(score(&model, &sequences, tokens_per_batch))
-        {
+        for (sequence, found) in sequences.iter().zip(score(&model, &sequences, tokens_per_batch)) {
             let table = logits(&model, &sequence.ids).log_softmax(-1, Kind::Double);
             let plain: Vec<f64> = sequence
                 .targets
                 .clone()
-                .map(|target| {
-                    table.double_value(&[target as i64 - 1, i64::from(sequence.ids[target])])
-                })
+                .map(|target| table.double_value(&[target as i64 - 1, i64::from(sequence.ids[target])]))
                 .collect();
             assert_eq!(found.len(), plain.len());
             for (found, plain) in found.iter().zip(&plain) {
-                assert!(
-                    (f64::from(*found) - plain).abs() < 1e-5,
-                    "{tokens_per_batch}: {found} {plain}"
-                );
+                assert!((f64::from(*found) - plain).abs() < 1e-5, "{tokens_per_batch}: {found} {plain}");
             }
         }
     }
@@ -83,21 +60,10 @@ fn impossible_targets_and_ids_are_refused() {
         (vec![1, -1, 3], 1..2, "-1"),
         (vec![1; 257], 1..2, "256"),
     ] {
-        let good = ScoredSequence {
-            ids: vec![1, 2],
-            targets: 1..2,
-        };
-        let options = ScoreOptions {
-            temperature: 1.0,
-            tokens_per_batch: 100,
-        };
-        let error = model
-            .completion_logprobs(&[good, ScoredSequence { ids, targets }], &options)
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("sequence 1") && error.contains(word),
-            "{error}"
-        );
+        let good = ScoredSequence { ids: vec![1, 2], targets: 1..2 };
+        let options = ScoreOptions { temperature: 1.0, tokens_per_batch: 100 };
+        let error =
+            model.completion_logprobs(&[good, ScoredSequence { ids, targets }], &options).unwrap_err().to_string();
+        assert!(error.contains("sequence 1") && error.contains(word), "{error}");
     }
 }

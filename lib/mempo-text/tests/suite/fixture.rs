@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, LazyLock};
 
-use mempo_text::{ChatTemplate, Profile, PromptBuilder, Tokenizer, ToolSpec, train_tokenizer};
+use mempo_text::{ChatTemplate, NewTokenizer, Profile, PromptBuilder, Tokenizer, ToolSpec, train_tokenizer};
 use proptest::prelude::*;
 use tokenizers::AddedToken;
 
@@ -20,18 +20,8 @@ pub(crate) struct Fixture {
 impl Fixture {
     fn load(name: &'static str, dir: &Path) -> Self {
         let library = tokenizers::Tokenizer::from_file(dir.join("tokenizer.json")).unwrap();
-        let added_ids = library
-            .get_added_tokens_decoder()
-            .keys()
-            .map(|id| *id as i32)
-            .collect();
-        Self {
-            name,
-            dir: dir.to_owned(),
-            tokenizer: Arc::new(Tokenizer::load(dir).unwrap()),
-            library,
-            added_ids,
-        }
+        let added_ids = library.get_added_tokens_decoder().keys().map(|id| *id as i32).collect();
+        Self { name, dir: dir.to_owned(), tokenizer: Arc::new(Tokenizer::load(dir).unwrap()), library, added_ids }
     }
 
     pub(crate) fn id(&self, token: &str) -> i32 {
@@ -41,25 +31,17 @@ impl Fixture {
     pub(crate) fn builder(&self, profile: &str) -> PromptBuilder {
         let template = ChatTemplate::load(&self.dir).unwrap();
         let profile = Profile::load(profile).unwrap();
-        PromptBuilder::new(
-            Arc::clone(&self.tokenizer),
-            template,
-            profile,
-            &[ToolSpec::search()],
-        )
-        .unwrap()
+        PromptBuilder::new(Arc::clone(&self.tokenizer), template, profile, &[ToolSpec::search()]).unwrap()
     }
 }
 
 pub(crate) static TINY: LazyLock<Fixture> = LazyLock::new(|| {
     let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("mempo-text-tiny");
-    train_tokenizer(corpus(), 700, &dir).unwrap();
+    train_tokenizer(corpus(), &NewTokenizer::of_size(700), &dir).unwrap();
     let file = dir.join("tokenizer.json");
     let mut library = tokenizers::Tokenizer::from_file(&file).unwrap();
     let added = ["<tool_call>", "</tool_call>", "<|file_sep|>"];
-    library
-        .add_tokens(added.map(|token| AddedToken::from(token, false).normalized(false)))
-        .unwrap();
+    library.add_tokens(added.map(|token| AddedToken::from(token, false).normalized(false))).unwrap();
     library.save(&file, false).unwrap();
     Fixture::load("tiny", &dir)
 });

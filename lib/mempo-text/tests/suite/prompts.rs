@@ -4,8 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use mempo_text::{
-    CarriedStep, ChatTemplate, Message, Profile, PromptBuilder, Segment, SegmentKind, ToolSpec,
-    parse_completion,
+    CarriedStep, ChatTemplate, Message, Profile, PromptBuilder, Segment, SegmentKind, ToolSpec, parse_completion,
 };
 use proptest::prelude::*;
 
@@ -15,10 +14,7 @@ const QUESTION: &str = "What is the capital of land 7?; Of land 8?";
 const STEP: &str = "<mem>Land 7: Paris.</mem><think>Next.</think><tool_call>\n{\"query\": \"land 8\"}\n</tool_call>";
 
 fn carried<'a>(completion_ids: &'a [i32], observation_ids: &'a [i32]) -> CarriedStep<'a> {
-    CarriedStep {
-        completion_ids,
-        observation_ids: Some(observation_ids),
-    }
+    CarriedStep { completion_ids, observation_ids: Some(observation_ids) }
 }
 
 #[test]
@@ -36,27 +32,13 @@ fn a_prompt_is_the_template_s_text() {
                  \"properties\": {\"query\": {\"type\": \"string\", \"description\": \"Keywords or a short question \
                  about one thing.\"}}, \"required\": [\"query\"]}}}",
             );
-            let mut messages = vec![
-                Message::new("system", system),
-                Message::new("user", QUESTION),
-            ];
+            let mut messages = vec![Message::new("system", system), Message::new("user", QUESTION)];
             for count in 0..=2 {
                 let ids = builder.prompt(QUESTION, &steps[..count]).unwrap();
-                let whole = ChatTemplate::load(&fixture.dir)
-                    .unwrap()
-                    .render(&messages, true)
-                    .unwrap();
-                assert_eq!(
-                    fixture.tokenizer.decode(&ids),
-                    whole,
-                    "{} {name} {count}",
-                    fixture.name
-                );
+                let whole = ChatTemplate::load(&fixture.dir).unwrap().render(&messages, true).unwrap();
+                assert_eq!(fixture.tokenizer.decode(&ids), whole, "{} {name} {count}", fixture.name);
                 messages.push(Message::new("assistant", STEP));
-                messages.push(Message::new(
-                    "user",
-                    "<information>Doc 1(Title: Land 8) Rome.</information>",
-                ));
+                messages.push(Message::new("user", "<information>Doc 1(Title: Land 8) Rome.</information>"));
             }
         }
     }
@@ -67,35 +49,19 @@ fn ids_are_spliced_as_they_are() {
     for fixture in fixtures() {
         let builder = fixture.builder("mempo");
         // Letter by letter: not how the tokenizer would write it.
-        let letters: Vec<i32> = STEP
-            .chars()
-            .flat_map(|letter| builder.completion_ids_from_text(&letter.to_string()))
-            .collect();
+        let letters: Vec<i32> =
+            STEP.chars().flat_map(|letter| builder.completion_ids_from_text(&letter.to_string())).collect();
         let first = builder.prompt(QUESTION, &[]).unwrap();
-        let second = builder
-            .prompt(QUESTION, &[carried(&letters, &[5, 6, 7])])
-            .unwrap();
+        let second = builder.prompt(QUESTION, &[carried(&letters, &[5, 6, 7])]).unwrap();
         let so_far: Vec<i32> = [first.clone(), letters.clone()].concat();
-        assert_eq!(
-            second[..so_far.len()],
-            so_far,
-            "the history is prompt + completion"
-        );
+        assert_eq!(second[..so_far.len()], so_far, "the history is prompt + completion");
         let end = fixture.id("<|im_end|>");
         assert_eq!(second[so_far.len()], end);
         assert_eq!(builder.end_of_turn_id(), Some(end));
 
         let closed = [&letters[..], &[end]].concat();
-        assert_eq!(
-            builder
-                .prompt(QUESTION, &[carried(&closed, &[5, 6, 7])])
-                .unwrap(),
-            second
-        );
-        let alone = CarriedStep {
-            completion_ids: &letters,
-            observation_ids: None,
-        };
+        assert_eq!(builder.prompt(QUESTION, &[carried(&closed, &[5, 6, 7])]).unwrap(), second);
+        let alone = CarriedStep { completion_ids: &letters, observation_ids: None };
         let shorter = builder.prompt(QUESTION, &[alone]).unwrap();
         assert_eq!(shorter[..=so_far.len()], second[..=so_far.len()]);
         assert!(shorter.len() < second.len());
@@ -123,20 +89,11 @@ proptest! {
 
 fn with_template(source: &str, profile: Profile) -> Result<PromptBuilder, String> {
     let dir = tempfile::tempdir().unwrap();
-    fs_err::copy(
-        TINY.dir.join("tokenizer_config.json"),
-        dir.path().join("tokenizer_config.json"),
-    )
-    .unwrap();
+    fs_err::copy(TINY.dir.join("tokenizer_config.json"), dir.path().join("tokenizer_config.json")).unwrap();
     fs_err::write(dir.path().join("chat_template.jinja"), source).unwrap();
     let template = ChatTemplate::load(dir.path()).unwrap();
-    PromptBuilder::new(
-        Arc::clone(&TINY.tokenizer),
-        template,
-        profile,
-        &[ToolSpec::search()],
-    )
-    .map_err(|error| error.to_string())
+    PromptBuilder::new(Arc::clone(&TINY.tokenizer), template, profile, &[ToolSpec::search()])
+        .map_err(|error| error.to_string())
 }
 
 #[test]
@@ -148,34 +105,14 @@ fn templates_that_change_messages_are_refused() {
             "{% if m.role == 'system' %}{{ m.content | lower }}{% else %}{{ m.content }}{% endif %}",
             "changes the system message",
         ),
-        (
-            "{% if m.role != 'system' %}{{ m.content }}{% endif %}",
-            "leaves out or changes the system message",
-        ),
-        (
-            "{% if m.role != 'assistant' %}{{ m.content }}{% endif %}",
-            "message 2 after the system",
-        ),
-        (
-            "{% if m.role == 'system' %}{{ m.content }}{% else %}{{ m.content[:4] }}{% endif %}",
-            "message 1 after",
-        ),
+        ("{% if m.role != 'system' %}{{ m.content }}{% endif %}", "leaves out or changes the system message"),
+        ("{% if m.role != 'assistant' %}{{ m.content }}{% endif %}", "message 2 after the system"),
+        ("{% if m.role == 'system' %}{{ m.content }}{% else %}{{ m.content[:4] }}{% endif %}", "message 1 after"),
         ("{{ m.content }}{{ m.content }}", "writes a message twice"),
-        (
-            "{{ raise_exception('no system messages') }}",
-            "no system messages",
-        ),
+        ("{{ raise_exception('no system messages') }}", "no system messages"),
     ] {
-        let error = with_template(
-            &format!("{{% for m in messages %}}{body}{{% endfor %}}"),
-            profile(),
-        )
-        .err()
-        .unwrap();
-        assert!(
-            error.contains(expected) && error.contains("chat_template.jinja"),
-            "{body}: {error}"
-        );
+        let error = with_template(&format!("{{% for m in messages %}}{body}{{% endfor %}}"), profile()).err().unwrap();
+        assert!(error.contains(expected) && error.contains("chat_template.jinja"), "{body}: {error}");
     }
     let trimming = "{% for m in messages %}[{{ m.content | trim }}]{% endfor %}{{ eos_token }}";
     let builder = with_template(trimming, profile()).unwrap();
@@ -192,16 +129,8 @@ fn a_template_with_a_default_system_message_keeps_ours() {
     let builder = with_template(source, Profile::load("mempo").unwrap()).unwrap();
     let text = TINY.tokenizer.decode(&builder.prompt("q", &[]).unwrap());
     assert!(!text.contains("You are Qwen") && text.matches("<|im_start|>system").count() == 1);
-    let empty = Profile {
-        system: String::new(),
-        ..Profile::load("mempo").unwrap()
-    };
-    let text = TINY.tokenizer.decode(
-        &with_template(source, empty)
-            .unwrap()
-            .prompt("q", &[])
-            .unwrap(),
-    );
+    let empty = Profile { system: String::new(), ..Profile::load("mempo").unwrap() };
+    let text = TINY.tokenizer.decode(&with_template(source, empty).unwrap().prompt("q", &[]).unwrap());
     assert!(text.contains("You are Qwen"), "{text}");
 }
 
@@ -218,41 +147,28 @@ fn answers_are_encoded_as_the_policy_writes_them() {
         ] {
             let trimmed: Vec<&str> = answers.iter().map(|answer| answer.trim()).collect();
             let found = builder.answer_ids(&answers);
-            let whole = builder
-                .completion_ids_from_text(&format!("<answer>{}</answer>", trimmed.join("; ")));
+            let whole = builder.completion_ids_from_text(&format!("<answer>{}</answer>", trimmed.join("; ")));
             let closing = builder.completion_ids_from_text("</answer>");
-            assert_eq!(
-                [builder.answer_opening_ids(), found.ids.clone(), closing].concat(),
-                whole,
-                "{answers:?}"
-            );
+            assert_eq!([builder.answer_opening_ids(), found.ids.clone(), closing].concat(), whole, "{answers:?}");
             assert_eq!(found.spans.len(), answers.len());
             let mut end = 0;
             for (span, answer) in found.spans.iter().zip(&trimmed) {
                 assert!(end <= span.start && span.start <= span.end && span.end <= found.ids.len());
                 end = span.end;
                 let text = fixture.tokenizer.decode(&found.ids[span.clone()]);
-                let canonical = fixture
-                    .tokenizer
-                    .decode(&builder.completion_ids_from_text(answer));
+                let canonical = fixture.tokenizer.decode(&builder.completion_ids_from_text(answer));
                 // A separator's `;` or blank may share a token with the answer.
                 assert_eq!(text.trim_matches([' ', ';']), canonical, "{answers:?}");
             }
         }
         let hostile = builder.answer_ids(&["<|im_end|>", "</answer>"]);
         assert!(hostile.ids.iter().all(|id| !fixture.added_ids.contains(id)));
-        assert_eq!(
-            fixture.tokenizer.decode(&hostile.ids),
-            "<|im_end|>; ‹/answer›"
-        );
+        assert_eq!(fixture.tokenizer.decode(&hostile.ids), "<|im_end|>; ‹/answer›");
     }
 }
 
 fn memory_text(fixture: &Fixture, ids: &[i32], range: Range<usize>) -> (Vec<i32>, String) {
-    let segment = Segment {
-        kind: SegmentKind::Memory,
-        range,
-    };
+    let segment = Segment { kind: SegmentKind::Memory, range };
     let memory = fixture.builder("mempo").memory_ids(ids, &segment);
     let text = fixture.tokenizer.decode(&memory);
     (memory, text)
@@ -271,11 +187,7 @@ fn a_memory_ends_at_its_tag() {
         ] {
             let ids = tokenizer.encode_plain(text);
             let parsed = parse_completion(tokenizer, &ids, &profile);
-            let segment = parsed
-                .segments
-                .iter()
-                .find(|segment| segment.kind == SegmentKind::Memory)
-                .unwrap();
+            let segment = parsed.segments.iter().find(|segment| segment.kind == SegmentKind::Memory).unwrap();
             let (memory, found) = memory_text(fixture, &ids, segment.range.clone());
             let start = text.find("<mem>").unwrap();
             let end = text.find("</mem>").unwrap() + "</mem>".len();

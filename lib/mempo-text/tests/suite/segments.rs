@@ -5,38 +5,24 @@ use proptest::prelude::*;
 
 use crate::fixture::{Fixture, TINY, fixtures};
 
-const CALL: &str =
-    "<tool_call>\n{\"name\": \"search\", \"arguments\": {\"query\": \"x\"}}\n</tool_call>";
+const CALL: &str = "<tool_call>\n{\"name\": \"search\", \"arguments\": {\"query\": \"x\"}}\n</tool_call>";
 
 fn parse(fixture: &Fixture, ids: &[i32]) -> ParsedCompletion {
     parse_completion(&fixture.tokenizer, ids, &Profile::load("mempo").unwrap())
 }
 
 fn kinds(parsed: &ParsedCompletion) -> Vec<&'static str> {
-    parsed
-        .segments
-        .iter()
-        .map(|segment| segment.kind.tag())
-        .collect()
+    parsed.segments.iter().map(|segment| segment.kind.tag()).collect()
 }
 
 #[test]
 fn well_formed_steps() {
     for fixture in fixtures() {
         for (text, expected) in [
-            (
-                format!("<mem>m</mem><think>t</think>{CALL}"),
-                vec!["mem", "think", "tool_call"],
-            ),
-            (
-                format!("<think>t</think>\n{CALL}"),
-                vec!["think", "tool_call"],
-            ),
+            (format!("<mem>m</mem><think>t</think>{CALL}"), vec!["mem", "think", "tool_call"]),
+            (format!("<think>t</think>\n{CALL}"), vec!["think", "tool_call"]),
             (CALL.to_owned(), vec!["tool_call"]),
-            (
-                "\n <mem>東京</mem> so <answer> a; b </answer>".to_owned(),
-                vec!["mem", "answer"],
-            ),
+            ("\n <mem>東京</mem> so <answer> a; b </answer>".to_owned(), vec!["mem", "answer"]),
         ] {
             let ids = fixture.tokenizer.encode_plain(&text);
             let parsed = parse(fixture, &ids);
@@ -47,18 +33,9 @@ fn well_formed_steps() {
             assert_eq!(parsed.answer.is_some(), text.contains("<answer>"));
             assert_eq!(parsed.memory_count, text.matches("</mem>").count());
         }
-        let call = parse(fixture, &fixture.tokenizer.encode_plain(CALL))
-            .tool_call
-            .unwrap()
-            .unwrap();
-        assert_eq!(
-            (call.name.as_str(), call.arguments["query"].as_str()),
-            ("search", Some("x"))
-        );
-        let parsed = parse(
-            fixture,
-            &fixture.tokenizer.encode_plain("<answer> a; b\n</answer>"),
-        );
+        let call = parse(fixture, &fixture.tokenizer.encode_plain(CALL)).tool_call.unwrap().unwrap();
+        assert_eq!((call.name.as_str(), call.arguments["query"].as_str()), ("search", Some("x")));
+        let parsed = parse(fixture, &fixture.tokenizer.encode_plain("<answer> a; b\n</answer>"));
         assert_eq!(parsed.answer.as_deref(), Some("a; b"));
     }
 }
@@ -70,48 +47,21 @@ fn faults_are_listed() {
         ("", vec![], vec![none]),
         ("just text", vec![], vec![none]),
         ("<mem>m", vec![], vec!["<mem> is not closed", none]),
-        (
-            "<mem>m<think>t</think><answer>a</answer>",
-            vec!["think", "answer"],
-            vec!["<mem> is not closed"],
-        ),
-        (
-            "m</mem><answer>a</answer>",
-            vec!["answer"],
-            vec!["</mem> without <mem>"],
-        ),
-        (
-            "<mem>1</mem><mem>2</mem><answer>a</answer>",
-            vec!["mem", "answer"],
-            vec!["more than one <mem>"],
-        ),
-        (
-            "<think>1</think><mem>2</mem><answer>a</answer>",
-            vec!["think", "mem", "answer"],
-            vec!["<mem> after <think>"],
-        ),
+        ("<mem>m<think>t</think><answer>a</answer>", vec!["think", "answer"], vec!["<mem> is not closed"]),
+        ("m</mem><answer>a</answer>", vec!["answer"], vec!["</mem> without <mem>"]),
+        ("<mem>1</mem><mem>2</mem><answer>a</answer>", vec!["mem", "answer"], vec!["more than one <mem>"]),
+        ("<think>1</think><mem>2</mem><answer>a</answer>", vec!["think", "mem", "answer"], vec!["<mem> after <think>"]),
         (
             "<think>a <mem>2</mem></think><answer>a</answer>",
             vec!["think", "answer"],
             vec!["another tag inside <think>"],
         ),
-        (
-            "<mem>a<mem>b</mem><answer>a</answer>",
-            vec!["mem", "answer"],
-            vec!["another tag inside <mem>"],
-        ),
-        (
-            "<answer>a</answer><answer>b</answer>",
-            vec!["answer", "answer"],
-            vec!["more than one <answer>"],
-        ),
+        ("<mem>a<mem>b</mem><answer>a</answer>", vec!["mem", "answer"], vec!["another tag inside <mem>"]),
+        ("<answer>a</answer><answer>b</answer>", vec!["answer", "answer"], vec!["more than one <answer>"]),
         (
             "<information>x</information><answer>a</answer>",
             vec!["answer"],
-            vec![
-                "<information> is for the environment to write",
-                "<information> is for the environment to write",
-            ],
+            vec!["<information> is for the environment to write", "<information> is for the environment to write"],
         ),
         (
             "<tool_call>{</tool_call>",
@@ -133,16 +83,8 @@ fn the_first_action_counts() {
     for (text, called, answer) in [
         (format!("{CALL}<answer>a</answer>"), true, None),
         (format!("<answer>a</answer>{CALL}"), false, Some("a")),
-        (
-            "<tool_call>{</tool_call><answer>a</answer>".to_owned(),
-            true,
-            None,
-        ),
-        (
-            "<answer>a</answer><answer>b</answer>".to_owned(),
-            false,
-            Some("a"),
-        ),
+        ("<tool_call>{</tool_call><answer>a</answer>".to_owned(), true, None),
+        ("<answer>a</answer><answer>b</answer>".to_owned(), false, Some("a")),
     ] {
         let parsed = parse(&TINY, &TINY.tokenizer.encode_plain(&text));
         assert_eq!(parsed.tool_call.is_some(), called, "{text}");
@@ -153,9 +95,7 @@ fn the_first_action_counts() {
 
 #[test]
 fn a_profile_without_memory_wants_none() {
-    let ids = TINY
-        .tokenizer
-        .encode_plain("<mem>m</mem><answer>a</answer>");
+    let ids = TINY.tokenizer.encode_plain("<mem>m</mem><answer>a</answer>");
     let parsed = parse_completion(&TINY.tokenizer, &ids, &Profile::load("react").unwrap());
     assert_eq!(parsed.problems, ["a memory, where the profile has none"]);
 }
@@ -168,15 +108,8 @@ fn a_straddling_token_belongs_to_the_earlier_segment() {
         let straddling = fixture.id("><");
         let at = ids.iter().position(|id| *id == straddling).unwrap();
         let parsed = parse(fixture, &ids);
-        let [memory, think, _] = &parsed.segments[..] else {
-            panic!("{parsed:?}")
-        };
-        assert_eq!(
-            (memory.range.clone(), think.range.start),
-            (0..at + 1, at + 1),
-            "{}",
-            fixture.name
-        );
+        let [memory, think, _] = &parsed.segments[..] else { panic!("{parsed:?}") };
+        assert_eq!((memory.range.clone(), think.range.start), (0..at + 1, at + 1), "{}", fixture.name);
     }
 }
 
@@ -229,11 +162,7 @@ fn check_promises(fixture: &Fixture, ids: &[i32]) -> Result<(), TestCaseError> {
         prop_assert!(text.contains(&closing), "{text:?}");
     }
     prop_assert!(end <= ids.len());
-    let memories = parsed
-        .segments
-        .iter()
-        .filter(|segment| segment.kind == SegmentKind::Memory)
-        .count();
+    let memories = parsed.segments.iter().filter(|segment| segment.kind == SegmentKind::Memory).count();
     prop_assert_eq!(memories, parsed.memory_count.min(1));
     prop_assert!(parsed.tool_call.is_none() || parsed.answer.is_none());
     // The same text in other tokens says the same.

@@ -13,14 +13,7 @@ fn nfc(text: &str) -> String {
 }
 
 fn library_ids(fixture: &Fixture, text: &str) -> Vec<i32> {
-    fixture
-        .library
-        .encode_fast(text, false)
-        .unwrap()
-        .get_ids()
-        .iter()
-        .map(|id| *id as i32)
-        .collect()
+    fixture.library.encode_fast(text, false).unwrap().get_ids().iter().map(|id| *id as i32).collect()
 }
 
 proptest! {
@@ -74,16 +67,8 @@ fn special_ids_are_known() {
     for fixture in fixtures() {
         let tokenizer = &fixture.tokenizer;
         assert_eq!(tokenizer.end_of_turn_ids(), [fixture.id("<|im_end|>")]);
-        for token in [
-            "<|endoftext|>",
-            "<|im_start|>",
-            "<|im_end|>",
-            "<|file_sep|>",
-        ] {
-            assert!(
-                tokenizer.control_ids().contains(&fixture.id(token)),
-                "{token}"
-            );
+        for token in ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|file_sep|>"] {
+            assert!(tokenizer.control_ids().contains(&fixture.id(token)), "{token}");
             assert_eq!(tokenizer.token_bytes(fixture.id(token)), token.as_bytes());
         }
         assert!(!tokenizer.is_control(fixture.id("<tool_call>")));
@@ -107,29 +92,20 @@ fn a_character_may_be_split_over_tokens() {
 }
 
 /// A copy of the tiny tokenizer's folder with one file changed.
-fn changed(
-    file: &str,
-    change: impl Fn(serde_json::Value) -> serde_json::Value,
-) -> Result<Tokenizer, String> {
+fn changed(file: &str, change: impl Fn(serde_json::Value) -> serde_json::Value) -> Result<Tokenizer, String> {
     let dir = tempfile::tempdir().unwrap();
     for name in ["tokenizer.json", "tokenizer_config.json"] {
         fs_err::copy(TINY.dir.join(name), dir.path().join(name)).unwrap();
     }
     let path = dir.path().join(file);
-    let json = fs_err::read(&path).map_or(serde_json::Value::Null, |bytes| {
-        serde_json::from_slice(&bytes).unwrap()
-    });
+    let json = fs_err::read(&path).map_or(serde_json::Value::Null, |bytes| serde_json::from_slice(&bytes).unwrap());
     fs_err::write(&path, change(json).to_string()).unwrap();
     Tokenizer::load(dir.path()).map_err(|error| error.to_string())
 }
 
 #[test]
 fn every_end_of_turn_id_counts() {
-    let tokenizer = changed(
-        "generation_config.json",
-        |_| serde_json::json!({"eos_token_id": [0, 2]}),
-    )
-    .unwrap();
+    let tokenizer = changed("generation_config.json", |_| serde_json::json!({"eos_token_id": [0, 2]})).unwrap();
     assert_eq!(tokenizer.end_of_turn_ids(), [0, 2]);
     let tokenizer = changed("config.json", |_| serde_json::json!({"eos_token_id": 0})).unwrap();
     assert_eq!(tokenizer.end_of_turn_ids(), [0, 2]);
@@ -139,16 +115,7 @@ fn every_end_of_turn_id_counts() {
 fn merges_that_rebuild_a_control_token_are_undone() {
     // As a tokenizer trained on text that held `<|im_end|>`: merges lead from its pieces to its id.
     let tokenizer = changed("tokenizer.json", |mut json| {
-        for piece in [
-            "<|",
-            "<|i",
-            "<|im",
-            "<|im_",
-            "<|im_e",
-            "<|im_en",
-            "<|im_end",
-            "<|im_end|",
-        ] {
+        for piece in ["<|", "<|i", "<|im", "<|im_", "<|im_e", "<|im_en", "<|im_end", "<|im_end|"] {
             let vocabulary = json["model"]["vocab"].as_object_mut().unwrap();
             if !vocabulary.contains_key(piece) {
                 let id = 1000 + vocabulary.len();
@@ -156,8 +123,7 @@ fn merges_that_rebuild_a_control_token_are_undone() {
             }
         }
         let token = "<|im_end|>";
-        let merges =
-            (1..token.len()).map(|cut| serde_json::json!([&token[..cut], &token[cut..=cut]]));
+        let merges = (1..token.len()).map(|cut| serde_json::json!([&token[..cut], &token[cut..=cut]]));
         let old = json["model"]["merges"].as_array().unwrap().clone();
         json["model"]["merges"] = merges.chain(old).collect();
         json["pre_tokenizer"] = json["pre_tokenizer"]["pretokenizers"][1].clone();
@@ -169,10 +135,7 @@ fn merges_that_rebuild_a_control_token_are_undone() {
     })
     .unwrap();
     let text = "x<|im_end|>y";
-    for ids in [
-        tokenizer.encode_untrusted(text),
-        tokenizer.encode_plain(text),
-    ] {
+    for ids in [tokenizer.encode_untrusted(text), tokenizer.encode_plain(text)] {
         assert!(!ids.contains(&2), "{ids:?}");
         assert_eq!(tokenizer.decode(&ids), text);
     }
@@ -182,68 +145,27 @@ fn merges_that_rebuild_a_control_token_are_undone() {
 #[test]
 fn unusable_tokenizers_are_refused_by_name() {
     for (file, pointer, value, expected) in [
-        (
-            "tokenizer.json",
-            "/decoder",
-            serde_json::Value::Null,
-            "not ByteLevel",
-        ),
+        ("tokenizer.json", "/decoder", serde_json::Value::Null, "not ByteLevel"),
         ("tokenizer.json", "/model/dropout", 0.1.into(), "dropout"),
-        (
-            "tokenizer.json",
-            "/added_tokens/3/id",
-            9999.into(),
-            "id 9999",
-        ),
-        (
-            "tokenizer.json",
-            "/pre_tokenizer/pretokenizers/1/add_prefix_space",
-            true.into(),
-            "lossless",
-        ),
-        (
-            "tokenizer_config.json",
-            "/eos_token",
-            "<none>".into(),
-            "`<none>` is not a token",
-        ),
+        ("tokenizer.json", "/added_tokens/3/id", 9999.into(), "id 9999"),
+        ("tokenizer.json", "/pre_tokenizer/pretokenizers/1/add_prefix_space", true.into(), "lossless"),
+        ("tokenizer_config.json", "/eos_token", "<none>".into(), "`<none>` is not a token"),
     ] {
         let change = |mut json: serde_json::Value| {
             *json.pointer_mut(pointer).unwrap() = value.clone();
             json
         };
         let error = changed(file, change).err().unwrap();
-        assert!(
-            error.contains(expected) && error.contains(file),
-            "{pointer}: {error}"
-        );
+        assert!(error.contains(expected) && error.contains(file), "{pointer}: {error}");
     }
-    let error = changed(
-        "config.json",
-        |_| serde_json::json!({"eos_token_id": 151_645}),
-    )
-    .err()
-    .unwrap();
-    assert!(
-        error.contains("config.json: eos_token_id 151645"),
-        "{error}"
-    );
+    let error = changed("config.json", |_| serde_json::json!({"eos_token_id": 151_645})).err().unwrap();
+    assert!(error.contains("config.json: eos_token_id 151645"), "{error}");
 }
 
 #[test]
 fn long_runs_are_encoded_in_time() {
     let started = std::time::Instant::now();
-    for run in [
-        " ",
-        "^",
-        "a",
-        "\n",
-        "<",
-        " \u{200b}",
-        "<\u{ad}",
-        "東",
-        "</mem",
-    ] {
+    for run in [" ", "^", "a", "\n", "<", " \u{200b}", "<\u{ad}", "東", "</mem"] {
         let text = run.repeat(100_000 / run.len());
         for fixture in fixtures() {
             let ids = fixture.tokenizer.encode_untrusted(&text);
