@@ -15,7 +15,7 @@ build *flags:
     cargo build --locked --workspace --bins {{ flags }}
 
 # formatting, lints, every test with a small end-to-end run, schemas and tidiness
-test *flags: lint
+test *flags: lint build
     cargo test --locked --workspace {{ flags }}
 
 # formatting and lints alone

@@ -1,5 +1,7 @@
 //! The whole chain on a tiny model: from facts to a policy updated by reinforcement learning, by the programs alone.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::fmt::Write as _;
 use std::path::Path;
 

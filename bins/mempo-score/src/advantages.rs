@@ -32,11 +32,11 @@ enum Estimator {
 #[derive(Debug, Args, Serialize)]
 pub(crate) struct AdvantagesArguments {
     /// Directory of a finished `mempo-rollout sample`
-    #[arg(long)]
+    #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     rollouts: PathBuf,
     /// Directory of a finished `mempo-score segments` of the same rollout; unused with `--estimator grpo`
-    #[arg(long)]
+    #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     scores: Option<PathBuf>,
     /// Advantages to compute: trajectory and memory, or trajectory alone

@@ -21,15 +21,15 @@ const LARGE_DIFFERENCE: f64 = 0.1;
 #[derive(Debug, Args, Serialize)]
 pub(crate) struct LogprobsArguments {
     /// Directory of a finished `mempo-rollout sample`
-    #[arg(long)]
+    #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     rollouts: PathBuf,
     /// The policy that will be updated
-    #[arg(long)]
+    #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     model: PathBuf,
     /// The policy it is held close to; without it the column is null
-    #[arg(long)]
+    #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     reference: Option<PathBuf>,
     /// Tokens scored at once, padding included

@@ -22,15 +22,15 @@ use crate::sums::{Sums, read_units, write_unit};
 #[derive(Debug, Args, Serialize)]
 pub(crate) struct SegmentsArguments {
     /// Directory of a finished `mempo-rollout sample`
-    #[arg(long)]
+    #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     rollouts: PathBuf,
     /// The tasks that were sampled
-    #[arg(long)]
+    #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     tasks: PathBuf,
     /// The checkpoint that judges: normally the policy itself
-    #[arg(long)]
+    #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     model: PathBuf,
     #[command(flatten)]
