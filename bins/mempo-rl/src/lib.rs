@@ -1,12 +1,10 @@
 //! `mempo-rl`: rollouts and advantages -> the next checkpoint.
 //!
 //! One subcommand, [`train`]. Beside it: [`plan`] chooses the trajectories and orders them into optimizer
-//! steps, [`inputs`] checks what is read, [`load`] joins the tables of some of them into training sequences,
-//! [`metrics`] keeps `metrics.jsonl`.
+//! steps, [`inputs`] checks what is read, [`load`] joins the tables of some of them into training sequences.
 
 mod inputs;
 mod load;
-mod metrics;
 mod plan;
 mod train;
 

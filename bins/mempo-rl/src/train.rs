@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use clap::Args;
 use mempo_model::{DeviceOptions, Model};
-use mempo_run::{ResultExt, Stage, StageArgs};
+use mempo_run::{MetricsFile, ResultExt, Stage, StageArgs};
 use mempo_train::{
     OptimizerOptions, PolicyOptions, PolicyStats, PolicyTrajectory, Trainer, learning_rate_at, verify_state,
 };
@@ -20,7 +20,6 @@ use tracing::{info, warn};
 
 use crate::inputs::{Inputs, temperature};
 use crate::load::Source;
-use crate::metrics::{Metric, MetricsFile};
 use crate::plan::{PlannedStep, Selection, plan_steps, window};
 
 const RESUME: &str = "resume";
@@ -107,6 +106,22 @@ pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     training.finish(&selection)
 }
 
+/// What one optimizer step did, a line of the metrics. A number that is not finite is written as null.
+#[derive(Debug, Serialize)]
+struct Metric {
+    /// From 1, in this run.
+    step: u64,
+    /// Over all runs that handed the trainer state on.
+    global_step: u64,
+    epoch: u32,
+    learning_rate: f64,
+    /// Mean over the step's trajectories.
+    reward_mean: f64,
+    trajectories: u64,
+    #[serde(flatten)]
+    stats: PolicyStats,
+}
+
 /// A run under way.
 struct Training<'a> {
     arguments: &'a TrainArguments,
@@ -135,7 +150,7 @@ impl<'a> Training<'a> {
             continued = Some(trainer.dir());
         }
         let trainer = Trainer::new(model, &arguments.optimizer, continued).bad_input()?;
-        let metrics = MetricsFile::open(&stage.dir().join("metrics.jsonl"), saved as u64)?;
+        let metrics = MetricsFile::open(stage.dir(), saved as u64)?;
         Ok(Self { arguments, stage, trainer, metrics, temperature: temperature(&inputs.rollouts)?, saved })
     }
 
@@ -216,7 +231,7 @@ impl<'a> Training<'a> {
     fn finish(self, selection: &Selection) -> anyhow::Result<()> {
         self.metrics.sync()?;
         self.trainer.save_checkpoint(&self.arguments.model, self.stage.dir())?;
-        let summary = summary(&self.metrics.lines, selection);
+        let summary = summary(&self.metrics, selection);
         info!("{summary}");
         let resume = self.stage.dir().join(RESUME);
         self.stage.finish(&[], summary)?;
@@ -237,10 +252,9 @@ fn read_progress(resume: &Path) -> anyhow::Result<usize> {
     Ok(steps as usize)
 }
 
-fn summary(lines: &[Value], selection: &Selection) -> Value {
-    let count = lines.len().max(1) as f64;
-    let mean = |name: &str| lines.iter().filter_map(|line| line[name].as_f64()).sum::<f64>() / count;
-    let last = |name: &str| lines.last().map(|line| line[name].clone());
+fn summary(metrics: &MetricsFile, selection: &Selection) -> Value {
+    let lines = metrics.lines();
+    let mean = |name: &str| metrics.numbers(name).map(|(_, value)| value).sum::<f64>() / lines.len().max(1) as f64;
     json!({
         "optimizer_steps": lines.len(),
         "skipped_steps": lines.iter().filter(|line| line["skipped"] == true).count(),
@@ -251,9 +265,9 @@ fn summary(lines: &[Value], selection: &Selection) -> Value {
         "reward_mean": mean("reward_mean"),
         "clip_fraction_mean": mean("clip_fraction"),
         "gradient_norm_mean": mean("gradient_norm"),
-        "last_loss": last("loss"),
-        "last_kl": last("kl"),
-        "last_entropy": last("entropy"),
-        "global_step": last("global_step"),
+        "last_loss": metrics.last("loss"),
+        "last_kl": metrics.last("kl"),
+        "last_entropy": metrics.last("entropy"),
+        "global_step": metrics.last("global_step"),
     })
 }

@@ -40,10 +40,12 @@ pub(crate) struct SampleArguments {
     /// Trajectories a task
     #[arg(long, value_name = "N", default_value = "16")]
     group_size: NonZeroUsize,
-    /// What a step sees of the past: its last step alone, or every step
-    #[arg(long, default_value = "mempo", value_parser = ["mempo", "react"])]
+    /// What a step sees of the past: its last step alone (mempo), every step (react), or nothing, so that it must
+    /// answer at once (closed-book)
+    #[arg(long, default_value = "mempo", value_parser = ["mempo", "react", "closed-book"])]
     context: String,
-    /// How the agent talks: a built-in profile or a folder with profile.json and system.txt [default: as --context]
+    /// How the agent talks: a built-in profile or a folder with profile.json and system.txt [default: as --context;
+    /// react for closed-book]
     #[arg(long, value_name = "NAME|DIR")]
     #[serde(skip)]
     profile: Option<String>,
@@ -106,7 +108,8 @@ impl Inputs {
 
 impl SampleArguments {
     fn profile(&self) -> &str {
-        self.profile.as_deref().unwrap_or(&self.context)
+        let default = if self.context == "closed-book" { "react" } else { &self.context };
+        self.profile.as_deref().unwrap_or(default)
     }
 }
 

@@ -72,6 +72,10 @@ impl Encoder {
     /// Loads tokenizer and template from `dir`; `profile` is a name or a folder.
     pub(crate) fn load(dir: &Path, profile: &str, context: &str) -> anyhow::Result<Self> {
         let context = context_policy(context).usage()?;
+        if context.answers_at_once() {
+            let name = context.name();
+            return Err(anyhow!("--context {name} is for evaluation; choose `mempo` or `react`")).usage();
+        }
         let tokenizer = Arc::new(Tokenizer::load(dir).bad_input()?);
         let profile = Profile::load(profile).usage()?;
         let plain = Profile { system: String::new(), user: "{question}".to_owned(), ..profile.clone() };

@@ -42,9 +42,9 @@ pub(crate) struct InitArguments {
     /// Make each space a token of its own, so that a word has the same ids wherever it stands
     #[arg(long)]
     separate_spaces: bool,
-    /// Begin with a first layer that attends to the previous token, this strongly (6 is strong): a small model learns to
-    /// copy from its prompt many times sooner (families with query and key biases)
-    #[arg(long, value_name = "STRENGTH")]
+    /// Begin with heads in the first layer that attend to the previous token, this strongly (6 is strong): a small
+    /// model learns to copy from its prompt many times sooner (families with query and key biases)
+    #[arg(long, value_name = "STRENGTH", value_parser = strength)]
     previous_token_heads: Option<f64>,
     #[command(flatten)]
     #[serde(skip)]
@@ -59,6 +59,7 @@ pub(crate) fn run(arguments: &InitArguments) -> anyhow::Result<()> {
     let corpus_input = Input::files("corpus", &files)?;
     let mut config = read_json(&arguments.config)?;
     let vocabulary_size = wanted_size(&config, arguments)?;
+    check(&config, vocabulary_size, arguments)?;
     let stage = Stage::open("mempo-sft", "init", &arguments.stage, arguments, &[&config_input, &corpus_input])?;
     let Some(stage) = stage else { return Ok(()) };
 
@@ -82,6 +83,27 @@ pub(crate) fn run(arguments: &InitArguments) -> anyhow::Result<()> {
     info!("a model of {parameters} parameters, {} tokens in the vocabulary", tokenizer.vocabulary_size());
     let summary = json!({ "parameters": parameters, "vocabulary_size": tokenizer.vocabulary_size() });
     stage.finish(&[], summary)
+}
+
+fn strength(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number > 0.0);
+    number.ok_or_else(|| "expected a number above 0".to_owned())
+}
+
+/// Refuses, before anything is written, a model that cannot be made.
+fn check(config: &Value, vocabulary_size: usize, arguments: &InitArguments) -> anyhow::Result<()> {
+    let mut config = config.clone();
+    config["vocab_size"] = json!(vocabulary_size);
+    let config = Config::from_value(config, &arguments.config).bad_input()?;
+    if arguments.previous_token_heads.is_some() && !config.has_attention_biases() {
+        let (path, family) = (arguments.config.display(), &config.model_type);
+        return Err(anyhow!(
+            "{path}: --previous-token-heads needs query and key biases, which model_type `{family}` has not; \
+             leave it out or use `qwen2`"
+        ))
+        .bad_input();
+    }
+    Ok(())
 }
 
 /// Random weights in float32 on the CPU, so that the machine makes no difference; their number.

@@ -11,7 +11,6 @@ mod counts;
 mod dataset;
 mod encode;
 mod init;
-mod metrics;
 mod schedule;
 mod show;
 mod source;

@@ -9,14 +9,13 @@ use std::time::Instant;
 
 use anyhow::{Context, anyhow};
 use mempo_model::{Config, DeviceOptions, Model, Runtime};
-use mempo_run::{Input, Progress, ResultExt, Stage, StageArgs};
+use mempo_run::{Input, MetricsFile, Progress, ResultExt, Stage, StageArgs};
 use mempo_train::{OptimizerOptions, StepStats, TrainSequence, Trainer, learning_rate_at};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tracing::{info, warn};
 
 use crate::dataset::{Dataset, ModelLimits};
-use crate::metrics::{Metric, MetricsFile};
 use crate::schedule::{PlannedStep, plan_steps};
 
 const RESUME: &str = "resume";
@@ -103,6 +102,28 @@ pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     training.finish(plan.len())
 }
 
+/// What one optimizer step did, a line of the metrics.
+#[derive(Debug, Serialize)]
+struct Metric {
+    /// From 1: how many steps were done.
+    step: u64,
+    /// From 0.
+    epoch: u32,
+    /// Mean negative log-probability of the step's target tokens, in nats, before the update; null if not finite.
+    loss: f64,
+    /// Of this step.
+    learning_rate: f64,
+    /// Before clipping; null if not finite: then the weights were left as they were.
+    gradient_norm: f64,
+    /// Tokens of the step, padding left out.
+    tokens: u64,
+    /// Targets among them.
+    target_tokens: u64,
+    /// The same mean over the validation examples after the update, where it was taken; null if not finite.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    validation_loss: Option<f64>,
+}
+
 /// A run under way.
 struct Training<'a> {
     arguments: &'a TrainArguments,
@@ -131,7 +152,7 @@ impl<'a> Training<'a> {
         if saved_step > 0 {
             info!("continuing after optimizer step {saved_step}");
         }
-        let metrics = MetricsFile::open(&stage.dir().join("metrics.jsonl"), saved_step)?;
+        let metrics = MetricsFile::open(stage.dir(), saved_step)?;
         Ok(Self { arguments, stage, dataset, validation, trainer, metrics, saved_step })
     }
 
@@ -174,15 +195,15 @@ impl<'a> Training<'a> {
         progress.message(format!("loss {:.4}{at_validation}, {tokens_per_second:.0} tokens/s", stats.loss));
         progress.inc(1);
         self.stage.timing(&json!({ "step": done + 1, "seconds": elapsed, "tokens_per_second": tokens_per_second }));
-        self.metrics.push(Metric {
+        self.metrics.push(&Metric {
             step: done + 1,
             epoch: planned.epoch,
-            loss: finite(stats.loss),
+            loss: stats.loss,
             learning_rate,
-            gradient_norm: finite(stats.gradient_norm),
+            gradient_norm: stats.gradient_norm,
             tokens: stats.tokens,
             target_tokens: stats.target_tokens,
-            validation_loss: validation_loss.and_then(finite),
+            validation_loss,
         })
     }
 
@@ -224,20 +245,17 @@ impl<'a> Training<'a> {
     }
 }
 
-fn finite(value: f64) -> Option<f64> {
-    value.is_finite().then_some(value)
-}
-
 fn summary(metrics: &MetricsFile, planned_steps: usize) -> Value {
-    let sum = |of: fn(&Metric) -> u64| metrics.lines.iter().map(of).sum::<u64>();
+    let sum = |name: &str| metrics.lines().iter().filter_map(|line| line[name].as_u64()).sum::<u64>();
+    let best = metrics.numbers("validation_loss").min_by(|left, right| left.1.total_cmp(&right.1));
     json!({
         "optimizer_steps": planned_steps,
-        "tokens": sum(|line| line.tokens),
-        "target_tokens": sum(|line| line.target_tokens),
-        "skipped_steps": metrics.lines.iter().filter(|line| line.gradient_norm.is_none()).count(),
-        "first_loss": metrics.lines.first().and_then(|line| line.loss),
-        "last_loss": metrics.lines.last().and_then(|line| line.loss),
-        "best_validation_loss": metrics.best_validation().map(|(_, loss)| loss),
-        "best_validation_step": metrics.best_validation().map(|(step, _)| step),
+        "tokens": sum("tokens"),
+        "target_tokens": sum("target_tokens"),
+        "skipped_steps": metrics.lines().iter().filter(|line| line["gradient_norm"].is_null()).count(),
+        "first_loss": metrics.lines().first().map(|line| line["loss"].clone()),
+        "last_loss": metrics.last("loss"),
+        "best_validation_loss": best.map(|(_, loss)| loss),
+        "best_validation_step": best.map(|(index, _)| index + 1),
     })
 }

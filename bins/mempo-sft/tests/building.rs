@@ -152,6 +152,9 @@ fn trajectories_without_memory_need_the_react_context() {
     let (message, code) = build_refusal(&dir.path().join("b"), &input, &["--context", "reakt"]);
     assert!(message.contains("unknown context policy `reakt`"), "{message}");
     assert_eq!(code, 2);
+    let (message, code) = build_refusal(&dir.path().join("b"), &input, &["--context", "closed-book"]);
+    assert!(message.contains("choose `mempo` or `react`"), "{message}");
+    assert_eq!(code, 2);
     build(&dir.path().join("b"), &[&input], &["--context", "react"]).unwrap();
     assert_eq!(examples(&dir.path().join("b")).len(), 6);
 }
@@ -467,4 +470,22 @@ fn init_is_the_outcome_of_its_inputs_and_seed() {
     assert_eq!(config["vocab_size"], json!(tokenizer.vocabulary_size()));
     assert!(tokenizer.vocabulary_size() <= 300);
     assert!(tokenizer.end_of_turn_ids().contains(&(config["eos_token_id"].as_i64().unwrap() as i32)));
+}
+
+#[test]
+fn init_refuses_before_anything_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let (config, corpus) = (fixture::config(dir.path()), corpus(dir.path()));
+    let llama = fs_err::read_to_string(&config).unwrap().replace("Qwen2", "Llama").replace("qwen2", "llama");
+    let (llama, out) = (write(&dir.path().join("llama.json"), &llama), dir.path().join("out"));
+    let init = |config: &Path, strength: &str| {
+        let files = ["--config", text(config), "--corpus", text(&corpus), "--previous-token-heads", strength];
+        let error = mempo_sft(&[&["init", "--out", text(&out), "--vocabulary-size", "300"][..], &files].concat());
+        format!("{:#}", error.unwrap_err())
+    };
+    assert!(init(&llama, "6").contains("query and key biases, which model_type `llama` has not"));
+    for strength in ["0", "nan", "-1"] {
+        assert!(init(&config, strength).contains("--previous-token-heads"), "{strength}");
+    }
+    assert!(!out.exists());
 }

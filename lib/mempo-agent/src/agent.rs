@@ -42,7 +42,7 @@ impl Agent<'_> {
     pub fn run_unit(&self, engine: &mut dyn Engine, tasks: &[Task]) -> Result<Unit, Error> {
         let group = |task| (0..self.group_size as i32).map(move |index| Attempt::new(task, index));
         let mut attempts: Vec<Attempt<'_>> = tasks.iter().flat_map(group).collect();
-        for _ in 0..self.limits.max_steps {
+        for _ in 0..self.max_steps() {
             let active = self.prompts(&mut attempts)?;
             if active.is_empty() {
                 break;
@@ -71,8 +71,9 @@ impl Agent<'_> {
             .map(|attempt| {
                 let carried = self.context.carried(&attempt.steps);
                 let prompt = self.builder.prompt(&attempt.task.question, &carried);
-                let prompt =
+                let mut prompt =
                     prompt.map_err(|source| Error::Prompt { task_id: attempt.task.task_id.clone(), source })?;
+                prompt.extend(self.opening());
                 if prompt.len() <= self.limits.max_prompt_tokens {
                     return Ok(Some((attempt, prompt)));
                 }
@@ -82,6 +83,16 @@ impl Agent<'_> {
             })
             .collect();
         Ok(prompts?.into_iter().flatten().collect())
+    }
+
+    /// What every completion begins with, put there instead of generated.
+    pub(crate) fn opening(&self) -> Vec<i32> {
+        if self.context.answers_at_once() { self.builder.answer_opening_ids() } else { Vec::new() }
+    }
+
+    /// Steps a trajectory may have.
+    pub(crate) fn max_steps(&self) -> usize {
+        if self.context.answers_at_once() { 1 } else { self.limits.max_steps }
     }
 
     fn request(&self, attempt: &Attempt<'_>, prompt_ids: &[i32]) -> Request {

@@ -1,7 +1,7 @@
 //! A trajectory in the making: its steps so far, how it ended, what it cost.
 
 use mempo_data::{Status, Step, StopReason, Task, Trajectory};
-use mempo_text::{ParsedCompletion, ToolCall, parse_completion};
+use mempo_text::{ParsedCompletion, ToolCall, parse_continuation};
 
 use crate::outcome::{format_problem, outcome, row_segments};
 use crate::{Agent, Generation, ToolFailure, observation};
@@ -49,7 +49,7 @@ impl<'t> Attempt<'t> {
             return self.stop(Status::EngineError, &format!("{ids} ids came with {logprobs} log-probabilities"));
         }
         let profile = agent.builder.profile();
-        let parsed = parse_completion(agent.builder.tokenizer(), &generation.ids, profile);
+        let parsed = parse_continuation(agent.builder.tokenizer(), &agent.opening(), &generation.ids, profile);
         let readable = !matches!(parsed.tool_call, Some(Err(_)));
         self.tags_valid &= readable && format_problem(profile.memory, self.steps.len(), &parsed).is_none();
         self.unique_tokens += new_tokens(&self.steps, &prompt_ids) + generation.ids.len();
@@ -75,11 +75,11 @@ impl<'t> Attempt<'t> {
     }
 
     fn act(&mut self, agent: &Agent<'_>, parsed: ParsedCompletion, step: &mut Step) {
-        let last = self.steps.len() + 1 == agent.limits.max_steps;
+        let last = self.steps.len() + 1 == agent.max_steps();
         match (parsed.answer, parsed.tool_call) {
             (Some(answer), _) => self.end = Some(End { status: Status::Ok, answer: Some(answer), error: None }),
             (None, Some(_)) if last => {
-                self.stop(Status::MaxSteps, &format!("no answer within {} steps", agent.limits.max_steps));
+                self.stop(Status::MaxSteps, &format!("no answer within {} steps", agent.max_steps()));
             }
             (None, Some(Ok(call))) => self.call(agent, &call, step),
             (None, Some(Err(problem))) => self.correct(agent, format!("Error: {problem}"), step),

@@ -19,7 +19,7 @@ mod toolbox;
 use std::path::PathBuf;
 
 pub use agent::{Agent, Unit};
-pub use context::{ContextPolicy, Mempo, React, context_policy};
+pub use context::{ClosedBook, ContextPolicy, Mempo, React, context_policy};
 pub use engine::{Engine, Generation, Request};
 pub use options::{LimitOptions, SamplingOptions};
 pub use outcome::{Outcome, format_problem, outcome, row_segments};
@@ -30,7 +30,7 @@ pub use toolbox::{ToolFailure, Toolbox};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A name that no context policy bears.
-    #[error("unknown context policy `{0}`: choose `mempo` or `react`")]
+    #[error("unknown context policy `{0}`: choose `mempo`, `react` or `closed-book`")]
     UnknownContext(String),
     /// The search index can't be written, opened or read.
     #[error("search index {}: {source}", path.display())]

@@ -151,8 +151,8 @@ fn steps() -> Vec<Column> {
             "segments",
             list(segment),
             "",
-            "Half-open ranges over `completion_ids`, tags included, in order, never overlapping; a token that straddles \
-             two belongs to the earlier. Kinds: `memory`, `think`, `tool_call`, `answer`.",
+            "Half-open ranges over `completion_ids`, tags included (an opening tag that ends the prompt is not), in order, \
+             never overlapping; a token that straddles two belongs to the earlier. Kinds: `memory`, `think`, `tool_call`, `answer`.",
         ),
         Column::new("completion", Utf8, "", "The completion as text (derived)."),
         Column::new("observation", Utf8, "", "What the environment replied, as text; null if nothing did.").nullable(),

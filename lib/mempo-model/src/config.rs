@@ -128,10 +128,17 @@ impl Config {
 
     /// Reads and checks a config file of any name.
     pub fn read(path: &Path) -> Result<Self, Error> {
-        let text = fs_err::read_to_string(path)?;
+        Self::checked(serde_json::from_str(&fs_err::read_to_string(path)?), path)
+    }
+
+    /// Checks the content of a config file that was read from `path`.
+    pub fn from_value(value: Value, path: &Path) -> Result<Self, Error> {
+        Self::checked(serde_json::from_value(value), path)
+    }
+
+    fn checked(config: Result<Self, serde_json::Error>, path: &Path) -> Result<Self, Error> {
         let problem = |problem| Error::Config { path: path.to_owned(), problem };
-        let config: Self =
-            serde_json::from_str(&text).map_err(|error| problem(format!("not a model's config: {error}")))?;
+        let config = config.map_err(|error| problem(format!("not a model's config: {error}")))?;
         config.check().map_err(problem)?;
         Ok(config)
     }
@@ -149,6 +156,11 @@ impl Config {
             "llama" => Some(Family::Llama),
             _ => None,
         }
+    }
+
+    /// Whether queries and keys have biases.
+    pub fn has_attention_biases(&self) -> bool {
+        self.family() == Some(Family::Qwen2)
     }
 
     /// `K`.

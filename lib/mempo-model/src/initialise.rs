@@ -31,25 +31,28 @@ impl Model {
         Ok(model)
     }
 
-    /// Makes every head of the first layer begin as one that attends to the token before, by its query and key biases
-    /// alone: with rotary positions a query `(s, 0)` in each rotated pair meets the key `s (cos f, sin f)` best at
-    /// distance 1, `f` being the pair's frequency. Copying from the prompt (an induction head is such a head and one
+    /// Makes the first query head of every group of the first layer begin as one that attends to the token before, by
+    /// query and key biases alone: with rotary positions a query `(s, 0)` in each rotated pair meets the key
+    /// `s (cos f, sin f)` best at distance 1, `f` being the pair's frequency. All keys of the layer carry that bias;
+    /// the other query heads are left as they are. Copying from the prompt (an induction head is such a head and one
     /// above it) is then found within some million tokens of training instead of some hundred million.
     pub fn attend_to_previous_token(&mut self, strength: f64) -> Result<(), Error> {
         let _guard = tch::no_grad_guard();
-        let half = self.config.head_size() / 2;
+        let (head_size, groups) = (self.config.head_size(), self.config.key_value_heads());
+        let half = head_size / 2;
         let frequencies: Vec<f64> =
             (0..half).map(|pair| self.config.rotary_base().powf(-(pair as f64) / half as f64)).collect();
-        let query: Vec<f64> = (0..2 * half).map(|index| if index < half { strength } else { 0.0 }).collect();
+        let query: Vec<f64> = (0..head_size).map(|index| if index < half { strength } else { 0.0 }).collect();
         let sines = frequencies.iter().map(|frequency| strength * frequency.sin());
         let key: Vec<f64> = frequencies.iter().map(|frequency| strength * frequency.cos()).chain(sines).collect();
         for (projection, head) in [("q_proj", query), ("k_proj", key)] {
-            let name = |kind: &str| format!("model.layers.0.self_attn.{projection}.{kind}");
-            let bias = self.named(&name("bias"))?;
-            let head = Tensor::from_slice(&head).to_kind(Kind::Float);
-            let heads = bias.numel() as i64 / (2 * half);
-            bias.shallow_clone().copy_(&head.repeat([heads]));
-            let _ = self.named(&name("weight"))?.shallow_clone().g_mul_scalar_(RANDOM_SHARE);
+            // The first head of each group, as a view `[groups, head_size, ..]`.
+            let first_heads = |kind: &str| -> Result<Tensor, Error> {
+                let tensor = self.named(&format!("model.layers.0.self_attn.{projection}.{kind}"))?;
+                Ok(tensor.unflatten(0, [groups, -1, head_size]).select(1, 0))
+            };
+            first_heads("bias")?.copy_(&Tensor::from_slice(&head).to_kind(Kind::Float));
+            let _ = first_heads("weight")?.g_mul_scalar_(RANDOM_SHARE);
         }
         Ok(())
     }
@@ -77,6 +80,23 @@ mod tests {
             "tie_word_embeddings": true, "initializer_range": 0.05
         }))
         .unwrap()
+    }
+
+    #[test]
+    fn other_query_heads_stay_as_they_are() {
+        let runtime = Runtime { device: Device::Cpu, kind: Kind::Float };
+        let of = |model: &Model, name: &str| {
+            let tensor = model.named(&format!("model.layers.0.self_attn.q_proj.{name}")).unwrap();
+            tensor.unflatten(0, [2, 16]).copy()
+        };
+        let mut model = Model::initialise(config(), 3, &runtime).unwrap();
+        let before = [of(&model, "weight"), of(&model, "bias")];
+        model.attend_to_previous_token(6.0).unwrap();
+        for (before, name) in before.iter().zip(["weight", "bias"]) {
+            let after = of(&model, name);
+            assert_ne!(before.get(0), after.get(0), "{name}");
+            assert_eq!(before.get(1), after.get(1), "{name}");
+        }
     }
 
     /// Changing a token changes what is computed one position later more than anywhere further on.

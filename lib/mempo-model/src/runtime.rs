@@ -37,6 +37,13 @@ pub struct Runtime {
     pub kind: Kind,
 }
 
+impl Runtime {
+    /// Whether it computes in 32-bit floating point.
+    pub fn is_f32(&self) -> bool {
+        self.kind == Kind::Float
+    }
+}
+
 impl DeviceOptions {
     /// Loads the GPU libraries if they may be needed, sets the thread count, and settles device and number format.
     /// Must come before anything else that touches libtorch.

@@ -122,6 +122,22 @@ pub fn parse_completion(tokenizer: &Tokenizer, ids: &[i32], profile: &Profile) -
     }
 }
 
+/// The same for a completion whose prompt ends with an `opening`, as `<answer>`: a segment begun there counts, from the
+/// first id of the completion on.
+pub fn parse_continuation(tokenizer: &Tokenizer, opening: &[i32], ids: &[i32], profile: &Profile) -> ParsedCompletion {
+    let mut parsed = parse_completion(tokenizer, &[opening, ids].concat(), profile);
+    if opening.is_empty() {
+        return parsed;
+    }
+    parsed.text = String::from_utf8_lossy(&bytes_of(tokenizer, ids).0).into_owned();
+    parsed.segments.retain_mut(|segment| {
+        let Range { start, end } = segment.range;
+        segment.range = start.saturating_sub(opening.len())..end.saturating_sub(opening.len());
+        !segment.range.is_empty()
+    });
+    parsed
+}
+
 /// The bytes of the ids, and where each id's bytes end.
 pub(crate) fn bytes_of(tokenizer: &Tokenizer, ids: &[i32]) -> (Vec<u8>, Vec<usize>) {
     let mut bytes = Vec::new();

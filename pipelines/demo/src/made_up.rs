@@ -8,6 +8,7 @@ use anyhow::Context;
 use mempo_data::Document;
 use regex::{Captures, Regex};
 
+use crate::passages::place;
 use crate::questions::Question;
 use crate::random::Random;
 use crate::work::Search;
@@ -32,9 +33,11 @@ const LONGEST_WORD: usize = 12;
 /// Letters that words of one stem share, and that may follow them in the word known first.
 const STEM: usize = 4;
 const LONGEST_ENDING: usize = 3;
-/// Share of names and values that stay as they are, of words that are taken whole, of documents with other numbers.
+/// Share of names and values that stay as they are, of words that are taken whole, of fields with other words and with
+/// other numbers: what is asked for must not stand out as the only invented part of its document.
 const SAME: f64 = 0.05;
 const WHOLE_WORD: f64 = 0.3;
+const OTHER_WORDS: f64 = 0.5;
 const OTHER_NUMBERS: f64 = 0.5;
 
 static WORD: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\p{Alphabetic}+|[0-9]+").expect("a constant expression"));
@@ -85,10 +88,7 @@ impl<'a> Inventor<'a> {
             hop.query = rename(&hop.query, &names);
             hop.value = rename(&hop.value, &names);
             document.title = rename(&document.title, &names);
-            document.text = rename(&document.text, &names);
-            if random.chance(OTHER_NUMBERS) {
-                document.text = self.other_numbers(&document.text, &names, random);
-            }
+            document.text = self.other_fields(&rename(&document.text, &names), &names, random);
             found.0.insert(hop.query.clone(), document);
         }
         Ok((question, found))
@@ -153,19 +153,28 @@ impl<'a> Inventor<'a> {
         if upper { word.to_uppercase() } else { word }
     }
 
-    /// The text with other numbers wherever they are not part of an invented name.
-    fn other_numbers(&self, text: &str, names: &[(String, String)], random: &mut Random) -> String {
+    /// The text with other words and numbers in some of its fields, but not in labels or invented names.
+    fn other_fields(&self, text: &str, names: &[(String, String)], random: &mut Random) -> String {
         let of_names: Vec<(usize, usize)> = names
             .iter()
             .flat_map(|(_, name)| text.match_indices(name).map(|(at, part)| (at, at + part.len())))
             .collect();
-        let replace = |found: &Captures<'_>| {
-            let range = found.get_match().range();
-            let is_number = found[0].as_bytes()[0].is_ascii_digit();
-            let inside = of_names.iter().any(|(start, end)| range.start < *end && *start < range.end);
-            if is_number && !inside { self.word(&found[0], random) } else { found[0].to_owned() }
-        };
-        WORD.replace_all(text, replace).into_owned()
+        let (mut other, mut invented, mut start) = (String::new(), Vec::new(), 0);
+        for field in text.split_inclusive("; ") {
+            let label = field.split_once(": ").map_or(field, |(label, _)| label);
+            let content = start + if place(label).is_some() { label.len() } else { 0 };
+            let (words, numbers) = (random.chance(OTHER_WORDS), random.chance(OTHER_NUMBERS));
+            let replace = |found: &Captures<'_>| {
+                let range = found.get_match().range();
+                let (from, to) = (start + range.start, start + range.end);
+                let fixed = from < content || of_names.iter().any(|name| from < name.1 && name.0 < to);
+                let wanted = if found[0].as_bytes()[0].is_ascii_digit() { numbers } else { words };
+                if wanted && !fixed { self.invent(&found[0], &mut invented, random) } else { found[0].to_owned() }
+            };
+            other += &WORD.replace_all(field, replace);
+            start += field.len();
+        }
+        other
     }
 }
 
@@ -268,7 +277,7 @@ mod tests {
         let (questions, documents) = example();
         let inventor = Inventor::new(&questions, &documents).unwrap();
         let mut random = Random::new(1);
-        let mut distinct = HashSet::new();
+        let (mut distinct, mut other_words) = (HashSet::new(), 0);
         for _ in 0..200 {
             let (question, mut found) = inventor.question(true, &mut random).unwrap();
             let hops = &question.metadata.hops;
@@ -281,9 +290,12 @@ mod tests {
             }
             let last = found.documents(&hops[1].query).unwrap();
             assert_eq!(hops[1].query, format!("capital of {}", last[0].title));
+            assert!(last[0].text.contains("; time: "), "{last:?}");
+            other_words += usize::from(!last[0].text.contains("hours ahead"));
             distinct.insert(question.golden_answers[0].clone());
         }
         assert!(distinct.len() > 100, "{}", distinct.len());
+        assert!((60..140).contains(&other_words), "{other_words}");
     }
 
     #[test]

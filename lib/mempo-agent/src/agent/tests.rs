@@ -6,7 +6,7 @@ use mempo_text::{ChatTemplate, NewTokenizer, Profile, Tokenizer, ToolSpec, train
 
 use super::*;
 use crate::toolbox::tests::scripted;
-use crate::{Mempo, React};
+use crate::{ClosedBook, Mempo, React};
 
 const SEARCH: &str =
     r#"<mem>none yet</mem><think>look</think><tool_call>{"name": "search", "arguments": {"query": "red"}}</tool_call>"#;
@@ -264,6 +264,20 @@ fn each_context_policy_shows_its_steps_and_no_others() {
             assert_eq!(trajectory.unique_tokens, trajectory.peak_tokens, "react only appends");
         }
     }
+}
+
+#[test]
+fn a_closed_book_must_answer_at_once() {
+    let builder = builder("react");
+    let setting = Setting { context: &ClosedBook, ..Setting::new(&builder) };
+    let (trajectory, steps) = setting.play(&["red; blue</answer>"]);
+    assert!(steps[0].prompt_ids.ends_with(&builder.answer_opening_ids()));
+    assert_eq!((trajectory.status, trajectory.reward, trajectory.step_count), (Status::Ok, Some(1.0), 1));
+    assert_eq!(steps[0].completion, "red; blue</answer>");
+    let length = steps[0].completion_ids.len() as i32;
+    assert_eq!(steps[0].segments, [mempo_data::Segment { kind: SegmentKind::Answer, start: 0, end: length }]);
+    let (trajectory, steps) = setting.play(&[SEARCH]);
+    assert_eq!((trajectory.reward, trajectory.tool_calls, steps.len()), (Some(0.0), 0, 1), "{:?}", trajectory.error);
 }
 
 /// Each trajectory ends at a step of its own; a unit of one task alone gives the same rows as one of many.

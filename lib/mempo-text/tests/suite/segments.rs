@@ -1,6 +1,6 @@
 //! The segment grammar against a table of completions and, for any ids, against its promises.
 
-use mempo_text::{ParsedCompletion, Profile, SegmentKind, Tokenizer, parse_completion};
+use mempo_text::{ParsedCompletion, Profile, SegmentKind, Tokenizer, parse_completion, parse_continuation};
 use proptest::prelude::*;
 
 use crate::fixture::{Fixture, TINY, fixtures};
@@ -37,6 +37,26 @@ fn well_formed_steps() {
         assert_eq!((call.name.as_str(), call.arguments["query"].as_str()), ("search", Some("x")));
         let parsed = parse(fixture, &fixture.tokenizer.encode_plain("<answer> a; b\n</answer>"));
         assert_eq!(parsed.answer.as_deref(), Some("a; b"));
+    }
+}
+
+#[test]
+fn a_segment_may_begin_in_the_prompt() {
+    let profile = Profile::load("mempo").unwrap();
+    for fixture in fixtures() {
+        let encode = |text: &str| fixture.tokenizer.encode_plain(text);
+        let ids = encode("a; b</answer>");
+        let whole = encode("<mem>m</mem><answer>");
+        for opening in [encode("<answer>"), whole] {
+            let parsed = parse_continuation(&fixture.tokenizer, &opening, &ids, &profile);
+            assert_eq!((parsed.answer.as_deref(), parsed.text.as_str()), (Some("a; b"), "a; b</answer>"));
+            assert!(parsed.problems.is_empty(), "{:?}", parsed.problems);
+            // The memory lies in the prompt; the answer is all that was written.
+            let ranges: Vec<_> = parsed.segments.iter().map(|segment| segment.range.clone()).collect();
+            assert_eq!(ranges, std::slice::from_ref(&(0..ids.len())));
+        }
+        let step = encode(&format!("<mem>m</mem>{CALL}"));
+        assert_eq!(parse_continuation(&fixture.tokenizer, &[], &step, &profile), parse(fixture, &step));
     }
 }
 
