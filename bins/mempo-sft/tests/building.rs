@@ -484,7 +484,7 @@ fn init_refuses_before_anything_is_written() {
         format!("{:#}", error.unwrap_err())
     };
     assert!(init(&llama, "6").contains("query and key biases, which model_type `llama` has not"));
-    for strength in ["0", "nan", "-1"] {
+    for strength in ["0", "nan", "inf"] {
         assert!(init(&config, strength).contains("--previous-token-heads"), "{strength}");
     }
     assert!(!out.exists());

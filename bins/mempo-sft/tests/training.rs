@@ -57,9 +57,9 @@ fn loss_falls_on_a_toy_set_and_the_checkpoint_can_be_trained_on() {
     assert_eq!(summary["optimizer_steps"], lines.len());
     let best = summary["best_validation_step"].as_u64().unwrap() as usize;
     let validation = |line: &Value| line["validation_loss"].as_f64();
-    let least = lines.iter().filter_map(validation).fold(f64::INFINITY, f64::min);
-    assert_eq!(validation(&lines[best - 1]), Some(least));
-    assert_eq!(summary["best_validation_loss"], least);
+    let lowest = lines.iter().filter_map(validation).fold(f64::INFINITY, f64::min);
+    assert_eq!(validation(&lines[best - 1]), Some(lowest));
+    assert_eq!(summary["best_validation_loss"], lowest);
     assert!(!out.join("resume").exists());
     for name in ["config.json", "tokenizer.json", "generation_config.json"] {
         assert_eq!(fs_err::read(out.join(name)).unwrap(), fs_err::read(model_dir().join(name)).unwrap(), "{name}");

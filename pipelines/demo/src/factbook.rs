@@ -16,6 +16,9 @@ const SPLITS: [(&str, &[&str]); 3] = [
     ("test", &["central-america-n-caribbean", "south-america"]),
 ];
 const LONGEST_NAME: usize = 30;
+/// Entities of a block, outside training: tasks are about entities of one block, so that tasks of different blocks are
+/// independent of each other. As many as a task may have questions.
+const BLOCK: usize = 4;
 
 /// A country or territory.
 #[derive(Debug, Clone)]
@@ -23,6 +26,8 @@ pub(crate) struct Entity {
     pub(crate) code: String,
     pub(crate) name: String,
     pub(crate) split: &'static str,
+    /// What its questions name as their source, which tasks do not mix: the split, with its block outside training.
+    pub(crate) source: String,
     fields: Value,
 }
 
@@ -79,11 +84,23 @@ pub(crate) fn read(files: &[PathBuf]) -> anyhow::Result<(Vec<Entity>, u64)> {
             None => left_out += 1,
         }
     }
-    Ok((entities.into_values().collect(), left_out))
+    let mut entities: Vec<Entity> = entities.into_values().collect();
+    name_blocks(&mut entities);
+    Ok((entities, left_out))
+}
+
+/// Cuts dev and test into blocks, in the order of codes.
+fn name_blocks(entities: &mut [Entity]) {
+    for split in ["dev", "test"] {
+        for (index, entity) in entities.iter_mut().filter(|entity| entity.split == split).enumerate() {
+            entity.source = format!("factbook-{split}-{}", index / BLOCK);
+        }
+    }
 }
 
 fn entity(code: &str, split: &'static str, fields: Value) -> Option<Entity> {
-    let mut entity = Entity { code: code.to_owned(), name: String::new(), split, fields };
+    let mut entity =
+        Entity { code: code.to_owned(), name: String::new(), split, source: format!("factbook-{split}"), fields };
     let name = ["short", "long"].into_iter().find_map(|form| {
         let name = entity.text(&format!("Government/Country name/conventional {form} form"))?;
         (name.to_lowercase() != "none").then_some(name)
@@ -125,6 +142,19 @@ mod tests {
     fn markup_goes_and_text_stays() {
         let text = "<p>Rep&uacute;blica&nbsp; del <b>Per&uacute;</b>: &ldquo;firme&rdquo; &lt;5% – 3&rsquo;s</p>";
         assert_eq!(clean(text), "Republica del Peru : \"firme\" <5% - 3's");
+    }
+
+    #[test]
+    fn entities_outside_training_fall_into_blocks() {
+        let fields = json!({"Government": {
+            "Country name": {"conventional short form": {"text": "X"}}, "Capital": {"name": {"text": "Y"}},
+        }});
+        let splits = ["test", "train", "test", "test", "dev", "test", "test"];
+        let mut entities: Vec<Entity> =
+            splits.iter().map(|split| Entity::new("xx", split, fields.clone()).unwrap()).collect();
+        name_blocks(&mut entities);
+        let sources: Vec<&str> = entities.iter().map(|entity| entity.source.trim_start_matches("factbook-")).collect();
+        assert_eq!(sources, ["test-0", "train", "test-0", "test-0", "dev-0", "test-0", "test-1"]);
     }
 
     #[test]

@@ -127,11 +127,11 @@ fn bridges<'a>(entities: &'a [Entity], facts: &Facts, refuse: &mut impl FnMut(&s
     for entity in entities {
         for (attribute, phrase) in BRIDGES {
             let Some(fact) = facts.get(&(entity.code.clone(), attribute)) else { continue };
-            let neighbor = entities.iter().find(|other| other.name == fact.value && other.split == entity.split);
+            let neighbor = entities.iter().find(|other| other.name == fact.value && other.source == entity.source);
             let (mention, target) = match neighbor {
                 Some(neighbor) if attribute == NEIGHBOR => (&entity.name, neighbor),
                 None if attribute == NEIGHBOR => {
-                    refuse("neighbor unknown or of another split");
+                    refuse("neighbor unknown or of another source");
                     continue;
                 }
                 _ if holders[&(attribute, fact.value.to_lowercase())] > 1 => {
@@ -158,7 +158,7 @@ fn question(entities: &[&Entity], attribute: &str, mention: &str, hops: Vec<Hop>
         id: format!("{}/{}", hops[0].query, attribute).replace(' ', "-"),
         question: format!("What {verb} the {attribute} of {about}?"),
         golden_answers: vec![last.value.clone()],
-        source: "factbook".to_owned(),
+        source: entities[0].source.clone(),
         split: entities[0].split.to_owned(),
         entities: entities.iter().map(|entity| entity.code.clone()).collect(),
         metadata: Steps { mention: mention.to_owned(), attribute: attribute.to_owned(), hops },
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn one_and_two_hops_with_unique_bridges_within_a_split() {
+    fn one_and_two_hops_with_unique_bridges_within_a_source() {
         let entities = [
             entity("aa", "train", "Arle", "Ayt", "Bolm 5 km"),
             entity("bb", "train", "Bolm", "Bux", "Arle 5 km; Cade 6 km"),
@@ -219,7 +219,7 @@ mod tests {
         assert_eq!(bridged.metadata.hops[0].value, "Bolm");
         assert!(!texts.iter().any(|text| text.contains("capital is Cux") || text.contains("neighbor of Cade")));
         assert_eq!(rejections["question: bridge not unique"], 2);
-        assert_eq!(rejections["question: neighbor unknown or of another split"], 1);
+        assert_eq!(rejections["question: neighbor unknown or of another source"], 1);
     }
 
     #[test]
