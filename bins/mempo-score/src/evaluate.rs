@@ -64,6 +64,10 @@ pub(crate) fn run(arguments: &EvaluateArguments) -> anyhow::Result<()> {
         print(report.settings_table());
         print_data("\n");
         print(report.figures_table());
+        if !report.differences.is_empty() {
+            print_data("\n");
+            print(report.differences_table());
+        }
     }
     Ok(())
 }

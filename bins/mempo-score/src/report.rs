@@ -66,38 +66,51 @@ impl Report {
             row("group_size", &setting(|settings| settings.group_size.to_string())),
             row("policy", &policies),
         ];
-        (self.header(&["setting"], false), rows)
-    }
-
-    /// Every figure with its interval, one column a run and one a difference.
-    pub(crate) fn figures_table(&self) -> Table {
-        let mut rows = Vec::new();
-        for place in 0..self.runs.first().map_or(0, |run| run.groups.len()) {
-            let runs = self.runs.iter().map(|run| &run.groups[place]);
-            let differences = self.differences.iter().map(|difference| &difference.groups[place]);
-            let columns: Vec<(&GroupFigures, bool)> =
-                runs.map(|figures| (figures, false)).chain(differences.map(|figures| (figures, true))).collect();
-            let group = render_group(&columns[0].0.group);
-            let mut push = |name: &str, cell: &dyn Fn(&GroupFigures, bool) -> String| {
-                let cells = columns.iter().map(|(figures, signed)| cell(figures, *signed));
-                rows.push([group.clone(), name.to_owned()].into_iter().chain(cells).collect());
-            };
-            push("tasks", &|figures, _| figures.tasks.to_string());
-            push("trajectories", &|figures, _| figures.trajectories.to_string());
-            for (index, metric) in METRICS.iter().enumerate() {
-                let name = if metric.share { format!("{}, %", metric.name) } else { metric.name.to_owned() };
-                push(&name, &|figures, signed| render_estimate(metric, figures.metrics[index], signed));
-            }
-        }
-        (self.header(&["group", "metric"], true), rows)
-    }
-
-    fn header(&self, first: &[&str], with_differences: bool) -> Vec<String> {
         let labels = self.runs.iter().map(|run| run.label.clone());
-        let differences = self.differences.iter().filter(|_| with_differences);
-        let differences = differences.map(|difference| format!("{} - {}", difference.label, difference.baseline));
-        first.iter().map(ToString::to_string).chain(labels).chain(differences).collect()
+        (std::iter::once("setting".to_owned()).chain(labels).collect(), rows)
     }
+
+    /// Every figure of every run with its interval, one column a run.
+    pub(crate) fn figures_table(&self) -> Table {
+        let columns: Vec<Column> =
+            self.runs.iter().map(|run| Column { name: run.label.clone(), groups: &run.groups }).collect();
+        figures(&columns, false)
+    }
+
+    /// Every difference with its interval, one column a run other than the baseline.
+    pub(crate) fn differences_table(&self) -> Table {
+        let name = |difference: &Difference| format!("{} - {}", difference.label, difference.baseline);
+        let differences = self.differences.iter();
+        let columns: Vec<Column> =
+            differences.map(|difference| Column { name: name(difference), groups: &difference.groups }).collect();
+        figures(&columns, true)
+    }
+}
+
+/// A column of figures.
+struct Column<'a> {
+    name: String,
+    groups: &'a [GroupFigures],
+}
+
+/// Rows are the metrics of each group; `signed` figures are differences.
+fn figures(columns: &[Column<'_>], signed: bool) -> Table {
+    let mut rows = Vec::new();
+    for (place, first) in columns.first().map_or(&[][..], |column| column.groups).iter().enumerate() {
+        let group = render_group(&first.group);
+        let mut push = |name: &str, cell: &dyn Fn(&GroupFigures) -> String| {
+            let cells = columns.iter().map(|column| cell(&column.groups[place]));
+            rows.push([group.clone(), name.to_owned()].into_iter().chain(cells).collect());
+        };
+        push("tasks", &|figures| figures.tasks.to_string());
+        push("trajectories", &|figures| figures.trajectories.to_string());
+        for (index, metric) in METRICS.iter().enumerate() {
+            let name = if metric.share { format!("{}, %", metric.name) } else { metric.name.to_owned() };
+            push(&name, &|figures| render_estimate(metric, figures.metrics[index], signed));
+        }
+    }
+    let names = columns.iter().map(|column| column.name.clone());
+    (["group", "metric"].into_iter().map(str::to_owned).chain(names).collect(), rows)
 }
 
 fn render_group(group: &Group) -> String {
