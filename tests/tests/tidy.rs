@@ -19,8 +19,9 @@ fn allowed(name: &str) -> &'static [&'static str] {
         "mempo-run" => &["mempo-data"],
         "mempo-agent" => &["mempo-data", "mempo-text"],
         "mempo-train" => &["mempo-model"],
+        "mempo-doctor" => &["mempo-model", "mempo-run", "mempo-text"],
         "mempo-sft" | "mempo-rollout" | "mempo-score" | "mempo-rl" | "mempo-demo" => {
-            &["mempo-agent", "mempo-data", "mempo-model", "mempo-run", "mempo-text", "mempo-train"]
+            &["mempo-agent", "mempo-data", "mempo-doctor", "mempo-model", "mempo-run", "mempo-text", "mempo-train"]
         }
         _ => &[],
     }

@@ -9,6 +9,7 @@ mod plan;
 mod train;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use mempo_doctor::DoctorArguments;
 use mempo_run::{LogArgs, StandardCommand};
 
 /// Reinforcement learning: one pass of policy updates over a rollout.
@@ -35,6 +36,7 @@ pub struct Arguments {
 #[allow(clippy::large_enum_variant, reason = "one value a process")]
 enum Command {
     Train(train::TrainArguments),
+    Doctor(DoctorArguments),
     #[command(flatten)]
     Standard(StandardCommand),
 }
@@ -44,6 +46,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
     arguments.log.init();
     match arguments.command {
         Command::Train(arguments) => train::run(&arguments),
+        Command::Doctor(arguments) => arguments.run(),
         Command::Standard(command) => command.run(Arguments::command()),
     }
 }

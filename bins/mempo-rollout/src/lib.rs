@@ -15,6 +15,7 @@ mod show;
 mod tally;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use mempo_doctor::DoctorArguments;
 use mempo_run::{LogArgs, StandardCommand};
 
 /// Rollouts: compose tasks, index documents, let a checkpoint search and answer, look at what it did.
@@ -43,6 +44,7 @@ enum Command {
     Index(index::IndexArguments),
     Sample(sample::SampleArguments),
     Show(show::ShowArguments),
+    Doctor(DoctorArguments),
     #[command(flatten)]
     Standard(StandardCommand),
 }
@@ -55,6 +57,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Index(arguments) => index::run(&arguments),
         Command::Sample(arguments) => sample::run(arguments),
         Command::Show(arguments) => show::run(&arguments),
+        Command::Doctor(arguments) => arguments.run(),
         Command::Standard(command) => command.run(Arguments::command()),
     }
 }

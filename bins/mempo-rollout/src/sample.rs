@@ -2,7 +2,6 @@
 
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, anyhow};
@@ -11,7 +10,7 @@ use mempo_agent::{Agent, LimitOptions, SamplingOptions, SearchIndex, Toolbox, Un
 use mempo_data::{Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, Stage, StageArgs, seed_of};
-use mempo_text::{ChatTemplate, Profile, PromptBuilder, Tokenizer, ToolSpec};
+use mempo_text::{Profile, PromptBuilder, ToolSpec};
 use serde::Serialize;
 use serde_json::json;
 
@@ -153,9 +152,7 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
 
 fn prompt_builder(arguments: &SampleArguments) -> anyhow::Result<PromptBuilder> {
     let profile = Profile::load(arguments.profile()).usage()?;
-    let tokenizer = Tokenizer::load(&arguments.model).bad_input()?;
-    let template = ChatTemplate::load(&arguments.model).bad_input()?;
-    PromptBuilder::new(Arc::new(tokenizer), template, profile, &[ToolSpec::search()]).bad_input()
+    PromptBuilder::load(&arguments.model, profile, &[ToolSpec::search()]).bad_input()
 }
 
 /// Refuses a tokenizer that is not the model's; limits prompts so that a completion fits among the model's positions.

@@ -7,9 +7,7 @@ use mempo_agent::{ContextPolicy, Mempo, row_segments};
 use mempo_data::{Objective, Row, Status, Step, StopReason, Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model, ScoreOptions, ScoredSequence};
 use mempo_run::{Failure, Input, Stage, StageArgs};
-use mempo_text::{
-    ChatTemplate, NewTokenizer, Profile, PromptBuilder, Tokenizer, ToolSpec, parse_completion, train_tokenizer,
-};
+use mempo_text::{NewTokenizer, Profile, PromptBuilder, ToolSpec, parse_completion, train_tokenizer};
 use serde_json::json;
 use tempfile::TempDir;
 
@@ -85,11 +83,8 @@ impl Chain {
     }
 
     pub(crate) fn builder(&self) -> PromptBuilder {
-        let model = self.path("model");
-        let tokenizer = std::sync::Arc::new(Tokenizer::load(&model).unwrap());
-        let template = ChatTemplate::load(&model).unwrap();
         let profile = Profile::load(&self.path("profile").display().to_string()).unwrap();
-        PromptBuilder::new(tokenizer, template, profile, &[ToolSpec::search()]).unwrap()
+        PromptBuilder::load(&self.path("model"), profile, &[ToolSpec::search()]).unwrap()
     }
 
     pub(crate) fn model(&self) -> Model {

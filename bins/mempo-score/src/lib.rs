@@ -27,6 +27,7 @@ mod sums;
 mod fixture;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use mempo_doctor::DoctorArguments;
 use mempo_run::{LogArgs, StandardCommand};
 
 /// Score rollouts: how far each memory supports the gold answer, what the update needs, and how good a policy is.
@@ -58,6 +59,7 @@ enum Command {
     Logprobs(logprobs::LogprobsArguments),
     Advantages(advantages::AdvantagesArguments),
     Evaluate(evaluate::EvaluateArguments),
+    Doctor(DoctorArguments),
     #[command(flatten)]
     Standard(StandardCommand),
 }
@@ -70,6 +72,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Logprobs(arguments) => logprobs::run(&arguments),
         Command::Advantages(arguments) => advantages::run(&arguments),
         Command::Evaluate(arguments) => evaluate::run(&arguments),
+        Command::Doctor(arguments) => arguments.run(),
         Command::Standard(command) => command.run(Arguments::command()),
     }
 }

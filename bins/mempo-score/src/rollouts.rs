@@ -1,12 +1,11 @@
 //! Reading a rollout: its settings, and its trajectories with their steps, unit by unit.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 
 use anyhow::{Context as _, anyhow};
 use mempo_data::{Cursor, Key, Step, Trajectory, groups, read_rows};
 use mempo_run::{Input, ResultExt};
-use mempo_text::{ChatTemplate, Profile, PromptBuilder, Tokenizer, ToolSpec};
+use mempo_text::{Profile, PromptBuilder, ToolSpec};
 use serde::{Deserialize, Serialize};
 
 /// Consecutive tasks that are scored, written and committed together.
@@ -56,10 +55,8 @@ impl Rollouts {
 
     /// The builder of the prompts that were sampled from, with the tokenizer and chat template of `model`.
     pub(crate) fn prompt_builder(&self, model: &Path) -> anyhow::Result<PromptBuilder> {
-        let tokenizer = Arc::new(Tokenizer::load(model).bad_input()?);
-        let template = ChatTemplate::load(model).bad_input()?;
         let profile = Profile::load(&self.settings.profile).bad_input()?;
-        PromptBuilder::new(tokenizer, template, profile, &[ToolSpec::search()]).bad_input()
+        PromptBuilder::load(model, profile, &[ToolSpec::search()]).bad_input()
     }
 
     /// Number of tasks; reads the whole table of trajectories once.

@@ -10,12 +10,10 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::anyhow;
-use mempo_agent::{ContextPolicy, context_policy, format_problem, outcome};
-use mempo_data::{Objective, SftExample, Status, Step, StopReason, Trajectory};
+use mempo_agent::{ContextPolicy, context_policy, format_problem, outcome, row_segments};
+use mempo_data::{Objective, Segment, SegmentKind, SftExample, Status, Step, StopReason, Trajectory};
 use mempo_run::ResultExt;
-use mempo_text::{
-    ChatTemplate, ParsedCompletion, Profile, PromptBuilder, SegmentKind, Tokenizer, ToolSpec, parse_completion,
-};
+use mempo_text::{ChatTemplate, ParsedCompletion, Profile, PromptBuilder, Tokenizer, ToolSpec, parse_completion};
 
 use crate::chat::{Demonstration, Form, Record, Turn, parse_record};
 use crate::counts::{Counts, count};
@@ -58,6 +56,13 @@ pub(crate) struct Encoder {
 pub(crate) struct Encoded {
     pub(crate) examples: Vec<SftExample>,
     pub(crate) counts: Counts,
+}
+
+/// What a step's completion is, for the examples and for the books.
+struct Completion<'a> {
+    ids: &'a [i32],
+    segments: &'a [Segment],
+    faulty: bool,
 }
 
 /// What a row's examples share.
@@ -142,7 +147,10 @@ impl Encoder {
             }
             let carried = self.context.carried(&steps[..index]);
             let prompt_ids = self.steps.prompt(&demonstration.question, &carried).map_err(|error| error.to_string())?;
-            self.push_step(labels, index, prompt_ids, &step.completion_ids, encoded);
+            let parsed = self.parse(&step.completion_ids);
+            let faulty = format_problem(self.steps.profile().memory, index, &parsed).is_some();
+            let completion = Completion { ids: &step.completion_ids, segments: &row_segments(&parsed), faulty };
+            self.push_step(labels, index, prompt_ids, &completion, encoded);
         }
         Ok(())
     }
@@ -248,13 +256,24 @@ impl Encoder {
                 count(&mut encoded.counts.dropped, "completion cut short (steps)", 1);
                 continue;
             }
-            self.push_step(&labels, index, step.prompt_ids.clone(), &step.completion_ids, encoded);
+            // As the agent saw it: only it knows whether the completion went on from an opened tag.
+            let faulty = !trajectory.format_valid && {
+                let parsed = self.parse(&step.completion_ids);
+                format_problem(self.steps.profile().memory, index, &parsed).is_some()
+            };
+            let completion = Completion { ids: &step.completion_ids, segments: &step.segments, faulty };
+            self.push_step(&labels, index, step.prompt_ids.clone(), &completion, encoded);
         }
         Ok(())
     }
 
-    /// Stored ids must be this tokenizer's.
+    /// Stored ids must be this tokenizer's, stored segments ranges of them.
     fn check_ids(&self, step: &Step) -> Result<(), String> {
+        let count = step.completion_ids.len() as i32;
+        if let Some(found) = step.segments.iter().find(|s| !(0 <= s.start && s.start <= s.end && s.end <= count)) {
+            let (task, step, start, end) = (&step.task_id, step.step_index, found.start, found.end);
+            return Err(format!("task `{task}` step {step}: segment {start}..{end} of a completion of {count} ids"));
+        }
         let size = self.steps.tokenizer().vocabulary_size();
         let foreign = step.prompt_ids.iter().chain(&step.completion_ids).find(|id| !(0..size as i32).contains(id));
         foreign.map_or(Ok(()), |id| {
@@ -271,22 +290,21 @@ impl Encoder {
         labels: &Labels,
         step_index: usize,
         prompt_ids: Vec<i32>,
-        completion_ids: &[i32],
+        completion: &Completion<'_>,
         encoded: &mut Encoded,
     ) {
-        let Some(targets) = self.push_completion(labels, step_index, prompt_ids, completion_ids, encoded) else {
+        let Some(targets) = self.push_completion(labels, step_index, prompt_ids, completion.ids, encoded) else {
             return;
         };
         encoded.counts.steps += 1;
-        let parsed = self.parse(completion_ids);
-        if format_problem(self.steps.profile().memory, step_index, &parsed).is_some() {
+        if completion.faulty {
             count(&mut encoded.counts.notes, "steps with format faults", 1);
         }
         let mut rest = targets;
-        for segment in &parsed.segments {
-            let length = segment.range.len() as u64;
+        for segment in completion.segments {
+            let length = (segment.end - segment.start) as u64;
             count(&mut encoded.counts.targets, segment_name(segment.kind), length);
-            rest -= length;
+            rest = rest.saturating_sub(length);
         }
         if rest > 0 {
             count(&mut encoded.counts.targets, "outside segments", rest);

@@ -17,6 +17,7 @@ mod source;
 mod train;
 
 use clap::{CommandFactory, Parser, Subcommand};
+use mempo_doctor::DoctorArguments;
 use mempo_run::{LogArgs, StandardCommand};
 
 /// Supervised fine-tuning: build examples from trajectories, look at them, make a fresh model, train.
@@ -44,6 +45,7 @@ enum Command {
     Show(show::ShowArguments),
     Init(init::InitArguments),
     Train(train::TrainArguments),
+    Doctor(DoctorArguments),
     #[command(flatten)]
     Standard(StandardCommand),
 }
@@ -56,6 +58,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Show(arguments) => show::run(&arguments),
         Command::Init(arguments) => init::run(&arguments),
         Command::Train(arguments) => train::run(&arguments),
+        Command::Doctor(arguments) => arguments.run(),
         Command::Standard(command) => command.run(Arguments::command()),
     }
 }

@@ -9,7 +9,9 @@ use std::process::Command;
 use std::sync::Arc;
 
 use fixture::{corpus, manifest, mempo_sft, model_dir, refusal, same_bytes, text, write};
-use mempo_data::{Objective, Row, SftExample, Status, Step, StopReason, Task, Trajectory, read_rows, write_rows};
+use mempo_data::{
+    Objective, Row, Segment, SegmentKind, SftExample, Status, Step, StopReason, Task, Trajectory, read_rows, write_rows,
+};
 use mempo_run::{Stage, StageArgs};
 use mempo_text::{CarriedStep, ChatTemplate, Profile, PromptBuilder, Tokenizer, ToolSpec};
 use serde_json::{Value, json};
@@ -223,6 +225,28 @@ fn pairs_are_plain_turns_and_text_is_cut() {
     assert_eq!((&summary["pair"], &summary["text"]), (&json!(2), &json!(1)));
 }
 
+fn trajectory(trajectory_index: i32, step_count: i32, reward: Option<f32>, status: Status) -> Trajectory {
+    Trajectory {
+        task_id: "task-1".into(),
+        trajectory_index,
+        step_count,
+        status,
+        answer: Some("Szohôd".into()),
+        format_valid: true,
+        exact_match: vec![1.0],
+        f1: vec![1.0],
+        reward,
+        generated_tokens: 1,
+        processed_tokens: 1,
+        unique_tokens: 1,
+        peak_tokens: 1,
+        tool_calls: 2,
+        error: None,
+        policy: "p".into(),
+        seed: 0,
+    }
+}
+
 /// The trajectory above as our own rollout would have stored it.
 fn write_rollout(out: &Path, trajectory_index: i32, reward: Option<f32>, status: Status) {
     let builder = builder("mempo");
@@ -252,25 +276,7 @@ fn write_rollout(out: &Path, trajectory_index: i32, reward: Option<f32>, status:
             stop_reason: StopReason::StopString,
         });
     }
-    let trajectory = Trajectory {
-        task_id: "task-1".into(),
-        trajectory_index,
-        step_count: 3,
-        status,
-        answer: Some("Szohôd".into()),
-        format_valid: true,
-        exact_match: vec![1.0],
-        f1: vec![1.0],
-        reward,
-        generated_tokens: 1,
-        processed_tokens: 1,
-        unique_tokens: 1,
-        peak_tokens: 1,
-        tool_calls: 2,
-        error: None,
-        policy: "p".into(),
-        seed: 0,
-    };
+    let trajectory = trajectory(trajectory_index, 3, reward, status);
     stage_dir(out, |stage| {
         write_table(stage, 0, std::slice::from_ref(&trajectory));
         write_table(stage, 0, &steps);
@@ -297,6 +303,46 @@ fn a_rollout_gives_the_examples_of_the_same_trajectory_as_chat() {
     let dropped = &manifest(&out)["summary"]["dropped"];
     assert_eq!(dropped["answer not correct (trajectories)"], 1);
     assert_eq!(dropped["failed around the policy (trajectories)"], 1);
+}
+
+/// Its prompt ends with `<answer>`, so the completion alone would look malformed.
+#[test]
+fn a_closed_book_rollout_is_counted_as_it_was_sampled() {
+    let dir = tempfile::tempdir().unwrap();
+    let builder = builder("react");
+    let completion_ids = builder.completion_ids_from_text("Szohôd</answer>");
+    let count = completion_ids.len() as i32;
+    let step = Step {
+        task_id: "task-1".into(),
+        trajectory_index: 0,
+        step_index: 0,
+        prompt_ids: [builder.prompt("Capital?", &[]).unwrap(), builder.answer_opening_ids()].concat(),
+        sampling_logprobs: vec![-0.5; completion_ids.len()],
+        completion_ids,
+        segments: vec![Segment { kind: SegmentKind::Answer, start: 0, end: count }],
+        completion: "Szohôd</answer>".into(),
+        observation: None,
+        observation_ids: None,
+        stop_reason: StopReason::StopString,
+    };
+    let write = |name: &str, step: &Step| {
+        let out = dir.path().join(name);
+        stage_dir(&out, |stage| {
+            write_table(stage, 0, &[trajectory(0, 1, Some(1.0), Status::Ok)]);
+            write_table(stage, 0, std::slice::from_ref(step));
+        });
+        out
+    };
+    let out = dir.path().join("out");
+    build(&out, &[&write("closed-book", &step)], &["--context", "react", "--profile", "react"]).unwrap();
+    let summary = &manifest(&out)["summary"];
+    assert_eq!(summary["targets"]["answer"], count, "{summary}");
+    assert!(summary["notes"].get("steps with format faults").is_none(), "{summary}");
+
+    let beyond = Step { segments: vec![Segment { kind: SegmentKind::Answer, start: 0, end: count + 1 }], ..step };
+    let (message, code) = build_refusal(&dir.path().join("b"), &write("damaged", &beyond), &["--context", "react"]);
+    assert!(message.contains(&format!("segment 0..{} of a completion of {count} ids", count + 1)), "{message}");
+    assert_eq!(code, 4);
 }
 
 fn tasks_dir(out: &Path) -> PathBuf {

@@ -1,9 +1,10 @@
-//! What the families share: norm, projections, rotary positions, attention, MLP.
+//! What the families share: norm, projections, attention, MLP.
 
 use tch::{Device, Kind, Tensor};
 
 use crate::builder::Builder;
 use crate::config::Config;
+use crate::rotary::RotaryAt;
 
 /// How a layer attends: `(layer, q [B,H,T,d], k [B,K,T,d], v [B,K,T,d]) -> [B,H,T,d]`. The caller's choice, because it
 /// holds the cache, if there is one.
@@ -42,12 +43,13 @@ pub(crate) struct RmsNorm {
 }
 
 impl RmsNorm {
-    pub(crate) fn new(builder: &mut Builder, name: &str, config: &Config) -> Self {
-        let weight = builder.parameter(format!("{name}.weight"), &[config.hidden_size]);
+    /// Over the last axis, of `size`.
+    pub(crate) fn new(builder: &mut Builder, name: &str, size: i64, config: &Config) -> Self {
+        let weight = builder.parameter(format!("{name}.weight"), &[size]);
         Self { weight, epsilon: config.rms_norm_eps }
     }
 
-    /// `[.., D] -> [.., D]`.
+    /// `[.., size] -> [.., size]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
         x.rms_norm(self.weight.size(), Some(&self.weight), self.epsilon)
     }
@@ -118,73 +120,38 @@ fn joined(parts: &[Tensor]) -> Option<Tensor> {
     first.f_as_strided(&size, first.stride(), None).ok()
 }
 
-/// Rotary position embedding (Su et al. 2021, eq. 34), in Hugging Face's layout: the two halves of a head are the pairs.
-pub(crate) struct Rotary {
-    inverse_frequencies: Tensor,
-}
-
-/// Cosines and (signed) sines of some positions, `[B or 1, T, 1, d]`.
-pub(crate) struct RotaryAt {
-    cosines: Tensor,
-    sines: Tensor,
-}
-
-impl Rotary {
-    pub(crate) fn new(config: &Config, device: Device) -> Self {
-        let head_size = config.head_size();
-        // Computed in f32 step by step as the reference does: at far positions the last bit of a frequency shows.
-        let exponents = Tensor::arange_start_step(0, head_size, 2, (Kind::Float, Device::Cpu)) / head_size as f64;
-        let inverse_frequencies = Tensor::pow_scalar(config.rotary_base(), &exponents).reciprocal().to_device(device);
-        Self { inverse_frequencies }
-    }
-
-    /// For positions `[B or 1, T]`, int64.
-    pub(crate) fn at(&self, positions: &Tensor, kind: Kind) -> RotaryAt {
-        let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * &self.inverse_frequencies;
-        let (cosines, sines) = (angles.cos(), angles.sin());
-        RotaryAt {
-            cosines: Tensor::cat(&[&cosines, &cosines], -1).to_kind(kind).unsqueeze(2),
-            sines: Tensor::cat(&[&sines.neg(), &sines], -1).to_kind(kind).unsqueeze(2),
-        }
-    }
-}
-
-impl RotaryAt {
-    /// Turns heads `[B,T,·,d]`.
-    fn rotate(&self, x: &Tensor) -> Tensor {
-        let swapped = x.roll(x.size()[3] / 2, -1);
-        (x * &self.cosines).addcmul(&swapped, &self.sines)
-    }
-}
-
 /// Grouped-query attention with rotary positions.
 pub(crate) struct Attention {
     qkv_proj: Projections,
     o_proj: Projections,
+    /// Of each head's query and key, where the family has them.
+    norms: Option<(RmsNorm, RmsNorm)>,
     head_size: i64,
 }
 
 impl Attention {
-    /// `bias`: whether q, k and v have one.
-    pub(crate) fn new(builder: &mut Builder, name: &str, config: &Config, bias: bool) -> Self {
+    /// `bias`: whether q, k and v have one; `norms`: whether each head's q and k are normed before they are turned.
+    pub(crate) fn new(builder: &mut Builder, name: &str, config: &Config, bias: bool, norms: bool) -> Self {
         let (hidden_size, head_size) = (config.hidden_size, config.head_size());
         let (queries, keys) = (config.num_attention_heads * head_size, config.key_value_heads() * head_size);
         let parts = [("q_proj", queries), ("k_proj", keys), ("v_proj", keys)];
-        Self {
-            qkv_proj: Projections::new(builder, name, hidden_size, &parts, bias),
-            o_proj: Projections::new(builder, name, queries, &[("o_proj", hidden_size)], false),
-            head_size,
-        }
+        let qkv_proj = Projections::new(builder, name, hidden_size, &parts, bias);
+        let o_proj = Projections::new(builder, name, queries, &[("o_proj", hidden_size)], false);
+        let mut norm = |part: &str| RmsNorm::new(builder, &format!("{name}.{part}"), head_size, config);
+        let norms = norms.then(|| (norm("q_norm"), norm("k_norm")));
+        Self { qkv_proj, o_proj, norms, head_size }
     }
 
     /// `[B,T,D] -> [B,T,D]`.
     pub(crate) fn forward(&self, layer: usize, x: &Tensor, rotary: &RotaryAt, attend: &mut Attend) -> Tensor {
         let qkv = self.qkv_proj.forward(x);
         let heads = |part: &Tensor| part.unflatten(-1, [-1, self.head_size]);
-        let q = rotary.rotate(&heads(&qkv[0])).transpose(1, 2);
-        let k = rotary.rotate(&heads(&qkv[1])).transpose(1, 2);
-        let v = heads(&qkv[2]).transpose(1, 2);
-        let attended = attend(layer, q, k, v);
+        let (mut q, mut k, v) = (heads(&qkv[0]), heads(&qkv[1]), heads(&qkv[2]));
+        if let Some((q_norm, k_norm)) = &self.norms {
+            (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
+        }
+        let attended =
+            attend(layer, rotary.rotate(&q).transpose(1, 2), rotary.rotate(&k).transpose(1, 2), v.transpose(1, 2));
         self.o_proj.forward_one(&attended.transpose(1, 2).flatten(2, 3))
     }
 }

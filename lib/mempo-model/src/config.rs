@@ -13,17 +13,19 @@ use crate::Error;
 pub enum Family {
     /// Qwen2 and Qwen2.5: biases on q, k and v.
     Qwen2,
-    /// Llama and SmolLM2: no biases.
+    /// Qwen3: no biases, a norm over each head's queries and keys.
+    Qwen3,
+    /// Llama and SmolLM2: no biases, no such norms.
     Llama,
 }
 
-/// Hugging Face's `config.json` of a Qwen2 or Llama model, key for key; keys not named here are kept in `other`.
+/// Hugging Face's `config.json` of a model, key for key; keys not named here are kept in `other`.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Config {
-    /// Class names; only `Qwen2ForCausalLM` and `LlamaForCausalLM` are accepted.
+    /// Class names; only the family's `…ForCausalLM` is accepted.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub architectures: Vec<String>,
-    /// `qwen2` or `llama`.
+    /// `qwen2`, `qwen3` or `llama`.
     pub model_type: String,
     /// `V`, the rows of the embedding (may exceed the tokenizer's highest id).
     pub vocab_size: i64,
@@ -38,7 +40,7 @@ pub struct Config {
     /// `K`; absent or null means `H`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub num_key_value_heads: Option<i64>,
-    /// `d`; absent or null means `D / H`.
+    /// `d`; absent or null means `D / H`, for Qwen3 128.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub head_dim: Option<i64>,
     /// Must be `silu`.
@@ -153,6 +155,7 @@ impl Config {
     pub fn family(&self) -> Option<Family> {
         match self.model_type.as_str() {
             "qwen2" => Some(Family::Qwen2),
+            "qwen3" => Some(Family::Qwen3),
             "llama" => Some(Family::Llama),
             _ => None,
         }
@@ -170,7 +173,9 @@ impl Config {
 
     /// `d`.
     pub fn head_size(&self) -> i64 {
-        self.head_dim.unwrap_or(self.hidden_size / self.num_attention_heads)
+        let default =
+            if self.family() == Some(Family::Qwen3) { 128 } else { self.hidden_size / self.num_attention_heads };
+        self.head_dim.unwrap_or(default)
     }
 
     /// Base of the rotary frequencies, from whichever key holds it; 10000 where neither does.
@@ -193,9 +198,14 @@ impl Config {
     /// Refuses, by key, whatever is not computed here.
     pub(crate) fn check(&self) -> Result<(), String> {
         let Some(family) = self.family() else {
-            return Err(format!("model_type `{}` is not supported; expected `qwen2` or `llama`", self.model_type));
+            let found = &self.model_type;
+            return Err(format!("model_type `{found}` is not supported; expected `qwen2`, `qwen3` or `llama`"));
         };
-        let class = if family == Family::Qwen2 { "Qwen2ForCausalLM" } else { "LlamaForCausalLM" };
+        let class = match family {
+            Family::Qwen2 => "Qwen2ForCausalLM",
+            Family::Qwen3 => "Qwen3ForCausalLM",
+            Family::Llama => "LlamaForCausalLM",
+        };
         if let Some(found) = self.architectures.iter().find(|name| *name != class) {
             return Err(format!(
                 "architectures names `{found}`; for model_type `{}` only `{class}` is supported",
@@ -228,7 +238,7 @@ impl Config {
         if heads % groups != 0 {
             return Err(format!("num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"));
         }
-        if self.head_dim.is_none() && self.hidden_size % heads != 0 {
+        if self.head_dim.is_none() && self.family() != Some(Family::Qwen3) && self.hidden_size % heads != 0 {
             return Err(format!("hidden_size {} is not a multiple of num_attention_heads {heads}", self.hidden_size));
         }
         match self.head_size() {
@@ -238,29 +248,7 @@ impl Config {
     }
 
     fn check_rotary(&self) -> Result<(), String> {
-        let scaling = match self.other.get("rope_scaling") {
-            None | Some(Value::Null) => None,
-            Some(Value::Object(scaling)) => Some(("rope_scaling", scaling)),
-            Some(value) => {
-                return Err(format!("rope_scaling = {value} is not supported; expected null"));
-            }
-        };
-        let parameters = self.rope_parameters.as_ref().map(|rope| ("rope_parameters", rope));
-        for (place, rope) in scaling.into_iter().chain(parameters) {
-            for (key, value) in rope {
-                let plain = match key.as_str() {
-                    "rope_theta" => value.is_number(),
-                    "rope_type" | "type" => value == "default",
-                    "partial_rotary_factor" => value.is_null() || value.as_f64() == Some(1.0),
-                    _ => false,
-                };
-                if !plain {
-                    return Err(format!(
-                        "{place}.{key} = {value} is not supported; only plain rotary positions are (rope_type `default`)"
-                    ));
-                }
-            }
-        }
+        self.rotary_scaling()?;
         let nested = self.rope_parameters.as_ref().and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64);
         match (nested, self.rope_theta) {
             (Some(nested), Some(top)) if nested.to_bits() != top.to_bits() => {
@@ -315,7 +303,11 @@ mod tests {
             (json!({"mlp_bias": true}), "mlp_bias"),
             (json!({"partial_rotary_factor": 0.5}), "partial_rotary_factor"),
             (json!({"quantization_config": {"bits": 4}}), "quantization_config"),
-            (json!({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}), "rope_scaling.rope_type"),
+            (json!({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}), "rope_scaling.low_freq_factor"),
+            (
+                json!({"rope_scaling": {"rope_type": "default", "attention_factor": 2.0}}),
+                "rope_scaling.attention_factor",
+            ),
             (json!({"rope_scaling": {"type": "linear"}}), "rope_scaling.type"),
             (json!({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000}}), "rope_parameters.rope_type"),
             (json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}), "contradicts"),

@@ -2,12 +2,13 @@
 //! key-value cache, score completions.
 //!
 //! Takes and gives token ids; knows nothing of text, prompts, rewards or files other than a model's own. One file a
-//! family (`qwen2`, `llama`) in reading order, with Hugging Face's field names; `blocks` holds what they share.
+//! family (`qwen2`, `qwen3`, `llama`) in reading order, with Hugging Face's field names; `blocks` holds what they share.
 //!
 //! Shapes are written as letters: `B` rows of a batch, `T` tokens, `D` hidden size, `H` attention heads, `K` key-value
 //! heads, `d` head size, `V` vocabulary.
 
 mod blocks;
+mod branches;
 mod builder;
 mod cache;
 mod checkpoint;
@@ -15,19 +16,24 @@ mod config;
 mod error;
 mod generate;
 mod initialise;
+mod libtorch;
 mod llama;
 mod model;
 mod qwen2;
+mod qwen3;
 mod random;
+mod rotary;
 mod runtime;
 mod sampler;
 mod score;
 mod weights;
 
+pub use branches::{Branch, Trunk};
 pub use checkpoint::save_checkpoint;
 pub use config::{Config, Family};
 pub use error::Error;
 pub use generate::{Finish, GenerateOptions, GenerateRequest, Generated, generate};
+pub use libtorch::Libtorch;
 pub use model::Model;
 pub use random::{counter_hash, counter_uniform};
 pub use runtime::{DeviceOptions, Runtime};

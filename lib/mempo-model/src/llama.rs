@@ -1,11 +1,12 @@
-//! Llama 2 and 3 without rope scaling, SmolLM2 (Touvron et al. 2023): a pre-norm decoder without biases.
+//! Llama 2 and 3, SmolLM2 (Touvron et al. 2023): a pre-norm decoder without biases.
 
 use tch::Tensor;
 
-use crate::blocks::{Attend, Attention, Mlp, RmsNorm, RotaryAt};
+use crate::blocks::{Attend, Attention, Mlp, RmsNorm};
 use crate::builder::Builder;
 use crate::config::Config;
 use crate::model::Decoder;
+use crate::rotary::RotaryAt;
 
 /// `LlamaForCausalLM`.
 pub(crate) struct Llama {
@@ -20,7 +21,7 @@ impl Llama {
         let table = [config.vocab_size, config.hidden_size];
         let embed_tokens = builder.parameter("model.embed_tokens.weight".to_owned(), &table);
         let layers = (0..config.num_hidden_layers).map(|layer| DecoderLayer::new(builder, layer, config)).collect();
-        let norm = RmsNorm::new(builder, "model.norm", config);
+        let norm = RmsNorm::new(builder, "model.norm", config.hidden_size, config);
         let lm_head = if config.tie_word_embeddings {
             embed_tokens.shallow_clone()
         } else {
@@ -55,9 +56,14 @@ impl DecoderLayer {
     fn new(builder: &mut Builder, layer: usize, config: &Config) -> Self {
         let name = format!("model.layers.{layer}");
         Self {
-            input_layernorm: RmsNorm::new(builder, &format!("{name}.input_layernorm"), config),
-            self_attn: Attention::new(builder, &format!("{name}.self_attn"), config, false),
-            post_attention_layernorm: RmsNorm::new(builder, &format!("{name}.post_attention_layernorm"), config),
+            input_layernorm: RmsNorm::new(builder, &format!("{name}.input_layernorm"), config.hidden_size, config),
+            self_attn: Attention::new(builder, &format!("{name}.self_attn"), config, false, false),
+            post_attention_layernorm: RmsNorm::new(
+                builder,
+                &format!("{name}.post_attention_layernorm"),
+                config.hidden_size,
+                config,
+            ),
             mlp: Mlp::new(builder, &format!("{name}.mlp"), config),
         }
     }

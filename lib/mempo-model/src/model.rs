@@ -4,11 +4,13 @@ use std::path::Path;
 
 use tch::{Kind, Tensor};
 
-use crate::blocks::{Attend, Rotary, RotaryAt, causal_attention};
+use crate::blocks::{Attend, causal_attention};
 use crate::builder::Builder;
 use crate::config::{Config, Family};
 use crate::llama::Llama;
 use crate::qwen2::Qwen2;
+use crate::qwen3::Qwen3;
+use crate::rotary::{Rotary, RotaryAt};
 use crate::{Error, Runtime, weights};
 
 /// The stack of layers of one family.
@@ -22,6 +24,7 @@ pub(crate) trait Decoder {
 fn decoder(builder: &mut Builder, config: &Config) -> Box<dyn Decoder + Send> {
     match config.family() {
         Some(Family::Qwen2) => Box::new(Qwen2::new(builder, config)),
+        Some(Family::Qwen3) => Box::new(Qwen3::new(builder, config)),
         Some(Family::Llama) => Box::new(Llama::new(builder, config)),
         None => unreachable!("a checked config has a family"),
     }

@@ -2,10 +2,11 @@
 
 use tch::Tensor;
 
-use crate::blocks::{Attend, Attention, Mlp, RmsNorm, RotaryAt};
+use crate::blocks::{Attend, Attention, Mlp, RmsNorm};
 use crate::builder::Builder;
 use crate::config::Config;
 use crate::model::Decoder;
+use crate::rotary::RotaryAt;
 
 /// `Qwen2ForCausalLM`.
 pub(crate) struct Qwen2 {
@@ -20,7 +21,7 @@ impl Qwen2 {
         let table = [config.vocab_size, config.hidden_size];
         let embed_tokens = builder.parameter("model.embed_tokens.weight".to_owned(), &table);
         let layers = (0..config.num_hidden_layers).map(|layer| DecoderLayer::new(builder, layer, config)).collect();
-        let norm = RmsNorm::new(builder, "model.norm", config);
+        let norm = RmsNorm::new(builder, "model.norm", config.hidden_size, config);
         let lm_head = if config.tie_word_embeddings {
             embed_tokens.shallow_clone()
         } else {
@@ -55,9 +56,14 @@ impl DecoderLayer {
     fn new(builder: &mut Builder, layer: usize, config: &Config) -> Self {
         let name = format!("model.layers.{layer}");
         Self {
-            input_layernorm: RmsNorm::new(builder, &format!("{name}.input_layernorm"), config),
-            self_attn: Attention::new(builder, &format!("{name}.self_attn"), config, true),
-            post_attention_layernorm: RmsNorm::new(builder, &format!("{name}.post_attention_layernorm"), config),
+            input_layernorm: RmsNorm::new(builder, &format!("{name}.input_layernorm"), config.hidden_size, config),
+            self_attn: Attention::new(builder, &format!("{name}.self_attn"), config, true, false),
+            post_attention_layernorm: RmsNorm::new(
+                builder,
+                &format!("{name}.post_attention_layernorm"),
+                config.hidden_size,
+                config,
+            ),
             mlp: Mlp::new(builder, &format!("{name}.mlp"), config),
         }
     }

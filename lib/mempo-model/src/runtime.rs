@@ -1,11 +1,10 @@
 //! Where and in which number format a model computes.
 
-use std::path::{Path, PathBuf};
-
 use serde::Serialize;
-use tch::{Cuda, Device, Kind};
+use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::Error;
+use crate::libtorch::{cuda_library, load_cuda};
 
 /// Where to compute, in which number format, on how many threads.
 #[derive(Debug, Clone, Serialize, clap::Args)]
@@ -41,6 +40,36 @@ impl Runtime {
     /// Whether it computes in 32-bit floating point.
     pub fn is_f32(&self) -> bool {
         self.kind == Kind::Float
+    }
+
+    /// Multiplies two matrices of `[1024,1024]`: the best of a few speeds, in GFLOP/s. An error says what the device
+    /// cannot do, or that it computes nonsense.
+    pub fn try_product(&self) -> Result<f64, Error> {
+        const SIZE: i64 = 1024;
+        let device = |error: tch::TchError| Error::Device(format!("{}: {error}", self.name()));
+        let matrix = Tensor::f_full([SIZE, SIZE], 0.5, (self.kind, self.device)).map_err(device)?;
+        let expected = SIZE as f64 / 4.0;
+        let mut best = f64::INFINITY;
+        for _ in 0..5 {
+            let start = std::time::Instant::now();
+            let product = matrix.f_matmul(&matrix).map_err(device)?;
+            let found = product.f_double_value(&[SIZE - 1, SIZE - 1]).map_err(device)?;
+            if (found - expected).abs() > 0.01 * expected {
+                let name = self.name();
+                return Err(Error::Device(format!("{name}: a matrix product has {found} where {expected} is right")));
+            }
+            best = best.min(start.elapsed().as_secs_f64());
+        }
+        Ok(2.0 * (SIZE as f64).powi(3) / best / 1e9)
+    }
+
+    /// Device and number format as the command line names them, such as `cuda:0 bf16`.
+    pub fn name(&self) -> String {
+        let kind = if self.is_f32() { "f32" } else { "bf16" };
+        match self.device {
+            Device::Cuda(index) => format!("cuda:{index} {kind}"),
+            _ => format!("cpu {kind}"),
+        }
     }
 }
 
@@ -93,37 +122,6 @@ impl DeviceOptions {
     }
 }
 
-/// The GPU part of libtorch: the file or folder that `MEMPO_LIBTORCH_CUDA` names, or else beside the libtorch in use,
-/// or in a `cuda/torch/lib` next to its folder (where it finds its own libraries in `cuda/nvidia`).
-fn cuda_library() -> Option<PathBuf> {
-    let named = std::env::var_os("MEMPO_LIBTORCH_CUDA").map(PathBuf::from);
-    let folders =
-        named.clone().into_iter().chain(libtorch_folder().into_iter().flat_map(|folder| {
-            [folder.clone(), folder.join("../cuda/torch/lib"), folder.join("../../cuda/torch/lib")]
-        }));
-    let inside = folders.map(|folder| folder.join("libtorch_cuda.so"));
-    named.into_iter().filter(|path| path.is_file()).chain(inside).find(|path| path.is_file())
-}
-
-/// The folder of the libtorch that this process runs on.
-fn libtorch_folder() -> Option<PathBuf> {
-    let maps = fs_err::read_to_string("/proc/self/maps").ok()?;
-    let line = maps.lines().find(|line| line.ends_with("/libtorch_cpu.so"))?;
-    Path::new(&line[line.find('/')?..]).parent().map(Path::to_owned)
-}
-
-/// Loads the GPU part of libtorch for the life of the process: it registers itself with the CPU part as it loads.
-fn load_cuda(library: &Path) -> Result<(), Error> {
-    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-    #[expect(unsafe_code, reason = "loading a library runs its initialisers; this one is libtorch's own")]
-    let loaded = unsafe { Library::open(Some(library), RTLD_NOW | RTLD_GLOBAL) };
-    let loaded = loaded.map_err(|error| {
-        Error::Device(format!("{} could not be loaded: {error}; --device cpu does without it", library.display()))
-    })?;
-    std::mem::forget(loaded);
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -148,8 +146,11 @@ mod tests {
     }
 
     #[test]
-    fn the_libtorch_in_use_is_found() {
-        tch::set_num_threads(2);
-        assert!(libtorch_folder().unwrap().join("libtorch_cpu.so").is_file());
+    fn a_product_is_right_in_both_formats() {
+        for dtype in ["f32", "bf16"] {
+            let runtime = options("cpu", dtype).resolve().unwrap();
+            assert_eq!(runtime.name(), format!("cpu {dtype}"));
+            assert!(runtime.try_product().unwrap() > 0.0);
+        }
     }
 }

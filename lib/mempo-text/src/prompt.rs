@@ -5,6 +5,7 @@
 //! completions and observations exactly as they were.
 
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use crate::error::Error;
@@ -45,6 +46,11 @@ pub struct PromptBuilder {
 }
 
 impl PromptBuilder {
+    /// With the tokenizer and chat template of a model directory.
+    pub fn load(dir: &Path, profile: Profile, tools: &[ToolSpec]) -> Result<Self, Error> {
+        Self::new(Arc::new(Tokenizer::load(dir)?), ChatTemplate::load(dir)?, profile, tools)
+    }
+
     /// Fails if the template does not carry the system text and every message through unchanged.
     pub fn new(
         tokenizer: Arc<Tokenizer>,

@@ -43,7 +43,7 @@ fn greedy_by_full_forward(model: &Model, prompt: &[i32], options: &GenerateOptio
 
 #[test]
 fn cached_decoding_is_the_full_forward_pass() {
-    for family in ["qwen2", "llama"] {
+    for family in ["qwen2", "qwen3", "llama"] {
         let model = fresh(family, 3, Kind::Float);
         let (requests, options) = (requests(12), options(0.0, 24));
         for (request, generated) in requests.iter().zip(run(&model, &requests, &options)) {

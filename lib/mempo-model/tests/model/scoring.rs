@@ -1,6 +1,6 @@
 //! Scoring against a plain log-softmax, whatever the batches.
 
-use mempo_model::{Model, ScoreOptions, ScoredSequence};
+use mempo_model::{Branch, Model, ScoreOptions, ScoredSequence, Trunk};
 use tch::Kind;
 
 use crate::{fresh, ids, logits};
@@ -64,6 +64,69 @@ fn impossible_targets_and_ids_are_refused() {
         let options = ScoreOptions { temperature: 1.0, tokens_per_batch: 100 };
         let error =
             model.completion_logprobs(&[good, ScoredSequence { ids, targets }], &options).unwrap_err().to_string();
+        assert!(error.contains("sequence 1") && error.contains(word), "{error}");
+    }
+}
+
+fn trunk() -> Trunk {
+    let branches = (0..14u64).map(|i| {
+        let length = 1 + (i * 5 % 9) as usize;
+        let start = if i == 3 { length } else { i as usize % length };
+        Branch {
+            at: 1 + (i as usize * 17) % 70,
+            ids: ids(100 + i, length as u64),
+            targets: start..length - usize::from(i == 8),
+        }
+    });
+    Trunk { ids: ids(7, 75), branches: branches.collect() }
+}
+
+/// Each branch as a sequence of its own.
+fn alone(trunk: &Trunk, branch: &Branch) -> ScoredSequence {
+    let targets = branch.at + branch.targets.start..branch.at + branch.targets.end;
+    ScoredSequence { ids: [&trunk.ids[..branch.at], &branch.ids].concat(), targets }
+}
+
+#[test]
+fn branches_are_scored_as_if_each_were_alone() {
+    let trunk = trunk();
+    for (family, kind, tolerance) in [
+        ("qwen2", Kind::Float, 1e-5),
+        ("qwen3", Kind::Float, 1e-5),
+        ("llama", Kind::Float, 1e-5),
+        ("qwen2", Kind::BFloat16, 0.2),
+    ] {
+        let model = fresh(family, 2, kind);
+        for temperature in [1.0, 0.6] {
+            let found = model.branch_logprobs(&trunk, temperature).unwrap();
+            let sequences: Vec<ScoredSequence> = trunk.branches.iter().map(|branch| alone(&trunk, branch)).collect();
+            let options = ScoreOptions { temperature, tokens_per_batch: 1 };
+            let expected = model.completion_logprobs(&sequences, &options).unwrap();
+            for (branch, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                assert_eq!(found.len(), expected.len(), "{family}: branch {branch}");
+                for (found, expected) in found.iter().zip(expected) {
+                    let difference = (found - expected).abs() / expected.abs().max(1.0);
+                    assert!(difference < tolerance, "{family} {kind:?}: branch {branch}: {found}, alone {expected}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn branches_without_targets_and_impossible_ones() {
+    let model = fresh("llama", 2, Kind::Float);
+    let nothing = Trunk { ids: ids(7, 5), branches: vec![Branch { at: 5, ids: Vec::new(), targets: 0..0 }] };
+    assert_eq!(model.branch_logprobs(&nothing, 1.0).unwrap(), vec![Vec::<f32>::new()]);
+    for (at, ids, targets, word) in [
+        (0, vec![1], 0..1, "continues 0 of 5"),
+        (6, vec![1], 0..1, "continues 6 of 5"),
+        (2, vec![1], 0..2, "0..2"),
+        (2, vec![199], 0..1, "199"),
+        (5, vec![1; 252], 0..1, "position 257"),
+    ] {
+        let branches = vec![Branch { at: 1, ids: vec![1], targets: 0..1 }, Branch { at, ids, targets }];
+        let error = model.branch_logprobs(&Trunk { branches, ..nothing.clone() }, 1.0).unwrap_err().to_string();
         assert!(error.contains("sequence 1") && error.contains(word), "{error}");
     }
 }

@@ -1,0 +1,78 @@
+//! Qwen3, dense (Yang et al. 2025): a pre-norm decoder without biases that norms each head's queries and keys.
+
+use tch::Tensor;
+
+use crate::blocks::{Attend, Attention, Mlp, RmsNorm};
+use crate::builder::Builder;
+use crate::config::Config;
+use crate::model::Decoder;
+use crate::rotary::RotaryAt;
+
+/// `Qwen3ForCausalLM`.
+pub(crate) struct Qwen3 {
+    embed_tokens: Tensor,
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    lm_head: Tensor,
+}
+
+impl Qwen3 {
+    pub(crate) fn new(builder: &mut Builder, config: &Config) -> Self {
+        let table = [config.vocab_size, config.hidden_size];
+        let embed_tokens = builder.parameter("model.embed_tokens.weight".to_owned(), &table);
+        let layers = (0..config.num_hidden_layers).map(|layer| DecoderLayer::new(builder, layer, config)).collect();
+        let norm = RmsNorm::new(builder, "model.norm", config.hidden_size, config);
+        let lm_head = if config.tie_word_embeddings {
+            embed_tokens.shallow_clone()
+        } else {
+            builder.parameter("lm_head.weight".to_owned(), &table)
+        };
+        Self { embed_tokens, layers, norm, lm_head }
+    }
+}
+
+impl Decoder for Qwen3 {
+    fn forward(&self, ids: &Tensor, rotary: &RotaryAt, attend: &mut Attend) -> Tensor {
+        let mut hidden = Tensor::embedding(&self.embed_tokens, ids, -1, false, false);
+        for (index, layer) in self.layers.iter().enumerate() {
+            hidden = layer.forward(index, &hidden, rotary, attend);
+        }
+        self.norm.forward(&hidden)
+    }
+
+    fn head_weight(&self) -> &Tensor {
+        &self.lm_head
+    }
+}
+
+struct DecoderLayer {
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    mlp: Mlp,
+}
+
+impl DecoderLayer {
+    fn new(builder: &mut Builder, layer: usize, config: &Config) -> Self {
+        let name = format!("model.layers.{layer}");
+        Self {
+            input_layernorm: RmsNorm::new(builder, &format!("{name}.input_layernorm"), config.hidden_size, config),
+            self_attn: Attention::new(builder, &format!("{name}.self_attn"), config, false, true),
+            post_attention_layernorm: RmsNorm::new(
+                builder,
+                &format!("{name}.post_attention_layernorm"),
+                config.hidden_size,
+                config,
+            ),
+            mlp: Mlp::new(builder, &format!("{name}.mlp"), config),
+        }
+    }
+
+    /// `[B,T,D] -> [B,T,D]`.
+    fn forward(&self, index: usize, hidden: &Tensor, rotary: &RotaryAt, attend: &mut Attend) -> Tensor {
+        let attended = self.self_attn.forward(index, &self.input_layernorm.forward(hidden), rotary, attend);
+        let hidden = hidden + attended;
+        let mlp = self.mlp.forward(&self.post_attention_layernorm.forward(&hidden));
+        hidden + mlp
+    }
+}
