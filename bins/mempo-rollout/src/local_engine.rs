@@ -2,9 +2,9 @@
 
 use std::collections::HashMap;
 
-use mempo_agent::{Engine, Generation, Request, SamplingOptions};
+use mempo_agent::{Engine, Generation, Next, Request, SamplingOptions};
 use mempo_data::StopReason;
-use mempo_model::{Finish, GenerateOptions, GenerateRequest, Generated, Model, generate};
+use mempo_model::{Finish, GenerateEvents, GenerateOptions, GenerateRequest, Generated, Model, generate};
 use mempo_text::{PromptBuilder, Tokenizer};
 
 /// Generates with a model in this process.
@@ -17,12 +17,13 @@ pub(crate) struct LocalEngine<'a> {
 }
 
 impl<'a> LocalEngine<'a> {
-    /// Control ids other than end-of-turn are never sampled, nor are ids that the tokenizer does not know. Once
-    /// `interrupted` says so, every call ends at once with an error.
+    /// Control ids other than end-of-turn are never sampled, nor are ids that the tokenizer does not know. At most
+    /// `max_rows` trajectories are in the cache. Once `interrupted` says so, every run ends at once with an error.
     pub(crate) fn new(
         model: &'a Model,
         builder: &'a PromptBuilder,
         sampling: &SamplingOptions,
+        max_rows: usize,
         interrupted: &'a dyn Fn() -> bool,
     ) -> Self {
         let tokenizer = builder.tokenizer();
@@ -36,6 +37,7 @@ impl<'a> LocalEngine<'a> {
             banned_ids: banned.copied().collect(),
             end_ids,
             vocabulary_limit: tokenizer.vocabulary_size(),
+            max_rows,
         };
         let stop = builder.profile().stop.iter().map(|text| text.clone().into_bytes()).collect();
         Self { model, tokenizer, stop, options, interrupted }
@@ -43,22 +45,46 @@ impl<'a> LocalEngine<'a> {
 }
 
 impl Engine for LocalEngine<'_> {
-    fn generate(&mut self, requests: &[Request]) -> Result<Vec<Generation>, String> {
-        let requests: Vec<GenerateRequest> = requests
-            .iter()
-            .map(|request| GenerateRequest { prompt_ids: request.prompt_ids.clone(), seed: request.seed })
-            .collect();
-        let mut stop = StopStrings::new(&self.stop);
-        let mut stops = |row: usize, ids: &[i32]| {
-            (self.interrupted)() || stop.is_complete(row, ids, |id| self.tokenizer.token_bytes(id))
+    fn run(&mut self, requests: Vec<Request>, next: &mut Next<'_>) -> Result<(), String> {
+        let mut events = Events {
+            tokenizer: self.tokenizer,
+            stop: StopStrings::new(&self.stop),
+            interrupted: self.interrupted,
+            next,
         };
-        let generated =
-            generate(self.model, &requests, &self.options, &mut stops).map_err(|error| error.to_string())?;
-        if (self.interrupted)() {
-            return Err("interrupted".to_owned());
-        }
-        Ok(generated.into_iter().map(generation).collect())
+        let requests = requests.into_iter().map(request).collect();
+        generate(self.model, requests, &self.options, &mut events).map_err(|error| error.to_string())?;
+        if (self.interrupted)() { Err("interrupted".to_owned()) } else { Ok(()) }
     }
+}
+
+/// The model asks; tokenizer and agent answer.
+struct Events<'a, 'n> {
+    tokenizer: &'a Tokenizer,
+    stop: StopStrings<'a>,
+    interrupted: &'a dyn Fn() -> bool,
+    next: &'a mut Next<'n>,
+}
+
+impl GenerateEvents for Events<'_, '_> {
+    fn is_complete(&mut self, session: usize, ids: &[i32]) -> bool {
+        (self.interrupted)() || self.stop.is_complete(session, ids, |id| self.tokenizer.token_bytes(id))
+    }
+
+    fn next(&mut self, finished: Vec<(usize, Generated)>) -> Vec<GenerateRequest> {
+        if (self.interrupted)() {
+            return Vec::new();
+        }
+        for (session, _) in &finished {
+            self.stop.forget(*session);
+        }
+        let finished = finished.into_iter().map(|(session, generated)| (session, generation(generated)));
+        (self.next)(finished.collect()).into_iter().map(request).collect()
+    }
+}
+
+fn request(Request { trajectory, prompt_ids, seed }: Request) -> GenerateRequest {
+    GenerateRequest { session: trajectory, prompt_ids, seed }
 }
 
 fn generation(generated: Generated) -> Generation {
@@ -80,6 +106,11 @@ struct StopStrings<'a> {
 impl<'a> StopStrings<'a> {
     fn new(texts: &'a [Vec<u8>]) -> Self {
         Self { texts, rows: HashMap::new() }
+    }
+
+    /// The row's next completion begins.
+    fn forget(&mut self, row: usize) {
+        self.rows.remove(&row);
     }
 
     /// Whether a stop string ends within the ids that are new since the last call for this row.

@@ -54,6 +54,9 @@ pub(crate) struct SampleArguments {
     /// Tasks in one unit: what is generated together and committed together
     #[arg(long, value_name = "N", default_value = "16")]
     tasks_per_unit: NonZeroUsize,
+    /// Trajectories of a unit in the model's cache at a time; the others wait for their turn. Fewer need less memory
+    #[arg(long, value_name = "N", default_value = "256")]
+    concurrency: NonZeroUsize,
     /// Share of trajectories that may fail through no fault of the policy; more end the run with exit code 3
     #[arg(long, value_name = "SHARE", default_value_t = 0.05, value_parser = share)]
     max_error_rate: f64,
@@ -142,7 +145,7 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
         seed_of: &seed_of,
     };
     let interrupted = || stage.check_interrupt().is_err();
-    let mut engine = LocalEngine::new(&model, &builder, &arguments.sampling, &interrupted);
+    let mut engine = LocalEngine::new(&model, &builder, &arguments.sampling, arguments.concurrency.get(), &interrupted);
     let sampling = Sampling { arguments: &arguments, stage: &stage, agent: &agent, task_count };
     let tally = sampling.run(&mut engine, &task_files)?;
     let summary = tally.summary();

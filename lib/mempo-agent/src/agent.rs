@@ -1,4 +1,6 @@
-//! The loop: all trajectories of a unit advance step by step together, one engine call a step.
+//! The loop: the trajectories of a unit advance side by side, each at its own pace, as the engine completes their steps.
+
+use std::collections::HashMap;
 
 use mempo_data::{Status, Step, Task, Trajectory};
 use mempo_text::PromptBuilder;
@@ -42,47 +44,59 @@ impl Agent<'_> {
     pub fn run_unit(&self, engine: &mut dyn Engine, tasks: &[Task]) -> Result<Unit, Error> {
         let group = |task| (0..self.group_size as i32).map(move |index| Attempt::new(task, index));
         let mut attempts: Vec<Attempt<'_>> = tasks.iter().flat_map(group).collect();
-        for _ in 0..self.max_steps() {
-            let active = self.prompts(&mut attempts)?;
-            if active.is_empty() {
-                break;
-            }
-            let requests: Vec<Request> = active.iter().map(|(attempt, prompt)| self.request(attempt, prompt)).collect();
-            match generate(engine, &requests) {
-                Ok(generations) => {
-                    active.into_par_iter().zip(generations).for_each(|((attempt, prompt_ids), generation)| {
-                        attempt.advance(self, prompt_ids, generation);
-                    });
-                }
-                Err(error) => {
-                    for (attempt, _) in active {
-                        attempt.stop(Status::EngineError, &error);
-                    }
-                }
-            }
+        let first = self.requests(attempts.iter_mut().enumerate().collect())?;
+        let mut unbuilt = None;
+        let result = engine.run(first, &mut |finished| {
+            let next = self.take_in(&mut attempts, finished);
+            next.unwrap_or_else(|error| {
+                unbuilt = Some(error);
+                Vec::new()
+            })
+        });
+        if let Some(error) = unbuilt {
+            return Err(error);
+        }
+        let error = result.err().unwrap_or_else(|| "the engine left this prompt without a completion".to_owned());
+        for attempt in attempts.iter_mut().filter(|attempt| attempt.is_active()) {
+            attempt.stop(Status::EngineError, &error);
         }
         Ok(self.rows(attempts))
     }
 
-    /// The next prompt of every trajectory that goes on; one whose prompt is too long ends.
-    fn prompts<'b, 't>(&self, attempts: &'b mut [Attempt<'t>]) -> Result<Vec<(&'b mut Attempt<'t>, Vec<i32>)>, Error> {
-        let active = attempts.par_iter_mut().filter(|attempt| attempt.is_active());
-        let prompts: Result<Vec<Option<_>>, Error> = active
-            .map(|attempt| {
-                let carried = self.context.carried(&attempt.steps);
-                let prompt = self.builder.prompt(&attempt.task.question, &carried);
-                let mut prompt =
-                    prompt.map_err(|source| Error::Prompt { task_id: attempt.task.task_id.clone(), source })?;
-                prompt.extend(self.opening());
-                if prompt.len() <= self.limits.max_prompt_tokens {
-                    return Ok(Some((attempt, prompt)));
-                }
-                let (length, most) = (prompt.len(), self.limits.max_prompt_tokens);
-                attempt.stop(Status::Truncated, &format!("the prompt has {length} tokens, more than {most}"));
-                Ok(None)
-            })
-            .collect();
-        Ok(prompts?.into_iter().flatten().collect())
+    /// Lets trajectories act on their completions, all at once, and gives the requests of those that go on.
+    fn take_in(&self, attempts: &mut [Attempt<'_>], finished: Vec<(usize, Generation)>) -> Result<Vec<Request>, Error> {
+        let mut of: HashMap<usize, Generation> = finished.into_iter().collect();
+        let concerned = attempts.iter_mut().enumerate();
+        let concerned = concerned.filter_map(|(place, attempt)| Some((place, attempt, of.remove(&place)?)));
+        let acted: Vec<_> = concerned.filter(|(_, attempt, _)| attempt.is_active()).collect();
+        let acted = acted.into_par_iter().map(|(place, attempt, generation)| {
+            attempt.advance(self, generation);
+            (place, attempt)
+        });
+        self.requests(acted.collect())
+    }
+
+    /// The next request of every trajectory that goes on; one whose prompt is too long ends.
+    fn requests(&self, attempts: Vec<(usize, &mut Attempt<'_>)>) -> Result<Vec<Request>, Error> {
+        let active = attempts.into_par_iter().filter(|(_, attempt)| attempt.is_active());
+        let requests = active.map(|(place, attempt)| self.request(place, attempt));
+        Ok(requests.collect::<Result<Vec<_>, Error>>()?.into_iter().flatten().collect())
+    }
+
+    fn request(&self, place: usize, attempt: &mut Attempt<'_>) -> Result<Option<Request>, Error> {
+        let carried = self.context.carried(&attempt.steps);
+        let prompt = self.builder.prompt(&attempt.task.question, &carried);
+        let mut prompt = prompt.map_err(|source| Error::Prompt { task_id: attempt.task.task_id.clone(), source })?;
+        prompt.extend(self.opening());
+        let (length, most) = (prompt.len(), self.limits.max_prompt_tokens);
+        if length > most {
+            attempt.stop(Status::Truncated, &format!("the prompt has {length} tokens, more than {most}"));
+            return Ok(None);
+        }
+        let step_index = attempt.steps.len() as i32;
+        let seed = (self.seed_of)(&attempt.task.task_id, attempt.trajectory_index, step_index);
+        attempt.prompt_ids.clone_from(&prompt);
+        Ok(Some(Request { trajectory: place, prompt_ids: prompt, seed }))
     }
 
     /// What every completion begins with, put there instead of generated.
@@ -95,12 +109,6 @@ impl Agent<'_> {
         if self.context.answers_at_once() { 1 } else { self.limits.max_steps }
     }
 
-    fn request(&self, attempt: &Attempt<'_>, prompt_ids: &[i32]) -> Request {
-        let step_index = attempt.steps.len() as i32;
-        let seed = (self.seed_of)(&attempt.task.task_id, attempt.trajectory_index, step_index);
-        Request { prompt_ids: prompt_ids.to_vec(), seed }
-    }
-
     fn rows(&self, attempts: Vec<Attempt<'_>>) -> Unit {
         let mut unit = Unit { trajectories: Vec::new(), steps: Vec::new() };
         for attempt in attempts {
@@ -110,14 +118,6 @@ impl Agent<'_> {
         }
         unit
     }
-}
-
-fn generate(engine: &mut dyn Engine, requests: &[Request]) -> Result<Vec<Generation>, String> {
-    let generations = engine.generate(requests)?;
-    if generations.len() == requests.len() {
-        return Ok(generations);
-    }
-    Err(format!("the engine returned {} completions for {} prompts", generations.len(), requests.len()))
 }
 
 #[cfg(test)]

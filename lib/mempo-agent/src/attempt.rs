@@ -11,6 +11,8 @@ pub(crate) struct Attempt<'t> {
     pub(crate) task: &'t Task,
     pub(crate) trajectory_index: i32,
     pub(crate) steps: Vec<Step>,
+    /// What the engine is working on.
+    pub(crate) prompt_ids: Vec<i32>,
     end: Option<End>,
     tags_valid: bool,
     tool_calls: i32,
@@ -25,8 +27,8 @@ struct End {
 
 impl<'t> Attempt<'t> {
     pub(crate) fn new(task: &'t Task, trajectory_index: i32) -> Self {
-        let (steps, end) = (Vec::new(), None);
-        Self { task, trajectory_index, steps, end, tags_valid: true, tool_calls: 0, unique_tokens: 0 }
+        let (steps, prompt_ids, end) = (Vec::new(), Vec::new(), None);
+        Self { task, trajectory_index, steps, prompt_ids, end, tags_valid: true, tool_calls: 0, unique_tokens: 0 }
     }
 
     pub(crate) fn is_active(&self) -> bool {
@@ -39,8 +41,9 @@ impl<'t> Attempt<'t> {
         self.end = Some(End { status, answer: None, error: Some(error) });
     }
 
-    /// Takes in what the engine made of `prompt_ids`: one step more, and an end or an observation.
-    pub(crate) fn advance(&mut self, agent: &Agent<'_>, prompt_ids: Vec<i32>, generation: Generation) {
+    /// Takes in what the engine made of the prompt: one step more, and an end or an observation.
+    pub(crate) fn advance(&mut self, agent: &Agent<'_>, generation: Generation) {
+        let prompt_ids = std::mem::take(&mut self.prompt_ids);
         if generation.stop_reason == StopReason::Error {
             return self.stop(Status::EngineError, "the engine failed for this prompt");
         }

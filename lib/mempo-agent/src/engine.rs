@@ -5,6 +5,8 @@ use mempo_data::StopReason;
 /// One completion asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Request {
+    /// Place of its trajectory in the unit: a trajectory has one open request at a time, and its prompts share much.
+    pub trajectory: usize,
     /// Ids the model sees.
     pub prompt_ids: Vec<i32>,
     /// Seed of this completion alone: the same request gives the same completion in any company.
@@ -22,8 +24,13 @@ pub struct Generation {
     pub stop_reason: StopReason,
 }
 
+/// What follows from completions: takes those (with their trajectories) that ended together, gives the next requests of
+/// the trajectories that go on.
+pub type Next<'a> = dyn FnMut(Vec<(usize, Generation)>) -> Vec<Request> + 'a;
+
 /// Generates completions.
 pub trait Engine {
-    /// Completes every request, in the order given. An `Err` says in words why none could be completed.
-    fn generate(&mut self, requests: &[Request]) -> Result<Vec<Generation>, String>;
+    /// Completes every request, and those that follow from them, until none is left. An `Err` says in words why those
+    /// still open could not be completed.
+    fn run(&mut self, requests: Vec<Request>, next: &mut Next<'_>) -> Result<(), String>;
 }

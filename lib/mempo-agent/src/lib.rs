@@ -20,7 +20,7 @@ use std::path::PathBuf;
 
 pub use agent::{Agent, Unit};
 pub use context::{ClosedBook, ContextPolicy, Mempo, React, context_policy};
-pub use engine::{Engine, Generation, Request};
+pub use engine::{Engine, Generation, Next, Request};
 pub use options::{LimitOptions, SamplingOptions};
 pub use outcome::{Outcome, format_problem, outcome, row_segments};
 pub use search::{Hit, SearchIndex};

@@ -1,117 +1,167 @@
-//! Keys and values of a batch that is being decoded.
+//! Keys and values of many sequences, one a row, that grow, stop and go on from a common prefix.
+
+use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
 use crate::Model;
 use crate::blocks::causal_attention;
 
-/// Tokens of one prefill pass, padding included: enough to fill a GPU, or few enough for a CPU's caches.
-fn prefill_tokens(device: Device) -> usize {
+/// Columns are made in steps of this, so that the cache seldom moves.
+const COLUMN_STEP: i64 = 64;
+
+/// Tokens of one pass over prompts, padding included: enough to fill a GPU, or few enough for a CPU's caches.
+fn prompt_tokens(device: Device) -> usize {
     if device.is_cuda() { 16_384 } else { 4096 }
 }
 
-/// Keys and values of all layers, one slot a row.
-///
-/// Prompts end at one common column, so that every step writes a single column for all rows; `mask` hides what lies
-/// before a shorter prompt. Positions are the prompt's own, so the alignment changes nothing else.
+/// Keys and values of all layers. Column and position are the same: every row begins in column 0, whatever its length,
+/// so a row can drop its end and go on from there.
 pub(crate) struct Cache {
-    /// Per layer, `[B,K,C,d]` with `C` columns of room.
-    keys: Vec<Tensor>,
-    values: Vec<Tensor>,
-    /// `[B,1,1,C]`: 0, or minus infinity before a prompt's start; absent when all prompts are equally long.
-    mask: Option<Tensor>,
-    /// Position of the next token of each row, `[B,1]`, int64.
-    positions: Tensor,
-    /// Columns in use.
-    columns: i64,
+    /// `[2 L, R, C, K, d]`: of each layer keys, then values; what lies past a row's length is finite and meaningless.
+    data: Tensor,
+    lengths: Vec<i64>,
+}
+
+/// Tokens that follow the first `kept` of a row.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Continuation<'a> {
+    pub(crate) row: usize,
+    pub(crate) kept: usize,
+    pub(crate) ids: &'a [i32],
 }
 
 impl Cache {
-    /// Runs the prompts of all rows and gives the cache and the hidden states at their ends, `[B,D]`. Rows must be
-    /// sorted by length, equal prompts side by side: those are run once. Makes room for `room` tokens more.
-    pub(crate) fn prefill(model: &Model, prompts: &[&[i32]], room: usize) -> (Self, Tensor) {
-        let width = prompts.last().map_or(0, |prompt| prompt.len());
-        let mut cache = Self::allocate(model, prompts, width as i64, room as i64);
-        let mut ends = Vec::new();
-        let mut start = 0;
-        while start < prompts.len() {
-            let chunk = Chunk::take(prompts, start, prefill_tokens(model.runtime().device));
-            start += chunk.prompt_of_row.len();
-            ends.push(cache.prefill_chunk(model, &chunk, start - chunk.prompt_of_row.len()));
-        }
-        (cache, Tensor::cat(&ends, 0))
-    }
-
-    fn allocate(model: &Model, prompts: &[&[i32]], width: i64, room: i64) -> Self {
+    pub(crate) fn new(model: &Model) -> Self {
         let (config, runtime) = (model.config(), model.runtime());
-        let shape = [prompts.len() as i64, config.key_value_heads(), width + room, config.head_size()];
-        let layers = || {
-            let empty = |_| Tensor::empty(shape, (runtime.kind, runtime.device));
-            (0..config.num_hidden_layers).map(empty).collect::<Vec<Tensor>>()
-        };
-        let lengths: Vec<i64> = prompts.iter().map(|prompt| prompt.len() as i64).collect();
-        let positions = Tensor::from_slice(&lengths).unsqueeze(1).to_device(runtime.device);
-        let mask = (lengths[0] < width).then(|| {
-            let columns = Tensor::arange(width + room, (Kind::Int64, runtime.device));
-            let hidden = columns.unsqueeze(0).lt_tensor(&(width - &positions));
-            let mask = Tensor::zeros(hidden.size(), (runtime.kind, runtime.device));
-            mask.masked_fill(&hidden, f64::NEG_INFINITY).unsqueeze(1).unsqueeze(1)
-        });
-        Self { keys: layers(), values: layers(), mask, positions, columns: width }
+        let shape = [2 * config.num_hidden_layers as i64, 0, 0, config.key_value_heads(), config.head_size()];
+        Self { data: Tensor::zeros(shape, (runtime.kind, runtime.device)), lengths: Vec::new() }
     }
 
-    /// Runs the distinct prompts of a chunk and spreads their keys and values over the rows from `first_row` on.
-    fn prefill_chunk(&mut self, model: &Model, chunk: &Chunk, first_row: usize) -> Tensor {
+    /// Makes room for so many rows of so many tokens.
+    pub(crate) fn reserve(&mut self, rows: usize, columns: usize) {
+        let size = self.data.size();
+        let rows = size[1].max(rows as i64);
+        let columns = size[2].max((columns as i64 + COLUMN_STEP - 1) / COLUMN_STEP * COLUMN_STEP);
+        if (rows, columns) != (size[1], size[2]) {
+            let larger = [size[0], rows, columns, size[3], size[4]];
+            // Zeros: a column that is never seen still meets a weight of 0, and 0 times a stray NaN is NaN.
+            let larger = Tensor::zeros(larger, (self.data.kind(), self.data.device()));
+            larger.narrow(1, 0, size[1]).narrow(2, 0, size[2]).copy_(&self.data);
+            self.data = larger;
+        }
+        self.lengths.resize(rows as usize, 0);
+    }
+
+    /// Puts what lies in row `from` of each pair into row `to`, all at once.
+    pub(crate) fn move_rows(&mut self, moves: &[(usize, usize)]) {
+        let columns = moves.iter().map(|(from, _)| self.lengths[*from]).max().unwrap_or(0);
+        if columns == 0 {
+            return;
+        }
+        let used = self.data.narrow(2, 0, columns);
+        let rows = |rows: Vec<i64>| Tensor::from_slice(&rows).to_device(used.device());
+        let sources = rows(moves.iter().map(|(from, _)| *from as i64).collect());
+        let targets = rows(moves.iter().map(|(_, to)| *to as i64).collect());
+        let _ = used.shallow_clone().index_copy_(1, &targets, &used.index_select(1, &sources));
+        let lengths: Vec<i64> = moves.iter().map(|(from, _)| self.lengths[*from]).collect();
+        for ((_, to), length) in moves.iter().zip(lengths) {
+            self.lengths[*to] = length;
+        }
+    }
+
+    /// Runs what follows in each row and gives the hidden states at their ends, `[N,D]`, in the order given.
+    pub(crate) fn extend(&mut self, model: &Model, continuations: &[Continuation]) -> Tensor {
+        let mut order: Vec<usize> = (0..continuations.len()).collect();
+        // Those without a prefix come first; equal ones side by side, to be run once.
+        order.sort_by_key(|place| {
+            let Continuation { kept, ids, .. } = &continuations[*place];
+            (*kept > 0, ids.len(), *ids, *place)
+        });
+        let budget = prompt_tokens(model.runtime().device);
+        let mut ends = Vec::new();
+        let mut rest = &order[..];
+        while !rest.is_empty() {
+            let chunk = Chunk::take(continuations, rest, budget);
+            rest = &rest[chunk.members.len()..];
+            ends.push(self.extend_chunk(model, &chunk));
+        }
+        let mut places = vec![0; order.len()];
+        for (end, place) in order.iter().enumerate() {
+            places[*place] = end as i64;
+        }
+        Tensor::cat(&ends, 0).index_select(0, &Tensor::from_slice(&places).to_device(model.runtime().device))
+    }
+
+    fn extend_chunk(&mut self, model: &Model, chunk: &Chunk) -> Tensor {
         let device = model.runtime().device;
-        let width = chunk.prompts.last().map_or(0, |prompt| prompt.len() as i64);
-        let rows = chunk.prompt_of_row.len() as i64;
-        let sources = chunk.sources(width, device);
-        let ids = model.padded(&chunk.prompts);
-        let positions = Tensor::arange(width, (Kind::Int64, device)).unsqueeze(0);
-        let (columns, first_row) = (self.columns, first_row as i64);
+        let ids = model.padded(&chunk.distinct);
+        let width = ids.size()[1];
+        let (sources, targets) = chunk.places(self.data.size()[2], width);
+        let (sources, targets) = (on(&sources, device), on(&targets, device));
+        let fresh = chunk.members.iter().all(|member| member.kept == 0);
+        let seen = (!fresh).then(|| Seen::new(chunk, width, device, self.data.kind()));
+        // Members with a prefix are distinct, one a row.
+        let first: Vec<i64> =
+            if fresh { vec![0] } else { chunk.members.iter().map(|member| member.kept as i64).collect() };
+        let positions = on(&first, device).unsqueeze(1) + Tensor::arange(width, (Kind::Int64, device)).unsqueeze(0);
+        // Padding stays among the positions there are.
+        let positions = positions.clamp_max(model.config().max_position_embeddings as i64 - 1);
         let hidden = model.forward(&ids, &positions, &mut |layer, q, k, v| {
-            let attended = causal_attention(&q, &k, &v);
-            for (cache, new) in [(&self.keys[layer], &k), (&self.values[layer], &v)] {
-                let cache = cache.narrow(0, first_row, rows).narrow(2, 0, columns);
-                // A hidden column still meets a weight of 0, and 0 times a stray NaN is NaN.
-                let _ = cache.narrow(2, 0, columns - width).zero_();
-                let spread = new.transpose(1, 2).flatten(0, 1).index_select(0, &sources);
-                cache.narrow(2, columns - width, width).copy_(&spread.unflatten(0, [rows, width]).transpose(1, 2));
+            let written = [(2 * layer, &k), (2 * layer + 1, &v)].map(|(place, new)| {
+                let new = new.transpose(1, 2).flatten(0, 1).index_select(0, &sources);
+                let cache = self.data.select(0, place as i64);
+                let _ = cache.flatten(0, 1).index_copy_(0, &targets, &new);
+                cache
+            });
+            match &seen {
+                None => causal_attention(&q, &k, &v),
+                Some(seen) => seen.attend(&q, &written[0], &written[1]),
             }
-            attended
         });
-        hidden.flatten(0, 1).index_select(0, &chunk.ends(width, device))
+        for member in &chunk.members {
+            self.lengths[member.row] = (member.kept + member.ids.len()) as i64;
+        }
+        hidden.flatten(0, 1).index_select(0, &on(&chunk.ends(width), device))
     }
 
-    /// One token more in every row: ids `[B,1]` -> hidden states `[B,D]`.
+    /// One token more in each of the first rows: ids `[B,1]` -> hidden states `[B,D]`.
     pub(crate) fn step(&mut self, model: &Model, ids: &Tensor) -> Tensor {
-        let column = self.columns;
-        let mask = self.mask.as_ref().map(|mask| mask.narrow(3, 0, column + 1));
-        let hidden = model.forward(ids, &self.positions, &mut |layer, q, k, v| {
-            self.keys[layer].narrow(2, column, 1).copy_(&k);
-            self.values[layer].narrow(2, column, 1).copy_(&v);
-            let (keys, values) =
-                (self.keys[layer].narrow(2, 0, column + 1), self.values[layer].narrow(2, 0, column + 1));
+        let (rows, device) = (ids.size()[0], self.data.device());
+        let capacity = self.data.size()[2];
+        let lengths = &mut self.lengths[..rows as usize];
+        let positions = on(lengths, device).unsqueeze(1);
+        let targets: Vec<i64> =
+            lengths.iter().enumerate().map(|(row, length)| row as i64 * capacity + length).collect();
+        let targets = on(&targets, device);
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let columns = longest + 1;
+        let mask = lengths.iter().any(|length| *length < longest).then(|| {
+            let unseen = Tensor::arange(columns, (Kind::Int64, device)).unsqueeze(0).gt_tensor(&positions);
+            additive_mask(&unseen, self.data.kind()).unsqueeze(1).unsqueeze(1)
+        });
+        for length in lengths {
+            *length += 1;
+        }
+        let hidden = model.forward(ids, &positions, &mut |layer, q, k, v| {
+            let [keys, values] = [(2 * layer, k), (2 * layer + 1, v)].map(|(place, new)| {
+                let cache = self.data.select(0, place as i64);
+                let _ = cache.flatten(0, 1).index_copy_(0, &targets, &new.squeeze_dim(2));
+                cache.narrow(0, 0, rows).narrow(1, 0, columns).transpose(1, 2)
+            });
             attend_to_cache(&q, &keys, &values, mask.as_ref())
         });
-        self.columns += 1;
-        self.positions = &self.positions + 1;
         hidden.squeeze_dim(1)
     }
+}
 
-    /// Keeps only these rows, in this order.
-    pub(crate) fn keep(&mut self, rows: &[i64]) {
-        let rows = Tensor::from_slice(rows).to_device(self.positions.device());
-        for cache in self.keys.iter_mut().chain(&mut self.values) {
-            let mut shape = cache.size();
-            shape[0] = rows.size()[0];
-            let kept = Tensor::empty(&shape, (cache.kind(), cache.device()));
-            kept.narrow(2, 0, self.columns).copy_(&cache.narrow(2, 0, self.columns).index_select(0, &rows));
-            *cache = kept;
-        }
-        self.mask = self.mask.as_ref().map(|mask| mask.index_select(0, &rows));
-        self.positions = self.positions.index_select(0, &rows);
-    }
+fn on(values: &[i64], device: Device) -> Tensor {
+    Tensor::from_slice(values).to_device(device)
+}
+
+/// Minus infinity where `hidden`, 0 elsewhere.
+fn additive_mask(hidden: &Tensor, kind: Kind) -> Tensor {
+    Tensor::zeros(hidden.size(), (kind, hidden.device())).masked_fill(hidden, f64::NEG_INFINITY)
 }
 
 /// One query a row `[B,H,1,d]` over the cache `[B,K,C,d]` -> `[B,H,1,d]`. The heads of a group stand as query rows of
@@ -130,44 +180,85 @@ fn attend_to_cache(q: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Ten
     attended.reshape([rows, heads, 1, head_size])
 }
 
-/// Rows whose distinct prompts are run in one pass.
+/// What rows that go on from a prefix see: their own cache up to each new token.
+struct Seen {
+    /// Their rows of the cache.
+    rows: Tensor,
+    columns: i64,
+    /// `[B,1,T,C]`.
+    mask: Tensor,
+}
+
+impl Seen {
+    fn new(chunk: &Chunk, width: i64, device: Device, kind: Kind) -> Self {
+        let members = || chunk.members.iter();
+        let rows: Vec<i64> = members().map(|member| member.row as i64).collect();
+        let kept: Vec<i64> = members().map(|member| member.kept as i64).collect();
+        let columns = members().map(|member| (member.kept + member.ids.len()) as i64).max().unwrap_or(0);
+        let last =
+            on(&kept, device).view([-1, 1, 1, 1]) + Tensor::arange(width, (Kind::Int64, device)).view([1, 1, -1, 1]);
+        let unseen = Tensor::arange(columns, (Kind::Int64, device)).gt_tensor(&last);
+        Self { rows: on(&rows, device), columns, mask: additive_mask(&unseen, kind) }
+    }
+
+    /// Queries `[B,H,T,d]` over a layer's keys and values `[R,C,K,d]` -> `[B,H,T,d]`.
+    fn attend(&self, q: &Tensor, keys: &Tensor, values: &Tensor) -> Tensor {
+        let shares = q.size()[1] / keys.size()[2];
+        let gather = |cache: &Tensor| {
+            let rows = cache.narrow(1, 0, self.columns).index_select(0, &self.rows).transpose(1, 2);
+            // No kernel of the GPU takes both a mask and fewer key-value heads.
+            if q.device().is_cuda() && shares > 1 { rows.repeat_interleave_self_int(shares, 1, None) } else { rows }
+        };
+        let (keys, values) = (gather(keys), gather(values));
+        let grouped = q.size()[1] != keys.size()[1];
+        Tensor::scaled_dot_product_attention(q, &keys, &values, Some(&self.mask), 0.0, false, None, grouped)
+    }
+}
+
+/// Continuations that are run in one pass; all of them have a prefix, or none.
 struct Chunk<'a> {
-    /// Distinct, by length.
-    prompts: Vec<&'a [i32]>,
-    prompt_of_row: Vec<usize>,
+    members: Vec<Continuation<'a>>,
+    /// Ids to run, by length; members without a prefix share equal ones.
+    distinct: Vec<&'a [i32]>,
+    /// For each member, which of `distinct` is its own.
+    distinct_of: Vec<usize>,
 }
 
 impl<'a> Chunk<'a> {
-    /// As many rows from `start` on as keep the distinct prompts, padded, within the token budget.
-    fn take(rows: &[&'a [i32]], start: usize, budget: usize) -> Self {
-        let mut chunk = Self { prompts: Vec::new(), prompt_of_row: Vec::new() };
-        for prompt in &rows[start..] {
-            if chunk.prompts.last() != Some(prompt) {
-                if !chunk.prompts.is_empty() && (chunk.prompts.len() + 1) * prompt.len() > budget {
-                    break;
-                }
-                chunk.prompts.push(prompt);
+    /// As many members, in `order`, as keep the distinct ids, padded, within the token budget.
+    fn take(continuations: &[Continuation<'a>], order: &[usize], budget: usize) -> Self {
+        let mut chunk = Self { members: Vec::new(), distinct: Vec::new(), distinct_of: Vec::new() };
+        for place in order {
+            let member = continuations[*place];
+            let shared = member.kept == 0 && chunk.distinct.last() == Some(&member.ids);
+            if let Some(first) = chunk.members.first()
+                && ((first.kept > 0) != (member.kept > 0)
+                    || (!shared && (chunk.distinct.len() + 1) * member.ids.len() > budget))
+            {
+                break;
             }
-            chunk.prompt_of_row.push(chunk.prompts.len() - 1);
+            if !shared {
+                chunk.distinct.push(member.ids);
+            }
+            chunk.members.push(member);
+            chunk.distinct_of.push(chunk.distinct.len() - 1);
         }
         chunk
     }
 
-    /// For each row and each of the last `width` columns, which token of the right-padded prompts stands there. Columns
-    /// before a prompt's start are hidden by the mask; its first token stands there.
-    fn sources(&self, width: i64, device: Device) -> Tensor {
-        let of_row = |prompt: &usize| {
-            let padding = width - self.prompts[*prompt].len() as i64;
-            let first = *prompt as i64 * width;
-            (0..width).map(move |column| first + (column - padding).max(0))
-        };
-        let sources: Vec<i64> = self.prompt_of_row.iter().flat_map(of_row).collect();
-        Tensor::from_slice(&sources).to_device(device)
+    /// For every token of every member: where it stands among the padded ids, and where in the flat cache.
+    fn places(&self, capacity: i64, width: i64) -> (Vec<i64>, Vec<i64>) {
+        let range = |start: i64, member: &Continuation| -> Range<i64> { start..start + member.ids.len() as i64 };
+        let members = || self.members.iter().zip(&self.distinct_of);
+        let sources = members().flat_map(|(member, distinct)| range(*distinct as i64 * width, member));
+        let targets =
+            members().flat_map(|(member, _)| range(member.row as i64 * capacity + member.kept as i64, member));
+        (sources.collect(), targets.collect())
     }
 
-    /// For each row, where its prompt's last token stands.
-    fn ends(&self, width: i64, device: Device) -> Tensor {
-        let end = |prompt: &usize| *prompt as i64 * width + self.prompts[*prompt].len() as i64 - 1;
-        Tensor::from_slice(&self.prompt_of_row.iter().map(end).collect::<Vec<i64>>()).to_device(device)
+    /// For each member, where its last token stands.
+    fn ends(&self, width: i64) -> Vec<i64> {
+        let members = self.members.iter().zip(&self.distinct_of);
+        members.map(|(member, distinct)| *distinct as i64 * width + member.ids.len() as i64 - 1).collect()
     }
 }

@@ -1,11 +1,18 @@
-//! Batched sampling with a key-value cache.
+//! Sampling with continuous batching: rows of a cache decode together; one that ends makes room at once for what comes
+//! next, which goes on from as much of the row as it shares.
+
+use std::collections::VecDeque;
+use std::ops::Range;
 
 use tch::Tensor;
 
-use crate::cache::Cache;
+use crate::cache::{Cache, Continuation};
 use crate::random::counter_uniform;
 use crate::sampler::{Draw, Sampler};
 use crate::{Error, Model};
+
+/// Prefixes shorter than this are not worth a mask: such prompts are run whole.
+const LEAST_KEPT: usize = 16;
 
 /// How to sample.
 #[derive(Debug, Clone)]
@@ -22,11 +29,16 @@ pub struct GenerateOptions {
     pub end_ids: Vec<i32>,
     /// Ids from here on are never sampled (rows of the embedding that the tokenizer does not know).
     pub vocabulary_limit: usize,
+    /// Sequences in the cache at a time; the others wait for their turn.
+    pub max_rows: usize,
 }
 
 /// A prompt and the key of its random numbers.
 #[derive(Debug, Clone)]
 pub struct GenerateRequest {
+    /// Whose turn it is: one completion at a time a session. A later prompt of the same session is run from where it
+    /// differs from what was there.
+    pub session: usize,
     /// Ids before the completion, at least one.
     pub prompt_ids: Vec<i32>,
     /// The uniform number of the i-th id is a function of this seed and i alone.
@@ -55,105 +67,266 @@ pub struct Generated {
     pub finish: Finish,
 }
 
-/// A row of the batch.
-struct Row {
-    request: usize,
+/// What the caller of [`generate`] decides while it runs.
+pub trait GenerateEvents {
+    /// Asked after each id that ends nothing by itself, with a session's ids so far.
+    fn is_complete(&mut self, session: usize, ids: &[i32]) -> bool;
+    /// Takes the completions (with their sessions) that ended together; gives what is to be sampled next.
+    fn next(&mut self, finished: Vec<(usize, Generated)>) -> Vec<GenerateRequest>;
+}
+
+/// Samples a completion for every request, and for those that follow from them, until none is left.
+///
+/// Sessions get their rows in the order of their first requests. With the same requests in the same order the outcome is
+/// the same; what runs beside a row changes at most the last bits of its log-probabilities.
+pub fn generate(
+    model: &Model,
+    requests: Vec<GenerateRequest>,
+    options: &GenerateOptions,
+    events: &mut dyn GenerateEvents,
+) -> Result<(), Error> {
+    let sampler = Sampler::new(model, options)?;
+    let _guard = tch::no_grad_guard();
+    let mut batch = Batch::new(model, options)?;
+    batch.admit(requests)?;
+    let mut hidden: Option<Tensor> = None;
+    loop {
+        if let Some(new) = batch.start_waiting() {
+            hidden = Some(hidden.map_or_else(|| new.shallow_clone(), |old| Tensor::cat(&[&old, &new], 0)));
+        }
+        let Some(states) = hidden else { return Ok(()) };
+        let draws = sampler.draw(model, &states, &batch.uniforms())?;
+        let finished = batch.push(&draws, events);
+        if !finished.is_empty() {
+            batch.admit(events.next(finished))?;
+        }
+        hidden = batch.step();
+    }
+}
+
+/// A request that is refused is named by its session.
+fn check(model: &Model, GenerateRequest { session, prompt_ids, .. }: &GenerateRequest) -> Result<(), Error> {
+    model.check_ids(*session, prompt_ids)?;
+    let window = model.config().max_position_embeddings;
+    if prompt_ids.len() < window {
+        return Ok(());
+    }
+    let problem = format!("has {window} tokens and fills the model's window; nothing can follow");
+    Err(Error::Sequence { row: *session, problem })
+}
+
+/// A completion in the making.
+struct Work {
+    prompt_ids: Vec<i32>,
     seed: u64,
     limit: usize,
     ids: Vec<i32>,
     logprobs: Vec<f32>,
-    finish: Option<Finish>,
 }
 
-/// Samples one completion a request, all in one batch.
-///
-/// `stop(row, ids)` is asked after each id that ends nothing by itself, with the request's place and its ids so far.
-/// The outcome does not depend on the order of the requests.
-pub fn generate(
+/// A row of the cache.
+#[derive(Default)]
+struct Row {
+    /// Whose row it is, until a session ends.
+    session: Option<usize>,
+    /// The ids whose keys and values it holds.
+    held: Vec<i32>,
+    work: Option<Work>,
+}
+
+struct Batch<'a> {
+    model: &'a Model,
+    options: &'a GenerateOptions,
+    cache: Cache,
+    /// Rows that decode come first, `live` of them; then those that wait to start and those without work.
+    rows: Vec<Row>,
+    live: usize,
+    /// Requests of sessions that have no row yet.
+    queue: VecDeque<GenerateRequest>,
+}
+
+impl<'a> Batch<'a> {
+    fn new(model: &'a Model, options: &'a GenerateOptions) -> Result<Self, Error> {
+        if options.max_tokens == 0 || options.max_rows == 0 {
+            let (tokens, rows) = (options.max_tokens, options.max_rows);
+            return Err(Error::Options(format!("max_tokens {tokens}, max_rows {rows}: expected at least 1 of each")));
+        }
+        let (rows, queue) = (Vec::new(), VecDeque::new());
+        Ok(Self { model, options, cache: Cache::new(model), rows, live: 0, queue })
+    }
+
+    /// Takes requests in: each in its session's row, or in one that is free, or in the queue. Sessions that asked for
+    /// nothing have ended.
+    fn admit(&mut self, requests: Vec<GenerateRequest>) -> Result<(), Error> {
+        for request in requests {
+            check(self.model, &request)?;
+            let own = self.rows.iter().position(|row| row.session == Some(request.session));
+            match own {
+                Some(row) => self.rows[row].assign(request, self.model, self.options),
+                None => self.queue.push_back(request),
+            }
+        }
+        for row in self.rows.iter_mut().filter(|row| row.work.is_none()) {
+            row.session = None;
+        }
+        while self.rows.len() < self.options.max_rows.min(self.rows.len() + self.queue.len()) {
+            self.rows.push(Row::default());
+        }
+        for row in self.rows.iter_mut().filter(|row| row.session.is_none()) {
+            let Some(request) = self.queue.pop_front() else { break };
+            row.assign(request, self.model, self.options);
+        }
+        Ok(())
+    }
+
+    /// Runs the prompts of the rows that wait, unless they are few beside those that decode: a pass over a prompt costs
+    /// about as much as a step of all. Gives the hidden states at their ends.
+    fn start_waiting(&mut self) -> Option<Tensor> {
+        let waiting = || self.rows[self.live..].iter().filter_map(|row| row.work.as_ref());
+        let count = waiting().count();
+        if count == 0 || count * 4 < self.live {
+            return None;
+        }
+        let room = waiting().map(Work::room).max().unwrap_or(0);
+        self.cache.reserve(self.rows.len(), room);
+        let started = self.live..self.live + count;
+        self.bring_forward(started.clone(), self.rows.len());
+        let continuation = |row: usize| {
+            let Row { held, work, .. } = &self.rows[row];
+            let prompt = work.as_ref().map_or(&[][..], |work| &work.prompt_ids);
+            // The last id of a prompt is always run: what follows is drawn from its hidden state.
+            let shared = held.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count();
+            let kept = if shared < LEAST_KEPT { 0 } else { shared };
+            Continuation { row, kept, ids: &prompt[kept..] }
+        };
+        let continuations: Vec<Continuation> = started.clone().map(continuation).collect();
+        let hidden = self.cache.extend(self.model, &continuations);
+        for row in &mut self.rows[started.clone()] {
+            row.held.clear();
+            row.held.extend(row.work.iter().flat_map(|work| &work.prompt_ids));
+        }
+        self.live = started.end;
+        Some(hidden)
+    }
+
+    /// The numbers that decide the next id of each row that decodes.
+    fn uniforms(&self) -> Vec<f32> {
+        let work = self.rows[..self.live].iter().filter_map(|row| row.work.as_ref());
+        work.map(|work| counter_uniform(work.seed, work.ids.len() as u64)).collect()
+    }
+
+    /// Gives each row its draw; takes out the completions that end with it, and puts the rows that go on first.
+    fn push(&mut self, draws: &[Draw], events: &mut dyn GenerateEvents) -> Vec<(usize, Generated)> {
+        let mut finished = Vec::new();
+        for (row, draw) in self.rows.iter_mut().zip(draws) {
+            finished.extend(row.push(*draw, self.options, events));
+        }
+        let live = self.live - finished.len();
+        self.bring_forward(0..live, self.live);
+        self.live = live;
+        finished
+    }
+
+    /// Makes `front` rows with work only: the others there change places with rows with work behind them, before `end`.
+    fn bring_forward(&mut self, front: Range<usize>, end: usize) {
+        let idle = front.clone().filter(|row| self.rows[*row].work.is_none());
+        let busy = (front.end..end).filter(|row| self.rows[*row].work.is_some());
+        let pairs: Vec<(usize, usize)> = idle.zip(busy).collect();
+        for (idle, busy) in &pairs {
+            self.rows.swap(*idle, *busy);
+        }
+        let both: Vec<(usize, usize)> = pairs.iter().flat_map(|(a, b)| [(*a, *b), (*b, *a)]).collect();
+        self.cache.move_rows(&both);
+    }
+
+    /// One token more in every row that decodes; nothing if there is none.
+    fn step(&mut self) -> Option<Tensor> {
+        if self.live == 0 {
+            return None;
+        }
+        let mut ids = Vec::with_capacity(self.live);
+        for row in &mut self.rows[..self.live] {
+            let last = row.work.as_ref().and_then(|work| work.ids.last().copied()).expect("a live row has just drawn");
+            row.held.push(last);
+            ids.push(i64::from(last));
+        }
+        let ids = Tensor::from_slice(&ids).unsqueeze(1).to_device(self.model.runtime().device);
+        Some(self.cache.step(self.model, &ids))
+    }
+}
+
+impl Work {
+    /// Tokens its row must hold.
+    fn room(&self) -> usize {
+        self.prompt_ids.len() + self.limit
+    }
+}
+
+impl Row {
+    fn assign(&mut self, request: GenerateRequest, model: &Model, options: &GenerateOptions) {
+        let GenerateRequest { session, prompt_ids, seed } = request;
+        let limit = options.max_tokens.min(model.config().max_position_embeddings - prompt_ids.len());
+        self.session = Some(session);
+        self.work = Some(Work { prompt_ids, seed, limit, ids: Vec::new(), logprobs: Vec::new() });
+    }
+
+    /// Takes a draw; the completion, if it ends with it.
+    fn push(
+        &mut self,
+        (id, logprob): Draw,
+        options: &GenerateOptions,
+        events: &mut dyn GenerateEvents,
+    ) -> Option<(usize, Generated)> {
+        let (session, work) = (self.session?, self.work.as_mut()?);
+        work.ids.push(id);
+        work.logprobs.push(logprob);
+        let finish = if options.end_ids.contains(&id) {
+            Finish::End
+        } else if events.is_complete(session, &work.ids) {
+            Finish::Stop
+        } else if work.ids.len() >= work.limit {
+            Finish::Length
+        } else {
+            return None;
+        };
+        let Work { ids, logprobs, .. } = self.work.take()?;
+        Some((session, Generated { ids, logprobs, finish }))
+    }
+}
+
+/// Samples one completion a request, in the order given; sessions play no part. `stop(request, ids)` is as
+/// [`GenerateEvents::is_complete`]. The outcome does not depend on the order of the requests.
+pub fn generate_each(
     model: &Model,
     requests: &[GenerateRequest],
     options: &GenerateOptions,
     stop: &mut dyn FnMut(usize, &[i32]) -> bool,
 ) -> Result<Vec<Generated>, Error> {
-    let sampler = Sampler::new(model, options)?;
-    let mut rows = rows(model, requests, options)?;
-    if rows.is_empty() {
-        return Ok(Vec::new());
-    }
-    let _guard = tch::no_grad_guard();
-    let prompts: Vec<&[i32]> = rows.iter().map(|row| &requests[row.request].prompt_ids[..]).collect();
-    let (mut cache, mut hidden) = Cache::prefill(model, &prompts, options.max_tokens);
-    let mut live: Vec<usize> = (0..rows.len()).collect();
-    loop {
-        let uniforms: Vec<f32> =
-            live.iter().map(|row| counter_uniform(rows[*row].seed, rows[*row].ids.len() as u64)).collect();
-        let draws = sampler.draw(model, &hidden, &uniforms)?;
-        for (row, draw) in live.iter().zip(&draws) {
-            rows[*row].push(*draw, options, stop);
-        }
-        let open: Vec<i64> =
-            (0..live.len()).filter(|slot| rows[live[*slot]].finish.is_none()).map(|slot| slot as i64).collect();
-        if open.is_empty() {
-            break;
-        }
-        let mut ids: Vec<i64> = draws.iter().map(|(id, _)| i64::from(*id)).collect();
-        // Moving the cache costs about as much as a step over it, so a finished row stays until a quarter is finished.
-        if open.len() * 4 <= live.len() * 3 {
-            cache.keep(&open);
-            ids = open.iter().map(|slot| ids[*slot as usize]).collect();
-            live = open.iter().map(|slot| live[*slot as usize]).collect();
-        }
-        let ids = Tensor::from_slice(&ids).unsqueeze(1).to_device(model.runtime().device);
-        hidden = cache.step(model, &ids);
-    }
-    rows.sort_by_key(|row| row.request);
-    Ok(rows.into_iter().map(Row::into_generated).collect())
-}
-
-/// Checks the requests and sorts them by prompt length, prompt and seed.
-fn rows(model: &Model, requests: &[GenerateRequest], options: &GenerateOptions) -> Result<Vec<Row>, Error> {
-    if options.max_tokens == 0 {
-        return Err(Error::Options("max_tokens 0: expected at least 1".to_owned()));
-    }
-    let window = model.config().max_position_embeddings;
-    let mut rows = Vec::with_capacity(requests.len());
-    for (request, GenerateRequest { prompt_ids, seed }) in requests.iter().enumerate() {
-        model.check_ids(request, prompt_ids)?;
-        let limit = options.max_tokens.min(window - prompt_ids.len());
-        if limit == 0 {
-            let problem = format!("has {window} tokens and fills the model's window; nothing can follow");
-            return Err(Error::Sequence { row: request, problem });
-        }
-        rows.push(Row { request, seed: *seed, limit, ids: Vec::new(), logprobs: Vec::new(), finish: None });
-    }
-    rows.sort_by(|a, b| {
-        let key = |row: &Row| (&requests[row.request].prompt_ids, row.seed);
-        let length = |row: &Row| requests[row.request].prompt_ids.len();
-        length(a).cmp(&length(b)).then_with(|| key(a).cmp(&key(b)))
+    let mut order: Vec<usize> = (0..requests.len()).collect();
+    order.sort_by_key(|place| {
+        let GenerateRequest { prompt_ids, seed, .. } = &requests[*place];
+        (prompt_ids.len(), prompt_ids, *seed)
     });
-    Ok(rows)
+    let each = order.iter().map(|place| GenerateRequest { session: *place, ..requests[*place].clone() }).collect();
+    let mut events = Each { stop, found: requests.iter().map(|_| None).collect() };
+    generate(model, each, options, &mut events)?;
+    Ok(events.found.into_iter().flatten().collect())
 }
 
-impl Row {
-    /// Takes a draw, unless the row has ended and merely waits to leave the batch.
-    fn push(&mut self, (id, logprob): Draw, options: &GenerateOptions, stop: &mut dyn FnMut(usize, &[i32]) -> bool) {
-        if self.finish.is_some() {
-            return;
-        }
-        self.ids.push(id);
-        self.logprobs.push(logprob);
-        self.finish = if options.end_ids.contains(&id) {
-            Some(Finish::End)
-        } else if stop(self.request, &self.ids) {
-            Some(Finish::Stop)
-        } else if self.ids.len() >= self.limit {
-            Some(Finish::Length)
-        } else {
-            None
-        };
+struct Each<'a> {
+    stop: &'a mut dyn FnMut(usize, &[i32]) -> bool,
+    found: Vec<Option<Generated>>,
+}
+
+impl GenerateEvents for Each<'_> {
+    fn is_complete(&mut self, session: usize, ids: &[i32]) -> bool {
+        (self.stop)(session, ids)
     }
 
-    fn into_generated(self) -> Generated {
-        Generated { ids: self.ids, logprobs: self.logprobs, finish: self.finish.unwrap_or(Finish::Length) }
+    fn next(&mut self, finished: Vec<(usize, Generated)>) -> Vec<GenerateRequest> {
+        for (session, generated) in finished {
+            self.found[session] = Some(generated);
+        }
+        Vec::new()
     }
 }

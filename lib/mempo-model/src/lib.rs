@@ -32,7 +32,7 @@ pub use branches::{Branch, Trunk};
 pub use checkpoint::save_checkpoint;
 pub use config::{Config, Family};
 pub use error::Error;
-pub use generate::{Finish, GenerateOptions, GenerateRequest, Generated, generate};
+pub use generate::{Finish, GenerateEvents, GenerateOptions, GenerateRequest, Generated, generate, generate_each};
 pub use libtorch::Libtorch;
 pub use model::Model;
 pub use random::{counter_hash, counter_uniform};

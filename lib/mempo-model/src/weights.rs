@@ -42,7 +42,10 @@ pub(crate) fn load(dir: &Path, parameters: &mut [(String, Tensor)], tied_head: b
         for (name, view) in tensors.iter() {
             let problem = |problem: String| Error::Tensor { path: path.clone(), tensor: name.to_owned(), problem };
             match wanted.get_mut(name) {
-                Some(parameter) => fill(parameter, &view).map_err(problem)?,
+                Some(parameter) => {
+                    fill(parameter, &view).map_err(problem)?;
+                    forget(&bytes, view.data());
+                }
                 None if name.ends_with("rotary_emb.inv_freq") || (tied_head && name == "lm_head.weight") => {}
                 None => {
                     return Err(problem("is not part of this model; does config.json belong to it?".to_owned()));
@@ -104,8 +107,37 @@ fn fill(parameter: &mut Tensor, view: &TensorView) -> Result<(), String> {
     if shape != parameter.size() {
         return Err(format!("has shape {shape:?}; expected {:?}", parameter.size()));
     }
-    parameter.copy_(&Tensor::from_data_size(view.data(), &shape, kind));
+    let data = view.data();
+    if data.as_ptr().align_offset(kind.elt_size_in_bytes()) != 0 {
+        // Old files may hold tensors that are not aligned to their own size.
+        parameter.copy_(&Tensor::from_data_size(data, &shape, kind));
+        return Ok(());
+    }
+    #[expect(
+        unsafe_code,
+        reason = "aligned, as long as shape and dtype say (safetensors checked it), only read, and outlived by `data`"
+    )]
+    let source = unsafe { Tensor::from_blob(data.as_ptr(), &shape, &strides(&shape), kind, Device::Cpu) };
+    parameter.copy_(&source);
     Ok(())
+}
+
+/// Row-major strides.
+fn strides(shape: &[i64]) -> Vec<i64> {
+    let mut strides = vec![1; shape.len()];
+    for axis in (1..shape.len()).rev() {
+        strides[axis - 1] = strides[axis] * shape[axis];
+    }
+    strides
+}
+
+/// Gives back the memory of a part of the map that was read: loading then needs the model's own size and little more.
+fn forget(map: &memmap2::Mmap, part: &[u8]) {
+    let offset = part.as_ptr() as usize - map.as_ptr() as usize;
+    #[expect(unsafe_code, reason = "the map is of a file and read-only: a page that is asked for again is read again")]
+    let result = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, offset, part.len()) };
+    // A kernel that does not take the advice costs memory, nothing else.
+    let _ = result;
 }
 
 /// A tensor on its way into a file.

@@ -6,7 +6,7 @@ use mempo_text::{ChatTemplate, NewTokenizer, Profile, Tokenizer, ToolSpec, train
 
 use super::*;
 use crate::toolbox::tests::scripted;
-use crate::{ClosedBook, Mempo, React};
+use crate::{ClosedBook, Mempo, Next, React};
 
 const SEARCH: &str =
     r#"<mem>none yet</mem><think>look</think><tool_call>{"name": "search", "arguments": {"query": "red"}}</tool_call>"#;
@@ -39,7 +39,8 @@ fn task(task_id: &str) -> Task {
 const LIMITS: LimitOptions =
     LimitOptions { max_steps: 4, max_prompt_tokens: 100_000, max_observation_tokens: 1000, top_k: 1 };
 
-/// Says what `script` says for (engine call, row of the call, seed), one id a byte wherever `bytewise`.
+/// Completes all open requests together, round by round: says what `script` says for (round, row of the round, seed), one
+/// id a byte wherever `bytewise`.
 struct Scripted<'a, F> {
     builder: &'a PromptBuilder,
     calls: Vec<usize>,
@@ -48,7 +49,17 @@ struct Scripted<'a, F> {
 }
 
 impl<F: FnMut(usize, usize, u64) -> Result<(String, StopReason), String>> Engine for Scripted<'_, F> {
-    fn generate(&mut self, requests: &[Request]) -> Result<Vec<Generation>, String> {
+    fn run(&mut self, mut requests: Vec<Request>, next: &mut Next<'_>) -> Result<(), String> {
+        while !requests.is_empty() {
+            let places = requests.iter().map(|request| request.trajectory);
+            requests = next(places.zip(self.round(&requests)?).collect());
+        }
+        Ok(())
+    }
+}
+
+impl<F: FnMut(usize, usize, u64) -> Result<(String, StopReason), String>> Scripted<'_, F> {
+    fn round(&mut self, requests: &[Request]) -> Result<Vec<Generation>, String> {
         let call = self.calls.len();
         self.calls.push(requests.len());
         let mut one = |(row, request): (usize, &Request)| {
@@ -187,8 +198,8 @@ fn a_policy_is_told_what_it_did_wrong() {
 /// Returns nothing, whatever is asked.
 struct Forgetful;
 impl Engine for Forgetful {
-    fn generate(&mut self, _: &[Request]) -> Result<Vec<Generation>, String> {
-        Ok(Vec::new())
+    fn run(&mut self, _: Vec<Request>, _: &mut Next<'_>) -> Result<(), String> {
+        Ok(())
     }
 }
 

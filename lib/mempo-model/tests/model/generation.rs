@@ -1,6 +1,9 @@
 //! Generation against the plain forward pass, and its independence of what runs beside a row.
 
-use mempo_model::{Finish, GenerateOptions, GenerateRequest, Generated, Model, ScoreOptions, ScoredSequence, generate};
+use mempo_model::{
+    Finish, GenerateEvents, GenerateOptions, GenerateRequest, Generated, Model, ScoreOptions, ScoredSequence, generate,
+    generate_each,
+};
 use tch::{Kind, Tensor};
 
 use crate::{fresh, ids, logits};
@@ -13,17 +16,18 @@ fn options(temperature: f64, max_tokens: usize) -> GenerateOptions {
         banned_ids: vec![3, 150],
         end_ids: vec![7],
         vocabulary_limit: 190,
+        max_rows: 16,
     }
 }
 
 fn requests(count: u64) -> Vec<GenerateRequest> {
     // Every third shares a prompt with the one before it; lengths from 1 to 40.
     let prompt = |i: u64| ids(i - u64::from(i % 3 == 2), 1 + (i - u64::from(i % 3 == 2)) * 17 % 40);
-    (0..count).map(|i| GenerateRequest { prompt_ids: prompt(i), seed: 1000 + i }).collect()
+    (0..count).map(|i| GenerateRequest { session: 0, prompt_ids: prompt(i), seed: 1000 + i }).collect()
 }
 
 fn run(model: &Model, requests: &[GenerateRequest], options: &GenerateOptions) -> Vec<Generated> {
-    generate(model, requests, options, &mut |_, _| false).unwrap()
+    generate_each(model, requests, options, &mut |_, _| false).unwrap()
 }
 
 /// Without a cache: at every step the whole sequence anew.
@@ -98,7 +102,7 @@ fn completions_end_where_they_should() {
     let model = fresh("qwen2", 6, Kind::Float);
     let requests = requests(60);
     let mut asked = vec![0; requests.len()];
-    let generated = generate(&model, &requests, &options(1.0, 40), &mut |row, ids| {
+    let generated = generate_each(&model, &requests, &options(1.0, 40), &mut |row, ids| {
         asked[row] += 1;
         assert_eq!(ids.len(), asked[row], "asked once an id, in order");
         ids.ends_with(&[11]) || ids.ends_with(&[12])
@@ -126,12 +130,12 @@ fn completions_end_where_they_should() {
 #[test]
 fn the_window_ends_a_completion() {
     let model = fresh("qwen2", 6, Kind::Float);
-    let request = |length| [GenerateRequest { prompt_ids: ids(1, length), seed: 1 }];
+    let request = |length| [GenerateRequest { session: 0, prompt_ids: ids(1, length), seed: 1 }];
     let options = GenerateOptions { end_ids: Vec::new(), ..options(1.0, 40) };
     let generated = run(&model, &request(250), &options);
     assert_eq!((generated[0].ids.len(), generated[0].finish), (6, Finish::Length));
     for length in [0, 256, 257] {
-        let error = generate(&model, &request(length), &options, &mut |_, _| false).unwrap_err().to_string();
+        let error = generate_each(&model, &request(length), &options, &mut |_, _| false).unwrap_err().to_string();
         assert!(error.contains("sequence 0"), "{error}");
     }
 }
@@ -141,9 +145,9 @@ fn sampled_frequencies_are_those_of_the_softmax() {
     let model = fresh("llama", 8, Kind::Float);
     let prompt = ids(21, 10);
     let requests: Vec<GenerateRequest> =
-        (0..20_000).map(|seed| GenerateRequest { prompt_ids: prompt.clone(), seed }).collect();
+        (0..20_000).map(|seed| GenerateRequest { session: 0, prompt_ids: prompt.clone(), seed }).collect();
     for temperature in [1.0, 0.5] {
-        let options = GenerateOptions { end_ids: Vec::new(), ..options(temperature, 1) };
+        let options = GenerateOptions { end_ids: Vec::new(), max_rows: 20_000, ..options(temperature, 1) };
         let mut counts = vec![0.0f64; 199];
         for generated in run(&model, &requests, &options) {
             counts[generated.ids[0] as usize] += 1.0;
@@ -193,4 +197,88 @@ fn bf16_with_lone_query_heads_decodes_as_the_full_pass_does() {
     let pairs: Vec<(f32, f32)> = generated.iter().flat_map(|g| g.logprobs.clone()).zip(scored.concat()).collect();
     let mean = pairs.iter().map(|(a, b)| (a - b).abs()).sum::<f32>() / pairs.len() as f32;
     assert!(mean < 0.05, "{mean}");
+}
+
+/// Three prompts a session: the second goes on from the first and its completion, the third goes back to the first.
+struct Conversations<'a> {
+    stops: &'a dyn Fn(&[i32]) -> bool,
+    steps: Vec<Vec<(Vec<i32>, Generated)>>,
+    open: Vec<Vec<i32>>,
+}
+
+impl Conversations<'_> {
+    fn request(&mut self, session: usize) -> GenerateRequest {
+        let first = |steps: &[(Vec<i32>, Generated)]| steps[0].0.clone();
+        let steps = &self.steps[session];
+        let prompt_ids = match steps.len() {
+            0 => ids(session as u64 % 4, 20 + 7 * (session as u64 % 4)),
+            1 => [first(steps), steps[0].1.ids.clone(), ids(50 + session as u64, 9)].concat(),
+            _ => [first(steps), ids(90 + session as u64, 5 + session as u64)].concat(),
+        };
+        self.open[session].clone_from(&prompt_ids);
+        GenerateRequest { session, prompt_ids, seed: 10 * session as u64 + steps.len() as u64 }
+    }
+}
+
+impl GenerateEvents for Conversations<'_> {
+    fn is_complete(&mut self, _: usize, ids: &[i32]) -> bool {
+        (self.stops)(ids)
+    }
+
+    fn next(&mut self, finished: Vec<(usize, Generated)>) -> Vec<GenerateRequest> {
+        let mut next = Vec::new();
+        for (session, generated) in finished {
+            let prompt = std::mem::take(&mut self.open[session]);
+            self.steps[session].push((prompt, generated));
+            if self.steps[session].len() < 3 {
+                next.push(self.request(session));
+            }
+        }
+        next
+    }
+}
+
+fn converse(model: &Model, temperature: f64, max_rows: usize) -> Vec<Vec<(Vec<i32>, Generated)>> {
+    const SESSIONS: usize = 11;
+    let stops = |ids: &[i32]| ids.ends_with(&[11]) || ids.last().is_some_and(|id| id % 16 == 5);
+    let mut events =
+        Conversations { stops: &stops, steps: vec![Vec::new(); SESSIONS], open: vec![Vec::new(); SESSIONS] };
+    let first = (0..SESSIONS).map(|session| events.request(session)).collect();
+    generate(model, first, &GenerateOptions { max_rows, ..options(temperature, 12) }, &mut events).unwrap();
+    events.steps
+}
+
+#[test]
+fn sessions_go_on_from_what_their_prompts_share() {
+    for (family, max_rows) in [("qwen2", 64), ("qwen3", 4), ("llama", 1), ("llama3", 7)] {
+        let model = fresh(family, 9, Kind::Float);
+        let steps: Vec<(Vec<i32>, Generated)> = converse(&model, 1.0, max_rows).concat();
+        assert_eq!(steps.len(), 33, "{family}");
+        let sequence = |(prompt, generated): &(Vec<i32>, Generated)| ScoredSequence {
+            ids: [&prompt[..], &generated.ids].concat(),
+            targets: prompt.len()..prompt.len() + generated.ids.len(),
+        };
+        let sequences: Vec<ScoredSequence> = steps.iter().map(sequence).collect();
+        let options = ScoreOptions { temperature: 1.0, tokens_per_batch: 1 };
+        let scored = model.completion_logprobs(&sequences, &options).unwrap().concat();
+        let sampled: Vec<f32> = steps.iter().flat_map(|(_, generated)| generated.logprobs.clone()).collect();
+        for (sampled, scored) in sampled.iter().zip(&scored) {
+            assert!((sampled - scored).abs() < 1e-5 * scored.abs().max(1.0), "{family}: {sampled}, scored {scored}");
+        }
+        let lengths: std::collections::BTreeSet<usize> =
+            steps.iter().map(|(_, generated)| generated.ids.len()).collect();
+        assert!(lengths.len() > 3, "completions are to end at different times: {lengths:?}");
+    }
+}
+
+#[test]
+fn the_number_of_rows_changes_no_id() {
+    let model = fresh("qwen2", 9, Kind::Float);
+    let ids = |max_rows| -> Vec<Vec<i32>> {
+        converse(&model, 0.8, max_rows).concat().into_iter().map(|(_, generated)| generated.ids).collect()
+    };
+    let expected = ids(100);
+    for max_rows in [1, 2, 5, 11] {
+        assert_eq!(ids(max_rows), expected, "{max_rows} rows");
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use mempo_model::{GenerateOptions, GenerateRequest, ScoreOptions, ScoredSequence, generate};
+use mempo_model::{GenerateOptions, GenerateRequest, ScoreOptions, ScoredSequence, generate_each};
 use tch::{Kind, Tensor};
 
 use crate::{golden, largest_difference, load, logits};
@@ -48,8 +48,11 @@ fn greedy_ids_are_those_of_transformers() {
     for name in MODELS {
         let (model, expected) = (load(name), expected(name));
         let ids = rows(&expected["ids"]);
-        let requests =
-            [&ids[0][..9], &ids[1][..21]].map(|prompt| GenerateRequest { prompt_ids: prompt.to_vec(), seed: 0 });
+        let requests = [&ids[0][..9], &ids[1][..21]].map(|prompt| GenerateRequest {
+            session: 0,
+            prompt_ids: prompt.to_vec(),
+            seed: 0,
+        });
         let options = GenerateOptions {
             temperature: 0.0,
             top_p: 1.0,
@@ -57,8 +60,9 @@ fn greedy_ids_are_those_of_transformers() {
             banned_ids: Vec::new(),
             end_ids: Vec::new(),
             vocabulary_limit: 199,
+            max_rows: 2,
         };
-        let found = generate(&model, &requests, &options, &mut |_, _| false).unwrap();
+        let found = generate_each(&model, &requests, &options, &mut |_, _| false).unwrap();
         let found: Vec<Vec<i32>> = found.into_iter().map(|generated| generated.ids).collect();
         assert_eq!(found, rows(&expected["greedy"]), "{name}");
     }

@@ -1,0 +1,155 @@
+"""Speed of the engine beside its peers', from one run: ours, theirs, and what the machine allows.
+
+    run.py ENGINE [tiny|0.5b]...    the shapes; tiny if none is named
+
+One process a side and number format, jobs alternately, one warm-up, the best of three. Equal work is checked: greedy
+ids, scores and losses in f32. The floor is the time the jobs' floating-point operations (or the bytes of the weights)
+take at the rates measured in the same run.
+"""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = ROOT / ".tools/python/bin/python"
+ROUNDS = 3
+SHAPES = {
+    "tiny": dict(vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
+                 num_key_value_heads=2),
+    "0.5b": dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                 num_attention_heads=14, num_key_value_heads=2),
+}
+MAKE = """
+import json, sys, torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+torch.manual_seed(0)
+shape = json.loads(sys.argv[1])
+config = Qwen2Config(**shape, max_position_embeddings=4096, tie_word_embeddings=True,
+                     rope_parameters={"rope_type": "default", "rope_theta": 1e6}, eos_token_id=None, bos_token_id=None)
+Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(sys.argv[2])
+"""
+
+
+class Side:
+    """A process that does jobs."""
+
+    def __init__(self, *command):
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        quiet = None if os.environ.get("MEMPO_BENCH_DEBUG") else subprocess.DEVNULL
+        self.process = subprocess.Popen([str(part) for part in command], stderr=quiet, **pipes)
+
+    def do(self, job, **arguments):
+        self.process.stdin.write(json.dumps({"job": job, **arguments}) + "\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit(f"bench: `{' '.join(self.process.args)}` ended at {job}; MEMPO_BENCH_DEBUG=1 shows its words")
+        return json.loads(line)
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def model_directory(shape):
+    directory = ROOT / ".tools/bench" / shape
+    if not (directory / "config.json").exists():
+        subprocess.run([PYTHON, "-c", MAKE, json.dumps(SHAPES[shape]), directory], check=True)
+    return directory
+
+
+def parameters(shape):
+    """Of the layers' matrices, and of the head."""
+    size, inner = shape["hidden_size"], shape["intermediate_size"]
+    keys = size * shape["num_key_value_heads"] // shape["num_attention_heads"]
+    layer = 2 * size * size + 2 * size * keys + 3 * size * inner
+    return shape["num_hidden_layers"] * layer, shape["vocab_size"] * size
+
+
+def jobs(shape, dtype, limits):
+    """(name, unit, arguments, units of work, floor in seconds, [(peer, its job)])"""
+    body, head = parameters(SHAPES[shape])
+    draw = random.Random(7)
+    ids = lambda count: [draw.randrange(SHAPES[shape]["vocab_size"]) for _ in range(count)]
+    wide, narrow = limits["product_512"], limits["product_16"]
+    width = 2 if dtype == "bf16" else 4
+
+    batch, prompt, new = 16, 64, 32
+    step = max(2 * (body + head) * batch / narrow, width * (body + head) / limits["bytes"])
+    floor = (2 * body * batch * prompt + 2 * head * batch) / wide + (new - 1) * step
+    prompts = [ids(prompt) for _ in range(batch)]
+    yield ("generate 16 x (64 + 32)", dict(prompts=prompts, new=new, greedy=False), batch * new, floor,
+           [("transformers", "generate")])
+
+    for count in (8, 16):
+        question, segment, answer = 8, 128, 8
+        total = question + count * segment
+        prefixes = [question + segment * part for part in range(count + 1)]
+        floor = (2 * body * (total + (count + 1) * answer) + 2 * head * (count + 1) * answer) / wide
+        yield (f"score {count + 1} prefixes of {total}", dict(ids=ids(total), prefixes=prefixes, answer=ids(answer)),
+               (count + 1) * answer, floor, [("a pass a prefix", "score")])
+
+    for name, lengths in (("train 8 x 256", [256] * 8), ("train 8 of 32 to 256", [32, 64, 128, 256] * 2)):
+        tokens = sum(lengths)
+        floor = 6 * (body + head) * tokens / wide
+        sequences = [ids(length) for length in lengths]
+        yield (name, dict(sequences=sequences, steps=4), tokens, floor, [("plain loop", "train"), ("TRL", "trl")])
+
+
+def check(name, ours, theirs):
+    """Whether both did the same work (f32)."""
+    if "ids" in ours:
+        assert ours["ids"] == theirs["ids"], f"{name}: greedy ids differ"
+    for key, tolerance in (("logprobs", 1e-4), ("losses", 1e-4)):
+        if key in ours and key in theirs:
+            flat = lambda rows: [x for row in rows for x in (row if isinstance(row, list) else [row])]
+            worst = max(abs(a - b) for a, b in zip(flat(ours[key]), flat(theirs[key]), strict=True))
+            assert worst < tolerance, f"{name}: {key} differ by {worst}"
+            print(f"  {name}: {key} differ by at most {worst:.1e}")
+
+
+def bench(engine, shape, dtype):
+    directory = model_directory(shape)
+    ours, peer = Side(engine, directory, dtype), Side(PYTHON, Path(__file__).with_name("peer.py"), directory, dtype)
+    limits = ours.do("limits")
+    print(f"\n{shape} {dtype}: products of 512 rows {limits['product_512'] / 1e9:.0f} GFLOP/s, of 16 rows "
+          f"{limits['product_16'] / 1e9:.0f}; copying {limits['bytes'] / 1e9:.0f} GB/s; load {os.getloadavg()[0]:.1f}")
+    rows = []
+    for name, arguments, units, floor, peers in jobs(shape, dtype, limits):
+        job = peers[0][1]
+        if dtype == "f32":
+            greedy = {**arguments, "greedy": True, "new": 64} if job == "generate" else arguments
+            check(name, ours.do(job, **greedy), peer.do(job, **greedy))
+        if shape != "tiny":
+            peers = [pair for pair in peers if pair[0] != "TRL"]
+        seconds = {who: [] for who in ["ours"] + [who for who, _ in peers]}
+        for _ in range(ROUNDS + 1):
+            seconds["ours"].append(ours.do(job, **arguments)["seconds"])
+            for who, theirs in peers:
+                seconds[who].append(peer.do(theirs, **arguments)["seconds"])
+        best = {who: min(times[1:]) for who, times in seconds.items()}
+        for who, _ in peers:
+            rows.append([name, f"{units / best['ours']:.0f}", who, f"{units / best[who]:.0f}",
+                         f"{best[who] / best['ours']:.2f}", f"{units / floor:.0f}", f"{floor / best['ours']:.2f}",
+                         f"{floor / best[who]:.2f}"])
+    ours.close()
+    peer.close()
+    header = ["job", "ours, tokens/s", "peer", "peer, tokens/s", "ours / peer", "floor", "ours / floor", "peer / floor"]
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    for row in [header, *rows]:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def main():
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    engine, *shapes = sys.argv[1:]
+    for shape in shapes or ["tiny"]:
+        for dtype in ("f32", "bf16"):
+            bench(engine, shape, dtype)
+
+
+main()
