@@ -27,12 +27,14 @@ lint:
 schemas:
     MEMPO_UPDATE_SCHEMAS=1 cargo test --locked --package mempo-data schema
 
-# compare golden files with transformers and PyTorch again (needs `./just setup python`)
-parity:
+# hold golden files, and the engine on model directories, to transformers
+parity *models="pipelines/demo/base": (setup "python")
     .tools/python/bin/python lib/mempo-text/tests/golden/make.py --check
     .tools/python/bin/python lib/mempo-model/tests/golden/make.py --check
+    cargo build --locked --release --package mempo-train --example engine
+    .tools/python/bin/python tools/peers/parity.py target/release/examples/engine {{ models }}
 
 # speed of the engine beside transformers, plain PyTorch and TRL: `tiny`, or also `0.5b`
 bench *shapes: (setup "python")
     cargo build --locked --release --package mempo-train --example engine
-    .tools/python/bin/python tools/bench/run.py target/release/examples/engine {{ shapes }}
+    .tools/python/bin/python tools/peers/bench.py target/release/examples/engine {{ shapes }}

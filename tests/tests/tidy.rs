@@ -18,7 +18,8 @@ fn allowed(name: &str) -> &'static [&'static str] {
     match name {
         "mempo-run" => &["mempo-data"],
         "mempo-agent" => &["mempo-data", "mempo-text"],
-        "mempo-train" => &["mempo-model"],
+        "mempo-model" => &["mempo-native"],
+        "mempo-train" => &["mempo-model", "mempo-native"],
         "mempo-doctor" => &["mempo-model", "mempo-run", "mempo-text"],
         "mempo-sft" | "mempo-rollout" | "mempo-score" | "mempo-rl" | "mempo-demo" => {
             &["mempo-agent", "mempo-data", "mempo-doctor", "mempo-model", "mempo-run", "mempo-text", "mempo-train"]
@@ -59,7 +60,7 @@ fn crate_graph_points_one_way() {
 #[test]
 fn heavy_libraries_stay_where_they_belong() {
     let homes: &[(&str, &[&str])] = &[
-        ("tch", &["mempo-model", "mempo-train"]),
+        ("tch", &["mempo-model", "mempo-native", "mempo-train"]),
         ("datafusion", &["mempo-score", "mempo-sft"]),
         ("tokenizers", &["mempo-text"]),
         ("indicatif", &["mempo-run"]),

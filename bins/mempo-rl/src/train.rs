@@ -12,7 +12,8 @@ use clap::Args;
 use mempo_model::{DeviceOptions, Model};
 use mempo_run::{MetricsFile, ResultExt, Stage, StageArgs};
 use mempo_train::{
-    OptimizerOptions, PolicyOptions, PolicyStats, PolicyTrajectory, Trainer, learning_rate_at, verify_state,
+    MemoryBudget, OptimizerOptions, PolicyOptions, PolicyStats, PolicyTrajectory, Trainer, learning_rate_at,
+    verify_state,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -139,6 +140,8 @@ impl<'a> Training<'a> {
     fn open(arguments: &'a TrainArguments, inputs: &Inputs, stage: Stage) -> anyhow::Result<Self> {
         let runtime = arguments.device.resolve().usage()?;
         let model = Model::load(&arguments.model, &runtime).bad_input()?;
+        let budget = MemoryBudget::new(model.config(), &runtime, &arguments.optimizer);
+        info!("{}", budget.describe(arguments.tokens_per_micro_batch));
         let resume = stage.dir().join(RESUME);
         let (mut continued, mut saved) = (None, 0);
         if resume.exists() {

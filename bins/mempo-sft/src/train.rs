@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use mempo_model::{Config, DeviceOptions, Model, Runtime};
 use mempo_run::{Input, MetricsFile, Progress, ResultExt, Stage, StageArgs};
-use mempo_train::{OptimizerOptions, StepStats, TrainSequence, Trainer, learning_rate_at};
+use mempo_train::{MemoryBudget, OptimizerOptions, StepStats, TrainSequence, Trainer, learning_rate_at};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tracing::{info, warn};
@@ -96,6 +96,9 @@ pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     let mut plan = plan_steps(&lengths, arguments.epochs, arguments.tokens_per_batch, &|parts| stage.seed(parts));
     plan.truncate(arguments.max_steps.unwrap_or(usize::MAX));
     info!("{} examples, {} tokens, {} optimizer steps", lengths.len(), lengths.iter().sum::<usize>(), plan.len());
+
+    let micro_batch = lengths.iter().copied().max().unwrap_or(0).max(arguments.tokens_per_micro_batch);
+    info!("{}", MemoryBudget::new(&config, &runtime, &arguments.optimizer).describe(micro_batch));
 
     let mut training = Training::open(arguments, &runtime, stage, dataset, validation)?;
     training.walk(&plan)?;

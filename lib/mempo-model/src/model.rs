@@ -30,6 +30,14 @@ fn decoder(builder: &mut Builder, config: &Config) -> Box<dyn Decoder + Send> {
     }
 }
 
+impl Config {
+    /// Numbers in all of a model's parameters; a tied head counts once.
+    pub fn parameter_count(&self) -> u64 {
+        let shapes = Builder::list(|builder| decoder(builder, self));
+        shapes.iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum()
+    }
+}
+
 /// A decoder-only language model.
 pub struct Model {
     pub(crate) config: Config,

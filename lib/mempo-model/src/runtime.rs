@@ -91,6 +91,7 @@ impl DeviceOptions {
             None => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
         };
         tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
+        mempo_native::keep_freed_memory();
         Ok(Runtime { device, kind })
     }
 

@@ -1,13 +1,14 @@
-//! Our side of `./just bench`: a process that does jobs and says how long each took. `engine MODEL f32|bf16` reads one
-//! job a line on standard input (see `tools/bench/run.py`) and answers each with a line of JSON.
+//! Our side of `./just bench` and `./just parity`: a process that does jobs and says what came out and how long each
+//! took. `engine MODEL f32|bf16` reads one job a line on standard input (see `tools/peers`) and answers each with a line of
+//! JSON.
 
 use std::io::{BufRead, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::anyhow;
 use mempo_model::{Branch, DeviceOptions, GenerateOptions, GenerateRequest, Model, Runtime, Trunk, generate_each};
-use mempo_train::{OptimizerOptions, Schedule, TrainSequence, Trainer};
+use mempo_train::{OptimizerOptions, Schedule, StateDtype, TrainSequence, Trainer};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Kind, Tensor};
@@ -26,6 +27,10 @@ enum Job {
     Train { sequences: Vec<Vec<i32>>, steps: usize },
     /// What the machine can do.
     Limits,
+    /// Logits of the whole vocabulary at some places of a sequence.
+    Logits { ids: Vec<i32>, places: Vec<i64> },
+    /// Mean loss of a sequence, and its gradient by every parameter in a safetensors file.
+    Gradients { ids: Vec<i32>, file: PathBuf },
 }
 
 fn main() -> anyhow::Result<()> {
@@ -41,6 +46,8 @@ fn main() -> anyhow::Result<()> {
             Job::Score { ids, prefixes, answer } => time_scoring(&model, ids, &prefixes, &answer)?,
             Job::Train { sequences, steps } => time_training(dir, &runtime, sequences, steps)?,
             Job::Limits => limits(&runtime),
+            Job::Logits { ids, places } => logits(&model, &ids, &places)?,
+            Job::Gradients { ids, file } => gradients(dir, &runtime, &ids, &file)?,
         };
         writeln!(out, "{answer}")?;
         out.flush()?;
@@ -85,6 +92,7 @@ fn time_training(dir: &Path, runtime: &Runtime, sequences: Vec<Vec<i32>>, steps:
         beta2: 0.999,
         epsilon: 1e-8,
         max_grad_norm: 1.0,
+        optimizer_dtype: StateDtype::F32,
     };
     let mut trainer = Trainer::new(Model::load(dir, runtime)?, &options, None)?;
     let sequence = |ids: Vec<i32>| TrainSequence { targets: (0..ids.len()).map(|place| place > 0).collect(), ids };
@@ -112,6 +120,33 @@ fn limits(runtime: &Runtime) -> Value {
     let mut copy = source.zeros_like();
     let bytes = 2.0 * source.numel() as f64 / best_seconds(|| copy.copy_(&source));
     json!({ "product_512": product(512), "product_16": product(16), "bytes": bytes })
+}
+
+fn row(ids: &[i32]) -> Tensor {
+    Tensor::from_slice(ids).to_kind(Kind::Int64).unsqueeze(0)
+}
+
+fn logits(model: &Model, ids: &[i32], places: &[i64]) -> anyhow::Result<Value> {
+    let _guard = tch::no_grad_guard();
+    let hidden = model.hidden(&row(ids)).squeeze_dim(0).index_select(0, &Tensor::from_slice(places));
+    let logits = hidden.linear(model.head_weight(), None::<Tensor>).to_kind(Kind::Float);
+    let rows: Vec<Vec<f32>> = Vec::try_from(logits)?;
+    Ok(json!({ "logits": rows }))
+}
+
+fn gradients(dir: &Path, runtime: &Runtime, ids: &[i32], file: &Path) -> anyhow::Result<Value> {
+    let mut model = Model::load(dir, runtime)?;
+    let leaf = |tensor: &Tensor| tensor.detach().copy().set_requires_grad(true);
+    let leaves = model.parameters().iter().map(|(_, tensor)| leaf(tensor)).collect();
+    model.bind_parameters(leaves);
+    let (inputs, targets) = (row(&ids[..ids.len() - 1]), row(&ids[1..]).squeeze_dim(0));
+    let logits = model.hidden(&inputs).squeeze_dim(0).linear(model.head_weight(), None::<Tensor>);
+    let loss = logits.to_kind(Kind::Float).cross_entropy_for_logits(&targets);
+    loss.backward();
+    let gradients: Vec<(&str, Tensor)> =
+        model.parameters().iter().map(|(name, tensor)| (name.as_str(), tensor.grad())).collect();
+    Tensor::write_safetensors(&gradients, file)?;
+    Ok(json!({ "loss": loss.double_value(&[]) }))
 }
 
 /// The shortest of some runs.

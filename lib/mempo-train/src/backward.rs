@@ -20,6 +20,8 @@ pub(crate) struct Backward<'a> {
     pub(crate) gradient: &'a Tensor,
     /// Position of the head's weight among the parameters.
     pub(crate) head_slot: usize,
+    /// What a micro-batch costs beside its tokens, in tokens.
+    pub(crate) overhead: usize,
 }
 
 /// How the sequences are run.
@@ -42,7 +44,7 @@ impl Backward<'_> {
         loss: &mut dyn FnMut(&Chunk, &Tensor) -> Tensor,
     ) -> Result<(), Error> {
         let lengths: Vec<usize> = sequences.iter().map(Sequence::input_length).collect();
-        for members in micro_batches(&lengths, pass.tokens_per_micro_batch) {
+        for members in micro_batches(&lengths, pass.tokens_per_micro_batch, self.overhead) {
             let batch = MicroBatch::new(sequences, &members, self.gradient.device());
             self.run_micro_batch(&batch, pass, loss)?;
         }

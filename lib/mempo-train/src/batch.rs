@@ -21,19 +21,36 @@ impl Sequence {
     }
 }
 
+/// What a micro-batch costs beside its tokens, in tokens: adding to the gradient (20), and the hundreds of small operations
+/// that take about 10 ms however few tokens there are, at the speed that models of this size reach.
+pub(crate) fn micro_batch_overhead(parameters: u64, device: Device) -> usize {
+    let tokens_times_parameters = if device.is_cuda() { 300_000_000_000 } else { 300_000_000 };
+    20 + (tokens_times_parameters / parameters.max(1)) as usize
+}
+
 /// Cuts sequences of these `lengths` into micro-batches of at most `budget` padded tokens (longest × count),
-/// longest first. Positions into `lengths`; each occurs once. A sequence longer than the budget runs alone; one
-/// of length 0 not at all.
-pub fn micro_batches(lengths: &[usize], budget: usize) -> Vec<Vec<usize>> {
+/// longest first, so that the padded tokens are fewest when each micro-batch counts as `overhead` tokens more. Positions
+/// into `lengths`; each occurs once. A sequence longer than the budget runs alone; one of length 0 not at all.
+pub(crate) fn micro_batches(lengths: &[usize], budget: usize, overhead: usize) -> Vec<Vec<usize>> {
     let mut order: Vec<usize> = (0..lengths.len()).filter(|&index| lengths[index] > 0).collect();
     order.sort_by_key(|&index| (std::cmp::Reverse(lengths[index]), index));
-    let mut batches: Vec<Vec<usize>> = Vec::new();
-    for index in order {
-        match batches.last_mut() {
-            Some(batch) if lengths[batch[0]] * (batch.len() + 1) <= budget => batch.push(index),
-            _ => batches.push(vec![index]),
-        }
+    // What the first `end` sequences cost at least, and where their last micro-batch begins.
+    let mut best = vec![(0, 0)];
+    for end in 1..=order.len() {
+        let costs = (0..end).rev().map_while(|start| {
+            let (count, padded) = (end - start, lengths[order[start]] * (end - start));
+            (count == 1 || padded <= budget).then(|| (best[start].0 + padded + overhead, start))
+        });
+        best.push(costs.min().unwrap_or_default());
     }
+    let mut batches = Vec::new();
+    let mut end = order.len();
+    while end > 0 {
+        let start = best[end].1;
+        batches.push(order[start..end].to_vec());
+        end = start;
+    }
+    batches.reverse();
     batches
 }
 
@@ -81,12 +98,15 @@ mod tests {
 
     #[test]
     fn micro_batches_keep_the_budget_and_every_sequence() {
-        assert_eq!(micro_batches(&[3, 9, 1, 9, 4, 0], 10), [vec![1], vec![3], vec![4, 0], vec![2]]);
-        assert_eq!(micro_batches(&[50, 2, 2], 10), [vec![0], vec![1, 2]]);
-        assert!(micro_batches(&[0, 0], 10).is_empty());
+        assert_eq!(micro_batches(&[3, 9, 1, 9, 4, 0], 10, 100), [vec![1], vec![3], vec![4, 0], vec![2]]);
+        assert_eq!(micro_batches(&[50, 2, 2], 10, 1), [vec![0], vec![1, 2]]);
+        assert!(micro_batches(&[0, 0], 10, 1).is_empty());
+        // Padding 2 tokens is worth less than a micro-batch of 3, and more than one of 1.
+        assert_eq!(micro_batches(&[5, 3], 10, 3), [vec![0, 1]]);
+        assert_eq!(micro_batches(&[5, 3], 10, 1), [vec![0], vec![1]]);
         let lengths: Vec<usize> = (0..200).map(|index| index * 7919 % 97 + 1).collect();
         for budget in [97, 200, 1000, 100_000] {
-            let batches = micro_batches(&lengths, budget);
+            let batches = micro_batches(&lengths, budget, 50);
             let mut seen: Vec<usize> = batches.concat();
             seen.sort_unstable();
             assert_eq!(seen, (0..200).collect::<Vec<_>>());
@@ -94,6 +114,33 @@ mod tests {
                 let longest = batch.iter().map(|&index| lengths[index]).max().unwrap();
                 assert!(longest * batch.len() <= budget);
             }
+        }
+    }
+
+    /// Against every way to cut ten sequences.
+    #[test]
+    fn the_cut_is_the_cheapest() {
+        let lengths: Vec<usize> = (0..10).map(|index| index * 37 % 23 + 2).collect();
+        let mut sorted = lengths.clone();
+        sorted.sort_unstable_by(|a, b| b.cmp(a));
+        for (budget, overhead) in [(60, 7), (200, 30), (1000, 0), (1000, 200)] {
+            let cost = |batches: &[Vec<usize>]| -> usize {
+                batches.iter().map(|batch| batch.len() * batch[0] + overhead).sum()
+            };
+            let every = (0..1 << 9).filter_map(|cuts: u32| {
+                let mut batches = vec![vec![sorted[0]]];
+                for (place, length) in sorted.iter().enumerate().skip(1) {
+                    if cuts >> (place - 1) & 1 == 1 {
+                        batches.push(Vec::new());
+                    }
+                    batches.last_mut().unwrap().push(*length);
+                }
+                batches.iter().all(|batch| batch.len() * batch[0] <= budget).then(|| cost(&batches))
+            });
+            let found = micro_batches(&lengths, budget, overhead);
+            let found: Vec<Vec<usize>> =
+                found.iter().map(|batch| batch.iter().map(|&index| lengths[index]).collect()).collect();
+            assert_eq!(cost(&found), every.min().unwrap(), "{budget} {overhead}");
         }
     }
 

@@ -110,7 +110,7 @@ fn entropies(logprobs_cv: &Tensor) -> Tensor {
 }
 
 fn add_product(sum: &mut Tensor, left: &Tensor, right: &Tensor) {
-    if right.kind() == Kind::Float {
+    if right.kind() == sum.kind() {
         let _ = sum.addmm_(left, right);
     } else {
         let _ = sum.g_add_(&left.matmul(right));

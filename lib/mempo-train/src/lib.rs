@@ -16,6 +16,7 @@
 mod adamw;
 mod backward;
 mod batch;
+mod budget;
 mod error;
 mod flat;
 mod head;
@@ -28,9 +29,9 @@ mod trainer;
 #[cfg(test)]
 mod testing;
 
-pub use batch::micro_batches;
+pub use budget::MemoryBudget;
 pub use error::Error;
-pub use options::{Aggregation, OptimizerOptions, PolicyOptions, Schedule, learning_rate_at};
+pub use options::{Aggregation, OptimizerOptions, PolicyOptions, Schedule, StateDtype, learning_rate_at};
 pub use policy::{PolicySequence, PolicyStats, PolicyTrajectory};
 pub use state::{STATE_FILE, verify_state};
 pub use trainer::{StepStats, TrainSequence, Trainer};

@@ -1,4 +1,4 @@
-//! Named fp32 tensors in a safetensors file, one tensor in memory at a time, with the SHA-256 of the whole file.
+//! Named tensors in a safetensors file as fp32, one tensor in memory at a time, with the SHA-256 of the whole file.
 
 use std::collections::HashMap;
 use std::io::{BufReader, BufWriter, Read, Write};
@@ -39,7 +39,11 @@ pub(crate) fn write_tensors(path: &Path, tensors: &[(&str, Tensor)]) -> Result<S
     write(&header)?;
     for (_, tensor) in tensors {
         let mut bytes = vec![0; 4 * tensor.numel()];
-        tensor.to_device(tch::Device::Cpu).contiguous().f_copy_data_u8(&mut bytes, tensor.numel())?;
+        tensor
+            .to_device(tch::Device::Cpu)
+            .to_kind(Kind::Float)
+            .contiguous()
+            .f_copy_data_u8(&mut bytes, tensor.numel())?;
         write(&bytes)?;
     }
     file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?;

@@ -3,7 +3,9 @@
 use mempo_model::{Config, Model, Runtime};
 use tch::{Device, Kind};
 
-use crate::{Aggregation, OptimizerOptions, PolicyOptions, PolicySequence, PolicyTrajectory, Schedule, TrainSequence};
+use crate::{
+    Aggregation, OptimizerOptions, PolicyOptions, PolicySequence, PolicyTrajectory, Schedule, StateDtype, TrainSequence,
+};
 
 pub(crate) const VOCABULARY: i32 = 41;
 
@@ -17,6 +19,7 @@ pub(crate) fn optimizer_options() -> OptimizerOptions {
         beta2: 0.999,
         epsilon: 1e-8,
         max_grad_norm: 1.0,
+        optimizer_dtype: StateDtype::F32,
     }
 }
 

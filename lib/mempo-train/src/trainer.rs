@@ -8,7 +8,7 @@ use tch::{Kind, Tensor, no_grad_guard};
 
 use crate::adamw::AdamW;
 use crate::backward::{Backward, Pass, target_hidden};
-use crate::batch::{MicroBatch, Sequence, micro_batches};
+use crate::batch::{MicroBatch, Sequence, micro_batch_overhead, micro_batches};
 use crate::flat::Layout;
 use crate::head::Head;
 use crate::policy::{PolicyStats, PolicySums, PolicyTrajectory, check_ids, weighted_sequences};
@@ -50,6 +50,8 @@ pub struct Trainer {
     model: Model,
     layout: Layout,
     head_slot: usize,
+    /// What a micro-batch costs beside its tokens, in tokens.
+    overhead: usize,
     /// All of the model's parameters, flat, in the compute type.
     weights: Tensor,
     optimizer: AdamW,
@@ -65,7 +67,7 @@ impl Trainer {
         let _no_grad = no_grad_guard();
         let layout = Layout::new(model.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.size())));
         let (device, kind) = (model.head_weight().device(), model.head_weight().kind());
-        let mut optimizer = AdamW::new(&layout, device);
+        let mut optimizer = AdamW::new(&layout, device, options.optimizer_dtype.kind());
         for (slot, (_, tensor)) in layout.slots.iter().zip(model.parameters()) {
             slot.view(&optimizer.master).copy_(tensor);
         }
@@ -77,7 +79,8 @@ impl Trainer {
         let head_slot = head("lm_head.weight")
             .or_else(|| head("model.embed_tokens.weight"))
             .expect("every model has input embeddings, which are its head if it has no other");
-        Ok(Self { model, layout, head_slot, weights, optimizer, options: options.clone(), counters })
+        let overhead = micro_batch_overhead(model.config().parameter_count(), device);
+        Ok(Self { model, layout, head_slot, overhead, weights, optimizer, options: options.clone(), counters })
     }
 
     /// The model as trained so far.
@@ -123,7 +126,7 @@ impl Trainer {
         let lengths: Vec<usize> = prepared.iter().map(Sequence::input_length).collect();
         let head = Head { weight_vd: self.model.head_weight(), temperature: 1.0, entropy: false };
         let mut loss = 0.0;
-        for members in micro_batches(&lengths, tokens_per_micro_batch) {
+        for members in micro_batches(&lengths, tokens_per_micro_batch, self.overhead) {
             let batch = MicroBatch::new(&prepared, &members, self.weights.device());
             let logprobs_r = head.logprobs(&target_hidden(&self.model, &batch), &batch.targets_r);
             loss -= (batch.columns_rk.select(1, 0) * logprobs_r).sum(Kind::Double).double_value(&[]);
@@ -181,6 +184,7 @@ impl Trainer {
             layout: &self.layout,
             gradient: &self.optimizer.gradient,
             head_slot: self.head_slot,
+            overhead: self.overhead,
         }
     }
 
@@ -200,7 +204,7 @@ impl Trainer {
 
     /// Updates the weights from the accumulated gradient; returns its norm.
     fn update(&mut self, learning_rate: f64) -> Result<f64, Error> {
-        let norm = self.optimizer.step(&self.options, learning_rate);
+        let norm = self.optimizer.step(&self.options, learning_rate)?;
         self.counters.global_step += 1;
         if norm.is_finite() {
             self.counters.consecutive_skipped = 0;

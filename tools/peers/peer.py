@@ -121,6 +121,8 @@ def main():
     for line in sys.stdin:
         job = json.loads(line)
         match job["job"]:
+            case "ready":
+                answer = {}
             case "generate":
                 answer = generate(model, job)
             case "score":

@@ -1,6 +1,6 @@
 """Speed of the engine beside its peers', from one run: ours, theirs, and what the machine allows.
 
-    run.py ENGINE [tiny|0.5b]...    the shapes; tiny if none is named
+    bench.py ENGINE [tiny|0.5b]...    the shapes; tiny if none is named
 
 One process a side and number format, jobs alternately, one warm-up, the best of three. Equal work is checked: greedy
 ids, scores and losses in f32. The floor is the time the jobs' floating-point operations (or the bytes of the weights)
@@ -13,6 +13,8 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+
+from side import Side
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".tools/python/bin/python"
@@ -32,27 +34,6 @@ config = Qwen2Config(**shape, max_position_embeddings=4096, tie_word_embeddings=
                      rope_parameters={"rope_type": "default", "rope_theta": 1e6}, eos_token_id=None, bos_token_id=None)
 Qwen2ForCausalLM(config).to(torch.bfloat16).save_pretrained(sys.argv[2])
 """
-
-
-class Side:
-    """A process that does jobs."""
-
-    def __init__(self, *command):
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        quiet = None if os.environ.get("MEMPO_BENCH_DEBUG") else subprocess.DEVNULL
-        self.process = subprocess.Popen([str(part) for part in command], stderr=quiet, **pipes)
-
-    def do(self, job, **arguments):
-        self.process.stdin.write(json.dumps({"job": job, **arguments}) + "\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            sys.exit(f"bench: `{' '.join(self.process.args)}` ended at {job}; MEMPO_BENCH_DEBUG=1 shows its words")
-        return json.loads(line)
-
-    def close(self):
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def model_directory(shape):
@@ -115,6 +96,7 @@ def check(name, ours, theirs):
 def bench(engine, shape, dtype):
     directory = model_directory(shape)
     ours, peer = Side(engine, directory, dtype), Side(PYTHON, Path(__file__).with_name("peer.py"), directory, dtype)
+    peer.do("ready")
     limits = ours.do("limits")
     print(f"\n{shape} {dtype}: products of 512 rows {limits['product_512'] / 1e9:.0f} GFLOP/s, of 16 rows "
           f"{limits['product_16'] / 1e9:.0f}; copying {limits['bytes'] / 1e9:.0f} GB/s; load {os.getloadavg()[0]:.1f}")

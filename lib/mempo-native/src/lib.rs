@@ -1,0 +1,120 @@
+//! The C++ of the suite: operators of libtorch that tch does not bind, and a setting of the C library. Safe to call.
+
+#![expect(unsafe_code, reason = "calls C++ functions")]
+
+use std::ffi::{CStr, c_char};
+
+use tch::{TchError, Tensor};
+use torch_sys::C_tensor;
+
+unsafe extern "C" {
+    fn mempo_fused_adamw(
+        weights: *mut C_tensor,
+        gradient: *mut C_tensor,
+        first: *mut C_tensor,
+        second: *mut C_tensor,
+        step: *mut C_tensor,
+        divisor: *mut C_tensor,
+        learning_rate: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        epsilon: f64,
+    ) -> *const c_char;
+    fn mempo_keep_freed_memory();
+}
+
+/// The numbers of an AdamW update, as `torch.optim.AdamW` names them.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamW {
+    /// `lr`
+    pub learning_rate: f64,
+    /// First of `betas`.
+    pub beta1: f64,
+    /// Second of `betas`.
+    pub beta2: f64,
+    /// `weight_decay`, decoupled.
+    pub weight_decay: f64,
+    /// `eps`
+    pub epsilon: f64,
+}
+
+impl AdamW {
+    /// libtorch's `_fused_adamw_`: one pass over memory. Updates `weights` and both moments in place; all four tensors
+    /// have one type and shape. `step` (float32, one element) is the number of this update, from 1; `divisor` (the same)
+    /// divides the gradient first, which is written back.
+    pub fn update(
+        &self,
+        [weights, gradient, first, second]: [&Tensor; 4],
+        step: &Tensor,
+        divisor: &Tensor,
+    ) -> Result<(), TchError> {
+        // SAFETY: the pointers are those of live tensors, which the operator checks for type, shape and device; it
+        // changes them in place only, as tch's own in-place operators do through shared handles. C++ exceptions are
+        // caught on the other side.
+        let message = unsafe {
+            mempo_fused_adamw(
+                weights.as_ptr().cast_mut(),
+                gradient.as_ptr().cast_mut(),
+                first.as_ptr().cast_mut(),
+                second.as_ptr().cast_mut(),
+                step.as_ptr().cast_mut(),
+                divisor.as_ptr().cast_mut(),
+                self.learning_rate,
+                self.beta1,
+                self.beta2,
+                self.weight_decay,
+                self.epsilon,
+            )
+        };
+        if message.is_null() {
+            return Ok(());
+        }
+        // SAFETY: a message is a C string of this thread that nothing else has touched since the call.
+        let message = unsafe { CStr::from_ptr(message) };
+        Err(TchError::Torch(message.to_string_lossy().into_owned()))
+    }
+}
+
+/// Lets the C library keep memory that is freed instead of giving it back to the system: libtorch on the CPU allocates
+/// the same large buffers again and again, and clearing fresh pages costs a tenth of a small model's training step.
+pub fn keep_freed_memory() {
+    // SAFETY: sets two numbers of the allocator, which is allowed at any time.
+    unsafe { mempo_keep_freed_memory() }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    const OPTIONS: AdamW = AdamW { learning_rate: 0.1, beta1: 0.9, beta2: 0.99, weight_decay: 0.5, epsilon: 1e-8 };
+
+    fn one(value: f32) -> Tensor {
+        Tensor::from_slice(&[value])
+    }
+
+    #[test]
+    fn the_first_update_is_that_of_the_formula() {
+        let [weights, gradient, first, second] = [2.0, 3.0, 0.0, 0.0].map(one);
+        OPTIONS.update([&weights, &gradient, &first, &second], &one(1.0), &one(6.0)).unwrap();
+        let close = |tensor: &Tensor, expected: f64| {
+            let found = tensor.double_value(&[0]);
+            assert!((found - expected).abs() < 1e-6, "{found}, expected {expected}");
+        };
+        close(&gradient, 0.5);
+        close(&first, 0.05);
+        close(&second, 0.0025);
+        // The bias-corrected moments are g and g²: a step of the learning rate.
+        close(&weights, 2.0 * (1.0 - 0.1 * 0.5) - 0.1);
+    }
+
+    #[test]
+    fn tensors_that_do_not_fit_are_an_error() {
+        let [weights, gradient, first] = [2.0, 3.0, 0.0].map(one);
+        let second = Tensor::zeros([1], (Kind::Double, Device::Cpu));
+        let error = OPTIONS.update([&weights, &gradient, &first, &second], &one(1.0), &one(1.0)).unwrap_err();
+        assert!(!error.to_string().is_empty());
+    }
+}

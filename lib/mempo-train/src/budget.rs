@@ -1,0 +1,106 @@
+//! What training will need of a device's memory, computed before it starts.
+
+use mempo_model::{Config, Runtime};
+
+use crate::{OptimizerOptions, StateDtype};
+
+/// Bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryBudget {
+    /// The model's own weights, where they are not the master weights themselves.
+    pub weights: u64,
+    /// fp32 master weights.
+    pub master: u64,
+    /// Gradient of the running optimizer step.
+    pub gradient: u64,
+    /// Both moments.
+    pub moments: u64,
+    /// What a padded token of a micro-batch leaves behind for the backward pass, about.
+    pub activations_per_token: u64,
+}
+
+impl MemoryBudget {
+    /// Of training a model of this config.
+    pub fn new(config: &Config, runtime: &Runtime, options: &OptimizerOptions) -> Self {
+        let parameters = config.parameter_count();
+        let state = if options.optimizer_dtype == StateDtype::F32 { 4 } else { 2 };
+        let width = if runtime.is_f32() { 4 } else { 2 };
+        Self {
+            weights: if runtime.is_f32() { 0 } else { width * parameters },
+            master: 4 * parameters,
+            gradient: state * parameters,
+            moments: 2 * state * parameters,
+            activations_per_token: width * kept_elements(config),
+        }
+    }
+
+    /// What stays from step to step.
+    pub fn resident(&self) -> u64 {
+        self.weights + self.master + self.gradient + self.moments
+    }
+
+    /// All of it, with a micro-batch of so many padded tokens.
+    pub fn total(&self, tokens: usize) -> u64 {
+        self.resident() + self.activations_per_token * tokens as u64
+    }
+
+    /// One line for people.
+    pub fn describe(&self, tokens: usize) -> String {
+        let gib = |bytes: u64| bytes as f64 / (1_u64 << 30) as f64;
+        format!(
+            "memory: weights {:.2} GiB, master {:.2}, gradient {:.2}, moments {:.2}; about {:.2} MiB a token, so {:.2} GiB \
+             with micro-batches of {tokens} tokens",
+            gib(self.weights),
+            gib(self.master),
+            gib(self.gradient),
+            gib(self.moments),
+            self.activations_per_token as f64 / f64::from(1 << 20),
+            gib(self.total(tokens)),
+        )
+    }
+}
+
+/// Elements a token leaves behind: in each layer both norms' inputs and outputs, queries, keys and values before and
+/// after they are turned, what attention gives (twice: by heads and joined), and the four products of the MLP.
+fn kept_elements(config: &Config) -> u64 {
+    let queries = config.num_attention_heads * config.head_size();
+    let keys = config.key_value_heads() * config.head_size();
+    let layer =
+        4 * config.hidden_size + (queries + 2 * keys) + (queries + keys) + 2 * queries + 4 * config.intermediate_size;
+    config.num_hidden_layers as u64 * layer as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use mempo_model::DeviceOptions;
+
+    use super::*;
+    use crate::testing::optimizer_options;
+
+    fn budget(dtype: &str, optimizer_dtype: StateDtype) -> MemoryBudget {
+        let qwen2_5_7b: Config = serde_json::from_value(serde_json::json!({
+            "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944,
+            "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+            "max_position_embeddings": 32_768, "tie_word_embeddings": false,
+        }))
+        .unwrap();
+        let device = DeviceOptions { device: "cpu".to_owned(), dtype: dtype.to_owned(), threads: Some(1) };
+        let options = OptimizerOptions { optimizer_dtype, ..optimizer_options() };
+        MemoryBudget::new(&qwen2_5_7b, &device.resolve().unwrap(), &options)
+    }
+
+    /// The published parameter count is 7,615,616,512.
+    #[test]
+    fn qwen2_5_7b_fits_one_gpu_of_139_gib_with_bf16_moments() {
+        const PARAMETERS: u64 = 7_615_616_512;
+        const GPU: u64 = 139 << 30;
+        let small = budget("bf16", StateDtype::Bf16);
+        assert_eq!((small.master, small.resident()), (4 * PARAMETERS, 12 * PARAMETERS));
+        assert!(small.total(8192) < GPU, "{}", small.describe(8192));
+        let exact = budget("bf16", StateDtype::F32);
+        assert_eq!(exact.resident(), 18 * PARAMETERS);
+        assert!(exact.total(1024) < GPU && exact.total(8192) > GPU, "{}", exact.describe(8192));
+        assert_eq!(budget("f32", StateDtype::F32).resident(), 16 * PARAMETERS);
+        assert!(small.describe(8192).contains("weights 14.19 GiB, master 28.37"), "{}", small.describe(8192));
+    }
+}

@@ -1,0 +1,82 @@
+"""Holds the engine to transformers on model directories: `parity.py ENGINE MODEL...`, f32 and bf16.
+
+f32: logits at some places of 50 prompts of 1 to 4,096 tokens within 1e-4 of the largest logit, the loss within 1e-6, the
+gradient of every parameter within 1e-5 of its norm. bf16: mean k3 estimate of KL(f32 | bf16) per place at most 1e-3.
+"""
+
+import math
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from side import Side
+from transformers import AutoModelForCausalLM
+
+PROMPTS = 50
+LONGEST = 4096
+
+
+def prompts(vocabulary, window):
+    """Lengths even on a logarithmic scale."""
+    draw = random.Random(3)
+    longest = min(LONGEST, window)
+    lengths = [round(math.exp(math.log(longest) * index / (PROMPTS - 1))) for index in range(PROMPTS)]
+    return [[draw.randrange(vocabulary) for _ in range(length)] for length in lengths]
+
+
+def places(prompt):
+    return sorted({0, len(prompt) // 2, len(prompt) - 1})
+
+
+def check(name, found, limit):
+    print(f"  {name}: {found:.1e} (at most {limit:.0e})")
+    assert found <= limit, f"{name} is {found}, more than {limit}"
+
+
+def compare(engine, directory):
+    print(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
+    config = model.config
+    exact, rounded = Side(engine, directory, "f32"), Side(engine, directory, "bf16")
+    worst, divergences = 0.0, []
+    for prompt in prompts(config.vocab_size, config.max_position_embeddings):
+        with torch.inference_mode():
+            expected = model(torch.tensor([prompt])).logits[0, places(prompt)]
+        ours = torch.tensor(exact.do("logits", ids=prompt, places=places(prompt))["logits"])
+        worst = max(worst, ((ours - expected).abs().max() / expected.abs().max()).item())
+        ours = torch.tensor(rounded.do("logits", ids=prompt, places=places(prompt))["logits"])
+        true, off = expected.double().log_softmax(-1), ours.double().log_softmax(-1)
+        ratio = off - true
+        # k3 in expectation over the vocabulary: sum of p (e^r - 1 - r).
+        divergences += (true.exp() * (ratio.exp() - 1 - ratio)).sum(-1).tolist()
+    check("logits, relative", worst, 1e-4)
+    check("bf16, mean k3", sum(divergences) / len(divergences), 1e-3)
+
+    prompt = prompts(config.vocab_size, 200)[-1]
+    ids = torch.tensor([prompt])
+    loss = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
+    loss.backward()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "gradients.safetensors"
+        found = exact.do("gradients", ids=prompt, file=str(file))
+        gradients = load_file(file)
+    check("loss", abs(found["loss"] - loss.item()), 1e-6 * max(1.0, loss.item()))
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert expected.keys() == gradients.keys(), expected.keys() ^ gradients.keys()
+    off = {name: ((gradients[name] - grad).norm() / grad.norm()).item() for name, grad in expected.items()}
+    name = max(off, key=off.get)
+    check(f"gradients, worst {name}", off[name], 1e-5)
+    exact.close()
+    rounded.close()
+
+
+def main():
+    engine, *directories = sys.argv[1:]
+    for directory in directories:
+        compare(engine, directory)
+
+
+main()
