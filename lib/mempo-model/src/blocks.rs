@@ -16,9 +16,21 @@ const WRITTEN_OUT: i64 = 512;
 
 /// Every position sees itself and those before it; right padding is never seen by what is real.
 pub(crate) fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
-    if q.requires_grad() && q.device() == Device::Cpu && q.size()[2] <= WRITTEN_OUT {
+    if q.requires_grad() {
+        return causal_attention_in_training(q, k, v);
+    }
+    fused_attention(q, k, v)
+}
+
+/// The same where a gradient is asked for, now or when the layer is computed again.
+pub(crate) fn causal_attention_in_training(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    if q.device() == Device::Cpu && q.size()[2] <= WRITTEN_OUT {
         return written_out_attention(q, k, v);
     }
+    fused_attention(q, k, v)
+}
+
+fn fused_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
     let grouped = q.size()[1] != k.size()[1];
     Tensor::scaled_dot_product_attention(q, k, v, None::<Tensor>, 0.0, true, None, grouped)
 }

@@ -11,8 +11,9 @@ use crate::random::counter_uniform;
 use crate::sampler::{Draw, Sampler};
 use crate::{Error, Model};
 
-/// Prefixes shorter than this are not worth a mask: such prompts are run whole.
-const LEAST_KEPT: usize = 16;
+/// Rows that decode for each that may wait: a pass over prompts costs about as much as a step of all rows, so it is done
+/// for several at a time, and with completions of some hundred tokens eight is near the best.
+const LIVE_PER_WAITING: usize = 8;
 
 /// How to sample.
 #[derive(Debug, Clone)]
@@ -184,7 +185,7 @@ impl<'a> Batch<'a> {
     fn start_waiting(&mut self) -> Option<Tensor> {
         let waiting = || self.rows[self.live..].iter().filter_map(|row| row.work.as_ref());
         let count = waiting().count();
-        if count == 0 || count * 4 < self.live {
+        if count == 0 || count * LIVE_PER_WAITING < self.live {
             return None;
         }
         let room = waiting().map(Work::room).max().unwrap_or(0);
@@ -196,7 +197,8 @@ impl<'a> Batch<'a> {
             let prompt = work.as_ref().map_or(&[][..], |work| &work.prompt_ids);
             // The last id of a prompt is always run: what follows is drawn from its hidden state.
             let shared = held.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count();
-            let kept = if shared < LEAST_KEPT { 0 } else { shared };
+            // Going on from a short prefix costs more (a mask, and the prefix gathered) than running it again.
+            let kept = if 2 * shared < prompt.len() { 0 } else { shared };
             Continuation { row, kept, ids: &prompt[kept..] }
         };
         let continuations: Vec<Continuation> = started.clone().map(continuation).collect();

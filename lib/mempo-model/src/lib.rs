@@ -34,7 +34,7 @@ pub use config::{Config, Family};
 pub use error::Error;
 pub use generate::{Finish, GenerateEvents, GenerateOptions, GenerateRequest, Generated, generate, generate_each};
 pub use libtorch::Libtorch;
-pub use model::Model;
+pub use model::{Model, Pieces};
 pub use random::{counter_hash, counter_uniform};
 pub use runtime::{DeviceOptions, Runtime};
 pub use score::{ScoreOptions, ScoredSequence, logprobs_at};

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use tch::{Kind, Tensor};
 
-use crate::blocks::{Attend, causal_attention};
+use crate::blocks::{Attend, causal_attention, causal_attention_in_training};
 use crate::builder::Builder;
 use crate::config::{Config, Family};
 use crate::llama::Llama;
@@ -13,10 +13,14 @@ use crate::qwen3::Qwen3;
 use crate::rotary::{Rotary, RotaryAt};
 use crate::{Error, Runtime, weights};
 
-/// The stack of layers of one family.
+/// The stack of layers of one family: hidden states `[B,T,D]` go from `embed` through every `layer` to `norm`.
 pub(crate) trait Decoder {
-    /// Ids `[B,T]` -> hidden states `[B,T,D]` after the final norm.
-    fn forward(&self, ids: &Tensor, rotary: &RotaryAt, attend: &mut Attend) -> Tensor;
+    /// Of ids `[B,T]`.
+    fn embed(&self, ids: &Tensor) -> Tensor;
+    /// After a layer, from 0.
+    fn layer(&self, index: usize, hidden: &Tensor, rotary: &RotaryAt, attend: &mut Attend) -> Tensor;
+    /// After the final norm.
+    fn norm(&self, hidden: &Tensor) -> Tensor;
     /// `[V,D]`, the embedding itself where the two are tied.
     fn head_weight(&self) -> &Tensor;
 }
@@ -45,6 +49,31 @@ pub struct Model {
     pub(crate) parameters: Vec<(String, Tensor)>,
     decoder: Box<dyn Decoder + Send>,
     rotary: Rotary,
+}
+
+/// The forward pass over right-padded ids `[B,T]` in pieces that follow each other; all give `[B,T,D]`, differentiable.
+pub struct Pieces<'a> {
+    model: &'a Model,
+    ids: &'a Tensor,
+    rotary: RotaryAt,
+}
+
+impl Pieces<'_> {
+    /// What the first layer takes.
+    pub fn embed(&self) -> Tensor {
+        self.model.decoder.embed(self.ids)
+    }
+
+    /// What a layer, from 0, makes of what came before it.
+    pub fn layer(&self, index: usize, hidden: &Tensor) -> Tensor {
+        let attend = &mut |_, q, k, v| causal_attention_in_training(&q, &k, &v);
+        self.model.decoder.layer(index, hidden, &self.rotary, attend)
+    }
+
+    /// What the head takes.
+    pub fn norm(&self, hidden: &Tensor) -> Tensor {
+        self.model.decoder.norm(hidden)
+    }
 }
 
 impl Model {
@@ -106,8 +135,16 @@ impl Model {
     /// Ids `[B,T]` (int64, right-padded with any id) -> hidden states `[B,T,D]` after the final norm, positions from 0.
     /// What stands at padding is meaningless and touches nothing else. Differentiable.
     pub fn hidden(&self, ids: &Tensor) -> Tensor {
-        let positions = Tensor::arange(ids.size()[1], (Kind::Int64, self.runtime.device)).unsqueeze(0);
-        self.forward(ids, &positions, &mut |_, q, k, v| causal_attention(&q, &k, &v))
+        self.forward(ids, &self.positions(ids), &mut |_, q, k, v| causal_attention(&q, &k, &v))
+    }
+
+    /// The same piece by piece, for those who keep less for the backward pass than autograd would.
+    pub fn pieces<'a>(&'a self, ids: &'a Tensor) -> Pieces<'a> {
+        Pieces { model: self, ids, rotary: self.rotary.at(&self.positions(ids), self.runtime.kind) }
+    }
+
+    fn positions(&self, ids: &Tensor) -> Tensor {
+        Tensor::arange(ids.size()[1], (Kind::Int64, self.runtime.device)).unsqueeze(0)
     }
 
     /// The head's matrix `[V,D]`.
@@ -124,7 +161,10 @@ impl Model {
     /// Ids `[B,T]` at positions `[B or 1, T]`, attending as the caller says.
     pub(crate) fn forward(&self, ids: &Tensor, positions: &Tensor, attend: &mut Attend) -> Tensor {
         let rotary = self.rotary.at(positions, self.runtime.kind);
-        self.decoder.forward(ids, &rotary, attend)
+        let layers = 0..self.config.num_hidden_layers;
+        let last =
+            layers.fold(self.decoder.embed(ids), |hidden, layer| self.decoder.layer(layer, &hidden, &rotary, attend));
+        self.decoder.norm(&last)
     }
 
     /// Refuses a sequence that is empty, longer than the window, or holds an id outside the vocabulary.

@@ -32,12 +32,16 @@ impl Qwen2 {
 }
 
 impl Decoder for Qwen2 {
-    fn forward(&self, ids: &Tensor, rotary: &RotaryAt, attend: &mut Attend) -> Tensor {
-        let mut hidden = Tensor::embedding(&self.embed_tokens, ids, -1, false, false);
-        for (index, layer) in self.layers.iter().enumerate() {
-            hidden = layer.forward(index, &hidden, rotary, attend);
-        }
-        self.norm.forward(&hidden)
+    fn embed(&self, ids: &Tensor) -> Tensor {
+        Tensor::embedding(&self.embed_tokens, ids, -1, false, false)
+    }
+
+    fn layer(&self, index: usize, hidden: &Tensor, rotary: &RotaryAt, attend: &mut Attend) -> Tensor {
+        self.layers[index].forward(index, hidden, rotary, attend)
+    }
+
+    fn norm(&self, hidden: &Tensor) -> Tensor {
+        self.norm.forward(hidden)
     }
 
     fn head_weight(&self) -> &Tensor {

@@ -93,6 +93,7 @@ fn time_training(dir: &Path, runtime: &Runtime, sequences: Vec<Vec<i32>>, steps:
         epsilon: 1e-8,
         max_grad_norm: 1.0,
         optimizer_dtype: StateDtype::F32,
+        recompute: false,
     };
     let mut trainer = Trainer::new(Model::load(dir, runtime)?, &options, None)?;
     let sequence = |ids: Vec<i32>| TrainSequence { targets: (0..ids.len()).map(|place| place > 0).collect(), ids };

@@ -30,7 +30,7 @@ impl MemoryBudget {
             master: 4 * parameters,
             gradient: state * parameters,
             moments: 2 * state * parameters,
-            activations_per_token: width * kept_elements(config),
+            activations_per_token: width * kept_elements(config, options.recompute),
         }
     }
 
@@ -62,12 +62,14 @@ impl MemoryBudget {
 
 /// Elements a token leaves behind: in each layer both norms' inputs and outputs, queries, keys and values before and
 /// after they are turned, what attention gives (twice: by heads and joined), and the four products of the MLP.
-fn kept_elements(config: &Config) -> u64 {
+/// With recomputation every layer's input, and one layer in full.
+fn kept_elements(config: &Config, recompute: bool) -> u64 {
     let queries = config.num_attention_heads * config.head_size();
     let keys = config.key_value_heads() * config.head_size();
     let layer =
         4 * config.hidden_size + (queries + 2 * keys) + (queries + keys) + 2 * queries + 4 * config.intermediate_size;
-    config.num_hidden_layers as u64 * layer as u64
+    let layers = config.num_hidden_layers as u64;
+    if recompute { layers * config.hidden_size as u64 + layer as u64 } else { layers * layer as u64 }
 }
 
 #[cfg(test)]
@@ -101,6 +103,7 @@ mod tests {
         assert_eq!(exact.resident(), 18 * PARAMETERS);
         assert!(exact.total(1024) < GPU && exact.total(8192) > GPU, "{}", exact.describe(8192));
         assert_eq!(budget("f32", StateDtype::F32).resident(), 16 * PARAMETERS);
+        assert!(exact.activations_per_token > 5 << 20, "{}", exact.describe(1));
         assert!(small.describe(8192).contains("weights 14.19 GiB, master 28.37"), "{}", small.describe(8192));
     }
 }

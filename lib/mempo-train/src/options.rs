@@ -8,7 +8,7 @@ use tch::Kind;
 
 use crate::Error;
 
-/// AdamW and its schedule. Defaults are those of reinforcement learning; a program with other defaults changes
+/// AdamW, its schedule, and what training keeps in memory. Defaults are those of reinforcement learning; a program with other defaults changes
 /// them on its command (`mut_arg`).
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
 pub struct OptimizerOptions {
@@ -39,6 +39,10 @@ pub struct OptimizerOptions {
     /// Number format of gradient and moments. With a bf16 model, f32 takes 18 bytes a parameter in all, bf16 takes 12
     #[arg(long, value_enum, default_value_t = StateDtype::F32)]
     pub optimizer_dtype: StateDtype,
+    /// Keep only each layer's input for the backward pass and compute the rest again: a fraction of the memory, up to a
+    /// third more time
+    #[arg(long)]
+    pub recompute: bool,
 }
 
 /// Number format of gradient and moments.

@@ -20,6 +20,7 @@ pub(crate) fn optimizer_options() -> OptimizerOptions {
         epsilon: 1e-8,
         max_grad_norm: 1.0,
         optimizer_dtype: StateDtype::F32,
+        recompute: false,
     }
 }
 

@@ -185,6 +185,7 @@ impl Trainer {
             gradient: &self.optimizer.gradient,
             head_slot: self.head_slot,
             overhead: self.overhead,
+            recompute: self.options.recompute,
         }
     }
 

@@ -163,8 +163,9 @@ fn splitting_steps_changes_nothing() {
 
 #[test]
 fn supervised_gradient_equals_autograd() {
-    for tied in [true, false] {
+    for (tied, recompute) in [(true, false), (false, false), (true, true), (false, true)] {
         let mut trainer = trainer(4, tied, Kind::Float);
+        trainer.options.recompute = recompute;
         let sequences = train_sequences(7, 9);
         let mut logprobs = Vec::new();
         for sequence in &sequences {
@@ -187,6 +188,24 @@ fn supervised_gradient_equals_autograd() {
         let stats = trainer.sft_step(&sequences, 0.0, BUDGET).unwrap();
         assert!((stats.loss - loss.double_value(&[])).abs() < 1e-5);
     }
+}
+
+#[test]
+fn recomputed_layers_train_to_the_same_weights_in_bf16() {
+    let train = |recompute: bool| {
+        let mut trainer = trainer(4, true, Kind::BFloat16);
+        trainer.options.recompute = recompute;
+        let losses: Vec<f64> =
+            (0..5).map(|_| trainer.sft_step(&train_sequences(7, 9), 1e-2, BUDGET).unwrap().loss).collect();
+        (losses, trainer.optimizer.master.copy())
+    };
+    let ((losses, plain), (found, recomputed)) = (train(false), train(true));
+    assert!(losses[4] < losses[0], "{losses:?}");
+    for (a, b) in losses.iter().zip(&found) {
+        assert!((a - b).abs() < 1e-3, "{losses:?} {found:?}");
+    }
+    let difference = ((&plain - &recomputed).norm() / plain.norm()).double_value(&[]);
+    assert!(difference < 1e-2, "{difference}");
 }
 
 /// On policy, with the reference equal to the policy too, only the score function is left: `-Σ w A ∇lp`.
