@@ -52,11 +52,11 @@ pub(crate) struct Answers<'a> {
     pub(crate) tokens_computed: u64,
 }
 
-/// Scores each distinct probe of at most `window` ids once; `score` is the model.
+/// Scores each distinct probe of at most `window` ids once; `score` is the model, and says how many tokens it ran.
 pub(crate) fn ask<'a>(
     probes: impl Iterator<Item = &'a Probe>,
     window: usize,
-    score: impl FnOnce(&[ScoredSequence]) -> anyhow::Result<Vec<Vec<f32>>>,
+    score: impl FnOnce(&[ScoredSequence]) -> anyhow::Result<(Vec<Vec<f32>>, usize)>,
 ) -> anyhow::Result<Answers<'a>> {
     let (mut places, mut sequences, mut tokens_asked) = (HashMap::new(), Vec::new(), 0);
     for probe in probes.filter(|probe| probe.ids.len() <= window) {
@@ -66,9 +66,8 @@ pub(crate) fn ask<'a>(
             sequences.len() - 1
         });
     }
-    let tokens_computed = sequences.iter().map(|sequence| sequence.ids.len() as u64).sum();
-    let logprobs = score(&sequences)?;
-    Ok(Answers { places, logprobs, tokens_asked, tokens_computed })
+    let (logprobs, tokens_computed) = score(&sequences)?;
+    Ok(Answers { places, logprobs, tokens_asked, tokens_computed: tokens_computed as u64 })
 }
 
 impl Answers<'_> {
@@ -231,14 +230,13 @@ mod tests {
 
     /// A model whose answer tokens have log-probabilities -1, -2, -3 after two ids and twice that after one.
     #[allow(clippy::unnecessary_wraps, reason = "as a real model's")]
-    fn model(sequences: &[ScoredSequence]) -> anyhow::Result<Vec<Vec<f32>>> {
-        Ok(sequences
-            .iter()
-            .map(|sequence| {
-                let scale = if sequence.targets.start == 1 { -2.0 } else { -1.0 };
-                (1..=sequence.targets.len()).map(|place| scale * place as f32).collect()
-            })
-            .collect())
+    fn model(sequences: &[ScoredSequence]) -> anyhow::Result<(Vec<Vec<f32>>, usize)> {
+        let logprobs = |sequence: &ScoredSequence| {
+            let scale = if sequence.targets.start == 1 { -2.0 } else { -1.0 };
+            (1..=sequence.targets.len()).map(|place| scale * place as f32).collect()
+        };
+        let tokens = sequences.iter().map(|sequence| sequence.ids.len()).sum();
+        Ok((sequences.iter().map(logprobs).collect(), tokens))
     }
 
     #[test]
@@ -296,7 +294,7 @@ mod tests {
             let task = task();
             let answers = ask(task.probes(), 100, |sequences| {
                 let mut found = model(sequences)?;
-                found[1][2] = bad;
+                found.0[1][2] = bad;
                 Ok(found)
             });
             let error = score_rows(std::slice::from_ref(&task), &answers.unwrap(), OPTIONS).unwrap_err();

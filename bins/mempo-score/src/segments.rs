@@ -126,9 +126,10 @@ impl<'a> Judge<'a> {
         stage.write_part("scores", unit, |file| Ok(write_rows(&rows, file).map(drop)?))
     }
 
-    fn logprobs(&self, sequences: &[ScoredSequence]) -> anyhow::Result<Vec<Vec<f32>>> {
+    /// Log-probabilities of the targets, and the number of tokens that were run for them.
+    fn logprobs(&self, sequences: &[ScoredSequence]) -> anyhow::Result<(Vec<Vec<f32>>, usize)> {
         let options = ScoreOptions { temperature: 1.0, tokens_per_batch: self.arguments.tokens_per_batch };
-        self.model.completion_logprobs(sequences, &options).context("scoring answers").bad_input()
+        self.model.shared_logprobs(sequences, &options).context("scoring answers").bad_input()
     }
 }
 

@@ -26,6 +26,7 @@ mod rotary;
 mod runtime;
 mod sampler;
 mod score;
+mod share;
 mod weights;
 
 pub use branches::{Branch, Trunk};

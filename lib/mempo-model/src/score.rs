@@ -33,15 +33,7 @@ impl Model {
         options: &ScoreOptions,
     ) -> Result<Vec<Vec<f32>>, Error> {
         for (row, sequence) in sequences.iter().enumerate() {
-            self.check_ids(row, &sequence.ids)?;
-            let Range { start, end } = sequence.targets;
-            if start < 1 || start > end || end > sequence.ids.len() {
-                let problem = format!(
-                    "has {} tokens and targets {start}..{end}; expected 1 <= start <= end <= length",
-                    sequence.ids.len()
-                );
-                return Err(Error::Sequence { row, problem });
-            }
+            self.check_scored(row, sequence)?;
         }
         let _guard = tch::no_grad_guard();
         let mut order: Vec<usize> = (0..sequences.len()).filter(|row| !sequences[*row].targets.is_empty()).collect();
@@ -60,6 +52,17 @@ impl Model {
             rest = later;
         }
         Ok(logprobs)
+    }
+
+    pub(crate) fn check_scored(&self, row: usize, sequence: &ScoredSequence) -> Result<(), Error> {
+        self.check_ids(row, &sequence.ids)?;
+        let (Range { start, end }, length) = (sequence.targets.clone(), sequence.ids.len());
+        if start < 1 || start > end || end > length {
+            let problem =
+                format!("has {length} tokens and targets {start}..{end}; expected 1 <= start <= end <= length");
+            return Err(Error::Sequence { row, problem });
+        }
+        Ok(())
     }
 
     fn batch_logprobs(&self, batch: &[&ScoredSequence], temperature: f64) -> Vec<Vec<f32>> {

@@ -46,18 +46,24 @@ impl MemoryBudget {
 
     /// One line for people.
     pub fn describe(&self, tokens: usize) -> String {
-        let gib = |bytes: u64| bytes as f64 / (1_u64 << 30) as f64;
+        let Self { weights, master, gradient, moments, activations_per_token } = *self;
         format!(
-            "memory: weights {:.2} GiB, master {:.2}, gradient {:.2}, moments {:.2}; about {:.2} MiB a token, so {:.2} GiB \
-             with micro-batches of {tokens} tokens",
-            gib(self.weights),
-            gib(self.master),
-            gib(self.gradient),
-            gib(self.moments),
-            self.activations_per_token as f64 / f64::from(1 << 20),
-            gib(self.total(tokens)),
+            "memory: weights {}, master {}, gradient {}, moments {}; about {} a token, so {} with micro-batches of {tokens} \
+             tokens",
+            size(weights),
+            size(master),
+            size(gradient),
+            size(moments),
+            size(activations_per_token),
+            size(self.total(tokens)),
         )
     }
+}
+
+fn size(bytes: u64) -> String {
+    const UNITS: [&str; 4] = ["bytes", "KiB", "MiB", "GiB"];
+    let unit = (bytes.max(1).ilog2() / 10).min(3);
+    format!("{:.1} {}", bytes as f64 / f64::from(1_u32 << (10 * unit)), UNITS[unit as usize])
 }
 
 /// Elements a token leaves behind: in each layer both norms' inputs and outputs, queries, keys and values before and
@@ -104,6 +110,7 @@ mod tests {
         assert!(exact.total(1024) < GPU && exact.total(8192) > GPU, "{}", exact.describe(8192));
         assert_eq!(budget("f32", StateDtype::F32).resident(), 16 * PARAMETERS);
         assert!(exact.activations_per_token > 5 << 20, "{}", exact.describe(1));
-        assert!(small.describe(8192).contains("weights 14.19 GiB, master 28.37"), "{}", small.describe(8192));
+        assert!(small.describe(8192).contains("weights 14.2 GiB, master 28.4 GiB"), "{}", small.describe(8192));
+        assert_eq!([0, 1023, 1024, 3 << 19].map(size), ["0.0 bytes", "1023.0 bytes", "1.0 KiB", "1.5 MiB"]);
     }
 }
