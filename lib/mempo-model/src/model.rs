@@ -81,8 +81,8 @@ impl Model {
     /// no gradient.
     pub fn load(dir: &Path, runtime: &Runtime) -> Result<Self, Error> {
         let config = Config::load(dir)?;
-        let mut model = Self::allocate(config, runtime);
-        weights::load(dir, &mut model.parameters, model.config.tie_word_embeddings)?;
+        let model = Self::allocate(config, runtime);
+        weights::load(dir, &model.parameters, model.config.tie_word_embeddings)?;
         Ok(model)
     }
 

@@ -12,6 +12,8 @@ use crate::{Error, Model};
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
+/// Read at a time.
+const PIECE_BYTES: usize = 1 << 24;
 /// Hugging Face's shard size, in bytes.
 const SHARD_BYTES: usize = 5_000_000_000;
 
@@ -22,11 +24,10 @@ struct Index {
 }
 
 /// Fills `parameters` from the weights in `dir`, converted to the parameters' number format.
-pub(crate) fn load(dir: &Path, parameters: &mut [(String, Tensor)], tied_head: bool) -> Result<(), Error> {
+pub(crate) fn load(dir: &Path, parameters: &[(String, Tensor)], tied_head: bool) -> Result<(), Error> {
     let _guard = tch::no_grad_guard();
     let (listing, files, index) = weight_files(dir)?;
-    let mut wanted: HashMap<&str, &mut Tensor> =
-        parameters.iter_mut().map(|(name, tensor)| (name.as_str(), tensor)).collect();
+    let wanted: HashMap<&str, &Tensor> = parameters.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
     let mut found = BTreeSet::new();
     for path in &files {
         let file = fs_err::File::open(path)?;
@@ -41,11 +42,8 @@ pub(crate) fn load(dir: &Path, parameters: &mut [(String, Tensor)], tied_head: b
         })?;
         for (name, view) in tensors.iter() {
             let problem = |problem: String| Error::Tensor { path: path.clone(), tensor: name.to_owned(), problem };
-            match wanted.get_mut(name) {
-                Some(parameter) => {
-                    fill(parameter, &view).map_err(problem)?;
-                    forget(&bytes, view.data());
-                }
+            match wanted.get(name) {
+                Some(parameter) => fill(parameter, &view, &bytes).map_err(problem)?,
                 None if name.ends_with("rotary_emb.inv_freq") || (tied_head && name == "lm_head.weight") => {}
                 None => {
                     return Err(problem("is not part of this model; does config.json belong to it?".to_owned()));
@@ -96,7 +94,8 @@ fn weight_files(dir: &Path) -> Result<WeightFiles, Error> {
     Ok((path, files, index.weight_map))
 }
 
-fn fill(parameter: &mut Tensor, view: &TensorView) -> Result<(), String> {
+/// Copies a tensor out of the map, piece by piece, each given back once it is read.
+fn fill(parameter: &Tensor, view: &TensorView, map: &memmap2::Mmap) -> Result<(), String> {
     let kind = match view.dtype() {
         Dtype::F32 => Kind::Float,
         Dtype::BF16 => Kind::BFloat16,
@@ -108,18 +107,30 @@ fn fill(parameter: &mut Tensor, view: &TensorView) -> Result<(), String> {
         return Err(format!("has shape {shape:?}; expected {:?}", parameter.size()));
     }
     let data = view.data();
+    let source = borrowed(data, &shape, kind);
+    // No parameter is without an axis, or empty along the first.
+    let rows = shape[0];
+    let row_bytes = data.len() / rows as usize;
+    let step = (PIECE_BYTES / row_bytes.max(1)).max(1);
+    for start in (0..rows).step_by(step) {
+        let count = rows.min(start + step as i64) - start;
+        parameter.narrow(0, start, count).copy_(&source.narrow(0, start, count));
+        forget(map, &data[start as usize * row_bytes..(start + count) as usize * row_bytes]);
+    }
+    Ok(())
+}
+
+/// A tensor over bytes that it must not outlive; a copy of them where they are not aligned, as in some old files.
+fn borrowed(data: &[u8], shape: &[i64], kind: Kind) -> Tensor {
     if data.as_ptr().align_offset(kind.elt_size_in_bytes()) != 0 {
-        // Old files may hold tensors that are not aligned to their own size.
-        parameter.copy_(&Tensor::from_data_size(data, &shape, kind));
-        return Ok(());
+        return Tensor::from_data_size(data, shape, kind);
     }
     #[expect(
         unsafe_code,
-        reason = "aligned, as long as shape and dtype say (safetensors checked it), only read, and outlived by `data`"
+        reason = "aligned, as long as shape and dtype say (safetensors checked it), only read, and gone before `data` is"
     )]
-    let source = unsafe { Tensor::from_blob(data.as_ptr(), &shape, &strides(&shape), kind, Device::Cpu) };
-    parameter.copy_(&source);
-    Ok(())
+    let tensor = unsafe { Tensor::from_blob(data.as_ptr(), shape, &strides(shape), kind, Device::Cpu) };
+    tensor
 }
 
 /// Row-major strides.
