@@ -34,8 +34,7 @@ pub(crate) fn examine_weights(
     report: &mut Report,
 ) -> Option<()> {
     let model = report.value("weights", Model::load(dir, runtime))?;
-    let count: i64 = model.parameters().iter().map(|(_, tensor)| tensor.size().iter().product::<i64>()).sum();
-    report.good("weights", &format!("{:.1} M parameters", count as f64 / 1e6));
+    report.good("weights", &format!("{:.1} M parameters", model.config().parameter_count() as f64 / 1e6));
     let options = ScoreOptions { temperature: 1.0, tokens_per_batch: 1 };
     let logprobs = report.value("forward", model.completion_logprobs(&[probe?.clone()], &options))?.concat();
     if logprobs.iter().all(|logprob| logprob.is_finite()) {
