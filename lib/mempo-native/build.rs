@@ -4,7 +4,10 @@
 use std::path::Path;
 
 fn main() {
-    println!("cargo:rerun-if-changed=src/native.cpp");
+    const SOURCES: [&str; 2] = ["src/native.cpp", "src/deterministic.cpp"];
+    for source in SOURCES.iter().chain(&["src/guarded.h"]) {
+        println!("cargo:rerun-if-changed={source}");
+    }
     // Without libtorch there is nothing to compile against, and torch-sys has said so.
     let Ok(lib) = std::env::var("DEP_TCH_LIBTORCH_LIB") else { return };
     for rpath in ["$ORIGIN/../lib", "$ORIGIN", &lib] {
@@ -17,6 +20,6 @@ fn main() {
         .flag("-isystem")
         .flag(include.to_string_lossy().as_ref())
         .opt_level(1)
-        .file("src/native.cpp")
+        .files(SOURCES)
         .compile("mempo-native");
 }

@@ -1,7 +1,7 @@
 """Holds the engine to transformers on model directories: `parity.py ENGINE MODEL...`, f32 and bf16.
 
 f32: logits at some places of 50 prompts of 1 to 4,096 tokens within 1e-4 of the largest logit, the loss within 1e-6, the
-gradient of every parameter within 1e-5 of its norm. bf16: mean k3 estimate of KL(f32 | bf16) per place at most 1e-3.
+gradient of every parameter within 1e-5 of its norm (to a reference in f64). bf16: mean k3 estimate of KL(f32 | bf16) per place at most 1e-3.
 """
 
 import math
@@ -45,6 +45,21 @@ def divergence(exact, rounded):
     return (true.exp() * (ratio.exp() - 1 - ratio)).sum(-1).tolist()
 
 
+def gradients(model, prompt):
+    """Mean loss of a prompt's ids after the first, and its gradient by every parameter."""
+    ids = torch.tensor([prompt])
+    model.zero_grad()
+    loss = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
+    loss.backward()
+    return loss.item(), {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def errors(found, true):
+    """Of each gradient, relative to its norm."""
+    assert found.keys() == true.keys(), found.keys() ^ true.keys()
+    return {name: ((found[name] - gradient).norm() / gradient.norm()).item() for name, gradient in true.items()}
+
+
 def compare(engine, directory):
     print(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
@@ -65,19 +80,18 @@ def compare(engine, directory):
     print(f"    (transformers' own bf16: {sum(their_divergences) / len(their_divergences):.2e})")
 
     prompt = prompts(config, 200)[-1]
-    ids = torch.tensor([prompt])
-    loss = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:])
-    loss.backward()
+    their_loss, their_gradients = gradients(model, prompt)
+    _, true_gradients = gradients(model.double(), prompt)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "gradients.safetensors"
-        found = exact.do("gradients", ids=prompt, file=str(file))
-        gradients = load_file(file)
-    failures += check("loss", abs(found["loss"] - loss.item()), 1e-6 * max(1.0, loss.item()))
-    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert expected.keys() == gradients.keys(), expected.keys() ^ gradients.keys()
-    off = {name: ((gradients[name] - grad).norm() / grad.norm()).item() for name, grad in expected.items()}
-    name = max(off, key=off.get)
-    failures += check(f"gradients, worst {name}", off[name], 1e-5)
+        loss = exact.do("gradients", ids=prompt, file=str(file))["loss"]
+        our_gradients = load_file(file)
+    failures += check("loss", abs(loss - their_loss), 1e-6 * max(1.0, their_loss))
+    off, their_off = (errors(found, true_gradients) for found in (our_gradients, their_gradients))
+    # A gradient that is a small difference of large numbers (a key's bias) is beyond f32: there, no worse than PyTorch.
+    name = max(off, key=lambda name: off[name] - max(1e-5, their_off[name]))
+    failures += check(f"gradients to f64's, worst {name}", off[name], max(1e-5, 1.5 * their_off[name]))
+    print(f"    (transformers' own: {their_off[name]:.2e})")
     exact.close()
     rounded.close()
     return failures

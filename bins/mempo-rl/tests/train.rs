@@ -28,7 +28,9 @@ fn hash(parts: [i32; 4]) -> i32 {
 }
 
 fn runtime() -> Runtime {
-    DeviceOptions { device: "cpu".to_owned(), dtype: "f32".to_owned(), threads: Some(1) }.resolve().unwrap()
+    DeviceOptions { device: "cpu".to_owned(), dtype: "f32".to_owned(), threads: Some(1), deterministic: false }
+        .resolve()
+        .unwrap()
 }
 
 fn model(seed: u64) -> Model {

@@ -77,7 +77,7 @@ fn write_model(directory: &Path) {
 }
 
 fn device() -> DeviceOptions {
-    DeviceOptions { device: "cpu".to_owned(), dtype: "f32".to_owned(), threads: Some(1) }
+    DeviceOptions { device: "cpu".to_owned(), dtype: "f32".to_owned(), threads: Some(1), deterministic: false }
 }
 
 const SAMPLE: &str = "sample --tasks @tasks --model @model --search @index --group-size 3 --tasks-per-unit 2 \

@@ -160,7 +160,7 @@ pub(crate) fn normalise_options() -> NormaliseOptions {
 }
 
 fn device() -> DeviceOptions {
-    DeviceOptions { device: "cpu".to_owned(), dtype: "f32".to_owned(), threads: Some(1) }
+    DeviceOptions { device: "cpu".to_owned(), dtype: "f32".to_owned(), threads: Some(1), deterministic: false }
 }
 
 /// A tiny model with random weights and a tokenizer of the fixture's own words.

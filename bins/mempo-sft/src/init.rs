@@ -108,7 +108,8 @@ fn check(config: &Value, vocabulary_size: usize, arguments: &InitArguments) -> a
 
 /// Random weights in float32 on the CPU, so that the machine makes no difference; their number.
 fn write_weights(stage: &Stage, previous_token_heads: Option<f64>) -> anyhow::Result<u64> {
-    let options = DeviceOptions { device: "cpu".to_owned(), dtype: "f32".to_owned(), threads: Some(1) };
+    let options =
+        DeviceOptions { device: "cpu".to_owned(), dtype: "f32".to_owned(), threads: Some(1), deterministic: false };
     let runtime = options.resolve()?;
     let mut model = Model::initialise(Config::load(stage.dir()).bad_input()?, stage.seed(&["initialise"]), &runtime)?;
     if let Some(strength) = previous_token_heads {

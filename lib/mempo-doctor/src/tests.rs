@@ -5,7 +5,8 @@ use super::*;
 const BASE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../pipelines/demo/base");
 
 fn doctor(model: &Path) -> DoctorArguments {
-    let device = DeviceOptions { device: "cpu".to_owned(), dtype: "f32".to_owned(), threads: Some(1) };
+    let device =
+        DeviceOptions { device: "cpu".to_owned(), dtype: "f32".to_owned(), threads: Some(1), deterministic: false };
     DoctorArguments { model: Some(model.to_owned()), profile: "mempo".to_owned(), answer: "Paris".to_owned(), device }
 }
 

@@ -11,7 +11,8 @@ fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [source, out, dtype] = &arguments[..] else { anyhow::bail!("usage: resave SOURCE OUT f32|bf16") };
     let (source, out) = (Path::new(source), Path::new(out));
-    let runtime = DeviceOptions { device: "cpu".to_owned(), dtype: dtype.clone(), threads: None }.resolve()?;
+    let runtime = DeviceOptions { device: "cpu".to_owned(), dtype: dtype.clone(), threads: None, deterministic: false }
+        .resolve()?;
     let fresh = !source.join("model.safetensors").exists() && !source.join("model.safetensors.index.json").exists();
     let model =
         if fresh { Model::initialise(Config::load(source)?, 1, &runtime)? } else { Model::load(source, &runtime)? };

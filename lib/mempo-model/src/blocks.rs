@@ -1,52 +1,15 @@
 //! What the families share: norm, projections, attention, MLP.
 
-use tch::{Device, Kind, Tensor};
+use tch::Tensor;
 
 use crate::builder::Builder;
 use crate::config::Config;
+use crate::kernels::Kernels;
 use crate::rotary::RotaryAt;
 
 /// How a layer attends: `(layer, q [B,H,T,d], k [B,K,T,d], v [B,K,T,d]) -> [B,H,T,d]`. The caller's choice, because it
 /// holds the cache, if there is one.
 pub(crate) type Attend<'a> = dyn FnMut(usize, Tensor, Tensor, Tensor) -> Tensor + 'a;
-
-/// Longest rows whose attention is written out for training on the CPU, where the fused kernel's backward pass takes
-/// about twice as long: the weights `[B,H,T,T]` are then no larger than the rest of a layer's activations.
-const WRITTEN_OUT: i64 = 512;
-
-/// Every position sees itself and those before it; right padding is never seen by what is real.
-pub(crate) fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
-    if q.requires_grad() {
-        return causal_attention_in_training(q, k, v);
-    }
-    fused_attention(q, k, v)
-}
-
-/// The same where a gradient is asked for, now or when the layer is computed again.
-pub(crate) fn causal_attention_in_training(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
-    if q.device() == Device::Cpu && q.size()[2] <= WRITTEN_OUT {
-        return written_out_attention(q, k, v);
-    }
-    fused_attention(q, k, v)
-}
-
-fn fused_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
-    let grouped = q.size()[1] != k.size()[1];
-    Tensor::scaled_dot_product_attention(q, k, v, None::<Tensor>, 0.0, true, None, grouped)
-}
-
-/// `softmax(q kᵀ / √d) v` with the heads of a group as rows of one product.
-fn written_out_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
-    let (batch, heads, length, size) = q.size4().expect("q is [B,H,T,d]");
-    let groups = k.size()[1];
-    let rows = (heads / groups) * length;
-    let scaled = q * (size as f64).powf(-0.5);
-    let scores = scaled.reshape([batch, groups, rows, size]).matmul(&k.transpose(-1, -2));
-    let future = Tensor::ones([length, length], (Kind::Bool, q.device())).triu(1);
-    let scores = scores.view([batch, heads, length, length]).masked_fill(&future, f64::NEG_INFINITY);
-    let weights = scores.softmax(-1, q.kind()).view([batch, groups, rows, length]);
-    weights.matmul(v).view([batch, heads, length, size])
-}
 
 /// Root-mean-square norm (Zhang & Sennrich 2019, eq. 4).
 pub(crate) struct RmsNorm {
@@ -70,12 +33,14 @@ impl RmsNorm {
 /// Several projections of one input (`q_proj`, `k_proj`, `v_proj`; `gate_proj`, `up_proj`; or a single one).
 ///
 /// Their parameters are leaves of their own, under their own names. Where they lie one after the other in memory, as
-/// they do in a model that was loaded, and need no gradient, one matrix product does them all.
+/// they do in a model that was loaded, and need no gradient, one matrix product does them all, unless products have to
+/// keep their shape.
 pub(crate) struct Projections {
     weights: Vec<Tensor>,
     biases: Vec<Tensor>,
     joined: Option<(Tensor, Option<Tensor>)>,
     outputs: Vec<i64>,
+    kernels: Kernels,
 }
 
 impl Projections {
@@ -90,27 +55,29 @@ impl Projections {
         };
         let weights = parameters("weight", &[input]);
         let biases = if bias { parameters("bias", &[]) } else { Vec::new() };
+        let kernels = builder.kernels();
         let joined = match (joined(&weights), joined(&biases)) {
+            _ if kernels == Kernels::Fixed => None,
             (Some(weight), Some(bias)) => Some((weight, Some(bias))),
             (Some(weight), None) if !bias => Some((weight, None)),
             _ => None,
         };
         let outputs = parts.iter().map(|(_, output)| *output).collect();
-        Self { weights, biases, joined, outputs }
+        Self { weights, biases, joined, outputs, kernels }
     }
 
     /// `[.., input] -> [.., output]` for each part.
     pub(crate) fn forward(&self, x: &Tensor) -> Vec<Tensor> {
         if let Some((weight, bias)) = &self.joined {
-            return x.linear(weight, bias.as_ref()).split_with_sizes(&self.outputs, -1);
+            return self.kernels.linear(x, weight, bias.as_ref()).split_with_sizes(&self.outputs, -1);
         }
         let each = self.weights.iter().enumerate();
-        each.map(|(part, weight)| x.linear(weight, self.biases.get(part))).collect()
+        each.map(|(part, weight)| self.kernels.linear(x, weight, self.biases.get(part))).collect()
     }
 
     /// The same for a single part.
     pub(crate) fn forward_one(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weights[0], self.biases.first())
+        self.kernels.linear(x, &self.weights[0], self.biases.first())
     }
 }
 
@@ -172,6 +139,7 @@ impl Attention {
 pub(crate) struct Mlp {
     gate_up_proj: Projections,
     down_proj: Projections,
+    kernels: Kernels,
 }
 
 impl Mlp {
@@ -180,12 +148,13 @@ impl Mlp {
         Self {
             gate_up_proj: Projections::new(builder, name, outer, &[("gate_proj", inner), ("up_proj", inner)], false),
             down_proj: Projections::new(builder, name, inner, &[("down_proj", outer)], false),
+            kernels: builder.kernels(),
         }
     }
 
     /// `[B,T,D] -> [B,T,D]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
         let gate_up = self.gate_up_proj.forward(x);
-        self.down_proj.forward_one(&(gate_up[0].silu() * &gate_up[1]))
+        self.down_proj.forward_one(&(self.kernels.silu(&gate_up[0]) * &gate_up[1]))
     }
 }

@@ -7,7 +7,6 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use crate::blocks::causal_attention;
 use crate::score::logprobs_at;
 use crate::{Error, Model};
 
@@ -86,7 +85,7 @@ impl Model {
                 let parts = |x: &Tensor| (x.narrow(2, 0, trunk), x.narrow(2, trunk, x.size()[2] - trunk));
                 let ((q, q_own), (k, k_own), (v, v_own)) = (parts(&q), parts(&k), parts(&v));
                 let own = layout.attend(&q_own, (&k, &k_own), (&v, &v_own), &hidden_parts, &future);
-                Tensor::cat(&[causal_attention(&q, &k, &v), own], 2)
+                Tensor::cat(&[self.kernels().causal_attention(&q, &k, &v), own], 2)
             },
         );
         let places = hidden.flatten(0, 1).index_select(0, &on_device(&layout.places));

@@ -2,24 +2,32 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::kernels::Kernels;
+
 /// Passed through the constructors of a model; each asks it for its parameters by name and shape.
 pub(crate) struct Builder {
     listed: Vec<(String, Vec<i64>)>,
     tensors: Option<std::vec::IntoIter<Tensor>>,
+    kernels: Kernels,
 }
 
 impl Builder {
     /// Lists what `build` asks for, in order.
     pub(crate) fn list<M>(build: impl FnOnce(&mut Self) -> M) -> Vec<(String, Vec<i64>)> {
-        let mut builder = Self { listed: Vec::new(), tensors: None };
+        let mut builder = Self { listed: Vec::new(), tensors: None, kernels: Kernels::Fast };
         build(&mut builder);
         builder.listed
     }
 
-    /// Builds a model from `tensors`, which must be those that `list` gave, in that order.
-    pub(crate) fn build<M>(tensors: Vec<Tensor>, build: impl FnOnce(&mut Self) -> M) -> M {
-        let mut builder = Self { listed: Vec::new(), tensors: Some(tensors.into_iter()) };
+    /// Builds a model that uses `kernels` from `tensors`, which must be those that `list` gave, in that order.
+    pub(crate) fn build<M>(tensors: Vec<Tensor>, kernels: Kernels, build: impl FnOnce(&mut Self) -> M) -> M {
+        let mut builder = Self { listed: Vec::new(), tensors: Some(tensors.into_iter()), kernels };
         build(&mut builder)
+    }
+
+    /// How the model is to compute.
+    pub(crate) fn kernels(&self) -> Kernels {
+        self.kernels
     }
 
     /// The parameter of this name and shape (nothing yet while listing).

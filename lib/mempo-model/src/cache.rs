@@ -5,7 +5,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use crate::Model;
-use crate::blocks::causal_attention;
+use crate::kernels::{Kernels, fixed_attention_at};
 
 /// Columns are made in steps of this, so that the cache seldom moves.
 const COLUMN_STEP: i64 = 64;
@@ -100,7 +100,8 @@ impl Cache {
         let (sources, targets) = chunk.places(self.data.size()[2], width);
         let (sources, targets) = (on(&sources, device), on(&targets, device));
         let fresh = chunk.members.iter().all(|member| member.kept == 0);
-        let seen = (!fresh).then(|| Seen::new(chunk, width, device, self.data.kind()));
+        let kernels = model.kernels();
+        let seen = (!fresh).then(|| Seen::new(chunk, width, kernels, &self.data));
         // Members with a prefix are distinct, one a row.
         let first: Vec<i64> =
             if fresh { vec![0] } else { chunk.members.iter().map(|member| member.kept as i64).collect() };
@@ -115,7 +116,7 @@ impl Cache {
                 cache
             });
             match &seen {
-                None => causal_attention(&q, &k, &v),
+                None => kernels.causal_attention(&q, &k, &v),
                 Some(seen) => seen.attend(&q, &written[0], &written[1]),
             }
         });
@@ -135,7 +136,7 @@ impl Cache {
             lengths.iter().enumerate().map(|(row, length)| row as i64 * capacity + length).collect();
         let targets = on(&targets, device);
         let longest = lengths.iter().copied().max().unwrap_or(0);
-        let columns = longest + 1;
+        let columns = seen_columns(longest, model.kernels());
         let mask = lengths.iter().any(|length| *length < longest).then(|| {
             let unseen = Tensor::arange(columns, (Kind::Int64, device)).unsqueeze(0).gt_tensor(&positions);
             additive_mask(&unseen, self.data.kind()).unsqueeze(1).unsqueeze(1)
@@ -149,7 +150,10 @@ impl Cache {
                 let _ = cache.flatten(0, 1).index_copy_(0, &targets, &new.squeeze_dim(2));
                 cache.narrow(0, 0, rows).narrow(1, 0, columns).transpose(1, 2)
             });
-            attend_to_cache(&q, &keys, &values, mask.as_ref())
+            match model.kernels() {
+                Kernels::Fast => attend_to_cache(&q, &keys, &values, mask.as_ref()),
+                Kernels::Fixed => fixed_attention_at(&q, [&keys, &values], &positions.squeeze_dim(1), longest),
+            }
         });
         hidden.squeeze_dim(1)
     }
@@ -157,6 +161,14 @@ impl Cache {
 
 fn on(values: &[i64], device: Device) -> Tensor {
     Tensor::from_slice(values).to_device(device)
+}
+
+/// Columns of the cache to look at so that `last` is among them: whole steps, where blocks have to keep their shape.
+fn seen_columns(last: i64, kernels: Kernels) -> i64 {
+    match kernels {
+        Kernels::Fast => last + 1,
+        Kernels::Fixed => (last / COLUMN_STEP + 1) * COLUMN_STEP,
+    }
 }
 
 /// Minus infinity where `hidden`, 0 elsewhere.
@@ -185,20 +197,27 @@ struct Seen {
     /// Their rows of the cache.
     rows: Tensor,
     columns: i64,
+    kernels: Kernels,
+    /// The position of each one's first query, `[B]`, and the last of them.
+    first: Tensor,
+    largest: i64,
     /// `[B,1,T,C]`.
     mask: Tensor,
 }
 
 impl Seen {
-    fn new(chunk: &Chunk, width: i64, device: Device, kind: Kind) -> Self {
+    fn new(chunk: &Chunk, width: i64, kernels: Kernels, cache: &Tensor) -> Self {
+        let (device, kind) = (cache.device(), cache.kind());
         let members = || chunk.members.iter();
         let rows: Vec<i64> = members().map(|member| member.row as i64).collect();
         let kept: Vec<i64> = members().map(|member| member.kept as i64).collect();
-        let columns = members().map(|member| (member.kept + member.ids.len()) as i64).max().unwrap_or(0);
-        let last =
-            on(&kept, device).view([-1, 1, 1, 1]) + Tensor::arange(width, (Kind::Int64, device)).view([1, 1, -1, 1]);
+        let last = members().map(|member| (member.kept + member.ids.len()) as i64 - 1).max().unwrap_or(0);
+        let columns = seen_columns(last, kernels);
+        let largest = kept.iter().copied().max().unwrap_or(0);
+        let first = on(&kept, device);
+        let last = first.view([-1, 1, 1, 1]) + Tensor::arange(width, (Kind::Int64, device)).view([1, 1, -1, 1]);
         let unseen = Tensor::arange(columns, (Kind::Int64, device)).gt_tensor(&last);
-        Self { rows: on(&rows, device), columns, mask: additive_mask(&unseen, kind) }
+        Self { rows: on(&rows, device), columns, kernels, first, largest, mask: additive_mask(&unseen, kind) }
     }
 
     /// Queries `[B,H,T,d]` over a layer's keys and values `[R,C,K,d]` -> `[B,H,T,d]`.
@@ -210,6 +229,9 @@ impl Seen {
             if q.device().is_cuda() && shares > 1 { rows.repeat_interleave_self_int(shares, 1, None) } else { rows }
         };
         let (keys, values) = (gather(keys), gather(values));
+        if self.kernels == Kernels::Fixed {
+            return fixed_attention_at(q, [&keys, &values], &self.first, self.largest);
+        }
         let grouped = q.size()[1] != keys.size()[1];
         Tensor::scaled_dot_product_attention(q, &keys, &values, Some(&self.mask), 0.0, false, None, grouped)
     }

@@ -68,7 +68,6 @@ impl Model {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
 
     use super::*;
 
@@ -84,7 +83,7 @@ mod tests {
 
     #[test]
     fn other_query_heads_stay_as_they_are() {
-        let runtime = Runtime { device: Device::Cpu, kind: Kind::Float };
+        let runtime = Runtime::cpu(Kind::Float);
         let of = |model: &Model, name: &str| {
             let tensor = model.named(&format!("model.layers.0.self_attn.q_proj.{name}")).unwrap();
             tensor.unflatten(0, [2, 16]).copy()
@@ -102,7 +101,7 @@ mod tests {
     /// Changing a token changes what is computed one position later more than anywhere further on.
     #[test]
     fn first_layer_looks_one_token_back() {
-        let runtime = Runtime { device: Device::Cpu, kind: Kind::Float };
+        let runtime = Runtime::cpu(Kind::Float);
         let mut model = Model::initialise(config(), 3, &runtime).unwrap();
         model.attend_to_previous_token(6.0).unwrap();
         let ids: Vec<i64> = (0..40).map(|index| (index * 7) % 50).collect();

@@ -16,6 +16,7 @@ mod config;
 mod error;
 mod generate;
 mod initialise;
+mod kernels;
 mod libtorch;
 mod llama;
 mod model;

@@ -4,9 +4,10 @@ use std::path::Path;
 
 use tch::{Kind, Tensor};
 
-use crate::blocks::{Attend, causal_attention, causal_attention_in_training};
+use crate::blocks::Attend;
 use crate::builder::Builder;
 use crate::config::{Config, Family};
+use crate::kernels::Kernels;
 use crate::llama::Llama;
 use crate::qwen2::Qwen2;
 use crate::qwen3::Qwen3;
@@ -66,7 +67,8 @@ impl Pieces<'_> {
 
     /// What a layer, from 0, makes of what came before it.
     pub fn layer(&self, index: usize, hidden: &Tensor) -> Tensor {
-        let attend = &mut |_, q, k, v| causal_attention_in_training(&q, &k, &v);
+        let kernels = self.model.kernels();
+        let attend = &mut |_, q, k, v| kernels.causal_attention_in_training(&q, &k, &v);
         self.model.decoder.layer(index, hidden, &self.rotary, attend)
     }
 
@@ -98,7 +100,7 @@ impl Model {
             start += count(&shape);
         }
         let tensors = parameters.iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
-        let decoder = Builder::build(tensors, |builder| decoder(builder, &config));
+        let decoder = Builder::build(tensors, runtime.kernels(), |builder| decoder(builder, &config));
         let rotary = Rotary::new(&config, runtime.device);
         Self { config, runtime: *runtime, parameters, decoder, rotary }
     }
@@ -129,13 +131,13 @@ impl Model {
         for ((_, parameter), tensor) in self.parameters.iter_mut().zip(&tensors) {
             *parameter = tensor.shallow_clone();
         }
-        self.decoder = Builder::build(tensors, |builder| decoder(builder, &self.config));
+        self.decoder = Builder::build(tensors, self.kernels(), |builder| decoder(builder, &self.config));
     }
 
     /// Ids `[B,T]` (int64, right-padded with any id) -> hidden states `[B,T,D]` after the final norm, positions from 0.
     /// What stands at padding is meaningless and touches nothing else. Differentiable.
     pub fn hidden(&self, ids: &Tensor) -> Tensor {
-        self.forward(ids, &self.positions(ids), &mut |_, q, k, v| causal_attention(&q, &k, &v))
+        self.forward(ids, &self.positions(ids), &mut |_, q, k, v| self.kernels().causal_attention(&q, &k, &v))
     }
 
     /// The same piece by piece, for those who keep less for the backward pass than autograd would.
@@ -152,10 +154,13 @@ impl Model {
         self.decoder.head_weight()
     }
 
-    /// Hidden states `[N,D]` -> logits over a temperature `[N,V]`, float32. A temperature of 0 (greedy) counts as 1.
-    pub(crate) fn scaled_logits(&self, hidden: &Tensor, temperature: f64) -> Tensor {
-        let logits = hidden.linear(self.head_weight(), None::<Tensor>).to_kind(Kind::Float);
-        if temperature == 0.0 { logits } else { logits / temperature }
+    /// Hidden states `[N,D]` -> logits over a temperature `[N,V]`, as [`Runtime::logits`].
+    pub(crate) fn logits(&self, hidden: &Tensor, temperature: f64) -> Tensor {
+        self.runtime.logits(hidden, self.head_weight(), temperature)
+    }
+
+    pub(crate) fn kernels(&self) -> Kernels {
+        self.runtime.kernels()
     }
 
     /// Ids `[B,T]` at positions `[B or 1, T]`, attending as the caller says.

@@ -4,6 +4,7 @@ use serde::Serialize;
 use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::Error;
+use crate::kernels::Kernels;
 use crate::libtorch::{cuda_library, load_cuda};
 
 /// Where to compute, in which number format, on how many threads.
@@ -19,11 +20,15 @@ pub struct DeviceOptions {
     /// between thread counts
     #[arg(long, value_name = "N")]
     pub threads: Option<usize>,
+    /// Compute in blocks of fixed shape: log-probabilities are then the same bits in sampling, scoring and training,
+    /// whatever runs beside a sequence and on however many threads. Slower
+    #[arg(long)]
+    pub deterministic: bool,
 }
 
 impl Default for DeviceOptions {
     fn default() -> Self {
-        Self { device: "auto".to_owned(), dtype: "auto".to_owned(), threads: None }
+        Self { device: "auto".to_owned(), dtype: "auto".to_owned(), threads: None, deterministic: false }
     }
 }
 
@@ -34,9 +39,37 @@ pub struct Runtime {
     pub device: Device,
     /// Their number format: `BFloat16` or `Float`.
     pub kind: Kind,
+    /// Whether a sequence's numbers depend on nothing that runs beside it.
+    pub deterministic: bool,
 }
 
 impl Runtime {
+    /// The CPU, as fast as it can.
+    pub fn cpu(kind: Kind) -> Self {
+        Self { device: Device::Cpu, kind, deterministic: false }
+    }
+
+    /// Hidden states `[N,D]` and the head's matrix `[V,D]` -> logits over a temperature `[N,V]`, float32. A temperature of
+    /// 0 (greedy) counts as 1. Log-probabilities are [`Tensor::log_softmax`] of these, in sampling, scoring and training.
+    /// Without gradients.
+    pub fn logits(&self, hidden: &Tensor, head_weight: &Tensor, temperature: f64) -> Tensor {
+        let mut logits = self.linear(hidden, head_weight).to_kind(Kind::Float);
+        #[expect(clippy::float_cmp, reason = "only the exact 1 of a caller who means it can be left out")]
+        if temperature != 0.0 && temperature != 1.0 {
+            let _ = logits.g_div_scalar_(temperature);
+        }
+        logits
+    }
+
+    /// `x [.., I]`, `weight [O, I]` -> `[.., O]`.
+    pub fn linear(&self, x: &Tensor, weight: &Tensor) -> Tensor {
+        self.kernels().linear(x, weight, None)
+    }
+
+    pub(crate) fn kernels(&self) -> Kernels {
+        if self.deterministic { Kernels::Fixed } else { Kernels::Fast }
+    }
+
     /// Whether it computes in 32-bit floating point.
     pub fn is_f32(&self) -> bool {
         self.kind == Kind::Float
@@ -92,7 +125,7 @@ impl DeviceOptions {
         };
         tch::set_num_threads(i32::try_from(threads).unwrap_or(i32::MAX));
         mempo_native::keep_freed_memory();
-        Ok(Runtime { device, kind })
+        Ok(Runtime { device, kind, deterministic: self.deterministic })
     }
 
     fn resolve_device(&self) -> Result<Device, Error> {
@@ -128,12 +161,12 @@ mod tests {
     use super::*;
 
     fn options(device: &str, dtype: &str) -> DeviceOptions {
-        DeviceOptions { device: device.to_owned(), dtype: dtype.to_owned(), threads: Some(2) }
+        DeviceOptions { device: device.to_owned(), dtype: dtype.to_owned(), threads: Some(2), deterministic: false }
     }
 
     #[test]
     fn names_resolve_or_are_refused() {
-        assert_eq!(options("cpu", "f32").resolve().unwrap(), Runtime { device: Device::Cpu, kind: Kind::Float });
+        assert_eq!(options("cpu", "f32").resolve().unwrap(), Runtime::cpu(Kind::Float));
         assert_eq!(options("cpu", "auto").resolve().unwrap().kind, Kind::BFloat16);
         assert_eq!(tch::get_num_threads(), 2);
         for (device, dtype, word) in

@@ -41,16 +41,17 @@ impl Sampler {
     /// One draw a row from hidden states `[B,D]`. The log-probability is that of the whole vocabulary at the
     /// temperature (1 when greedy), whatever was forbidden or cut off.
     pub(crate) fn draw(&self, model: &Model, hidden: &Tensor, uniforms: &[f32]) -> Result<Vec<Draw>, Error> {
-        let logits = model.scaled_logits(hidden, self.temperature);
-        let mut probabilities = logits.softmax(-1, Kind::Float);
+        let logits = model.logits(hidden, self.temperature);
+        let logprobs = logits.log_softmax(-1, Kind::Float);
         if self.temperature == 0.0 {
             let ids = logits.masked_fill(&self.forbidden, f64::NEG_INFINITY).argmax(-1, true);
-            return draws(&ids, &probabilities);
+            return draws(&ids, &logprobs);
         }
+        let mut probabilities = logprobs.exp();
         let _ = probabilities.masked_fill_(&self.forbidden, 0.0);
         if self.top_p < 1.0 {
             let ids = Tensor::from_slice(&self.nucleus_ids(&probabilities, uniforms)).unsqueeze(1);
-            return draws(&ids.to_device(hidden.device()), &probabilities);
+            return draws(&ids.to_device(hidden.device()), &logprobs);
         }
         let cumulative = probabilities.cumsum(-1, Kind::Float);
         let size = cumulative.size()[1];
@@ -58,7 +59,7 @@ impl Sampler {
         let points = Tensor::from_slice(uniforms).unsqueeze(1).to_device(hidden.device()) * totals;
         // The first id whose cumulative probability exceeds the point has a probability above 0.
         let ids = points.searchsorted(&cumulative, false, true, "right", None::<Tensor>).clamp_max(size - 1);
-        draws(&ids, &probabilities)
+        draws(&ids, &logprobs)
     }
 
     /// Ids drawn from the smallest sets of most probable ids that reach `top_p` (Holtzman et al. 2020), on the host.
@@ -71,9 +72,9 @@ impl Sampler {
     }
 }
 
-/// Ids `[B,1]` with the logarithms of their probabilities, in one transfer.
-fn draws(ids: &Tensor, probabilities: &Tensor) -> Result<Vec<Draw>, Error> {
-    let logprobs = probabilities.gather(1, ids, false).log();
+/// Ids `[B,1]` with their log-probabilities, in one transfer.
+fn draws(ids: &Tensor, logprobs: &Tensor) -> Result<Vec<Draw>, Error> {
+    let logprobs = logprobs.gather(1, ids, false);
     let both = Tensor::cat(&[ids.to_kind(Kind::Double), logprobs.to_kind(Kind::Double)], 1);
     let flat = Vec::<f64>::try_from(both.flatten(0, -1)).expect("a flat double tensor is a vector of f64");
     let draws: Vec<Draw> = flat.chunks(2).map(|pair| (pair[0] as i32, pair[1] as f32)).collect();

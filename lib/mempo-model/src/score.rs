@@ -92,9 +92,9 @@ pub fn logprobs_at(model: &Model, hidden: &Tensor, targets: &Tensor, temperature
         .step_by(rows as usize)
         .map(|start| {
             let length = rows.min(hidden.size()[0] - start);
-            let logits = model.scaled_logits(&hidden.narrow(0, start, length), temperature);
-            let chosen = logits.gather(1, &targets.narrow(0, start, length).unsqueeze(1), false).squeeze_dim(1);
-            chosen - logits.logsumexp([1], false)
+            let logits = model.logits(&hidden.narrow(0, start, length), temperature);
+            let targets = targets.narrow(0, start, length).unsqueeze(1);
+            logits.log_softmax(-1, Kind::Float).gather(1, &targets, false).squeeze_dim(1)
         })
         .collect();
     if chunks.is_empty() { Tensor::zeros([0], (Kind::Float, model.runtime().device)) } else { Tensor::cat(&chunks, 0) }

@@ -250,7 +250,7 @@ mod tests {
     #[test]
     fn shards_and_their_index_hold_the_whole_model() {
         let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama");
-        let runtime = Runtime { device: Device::Cpu, kind: Kind::Float };
+        let runtime = Runtime::cpu(Kind::Float);
         let model = Model::load(&golden, &runtime).unwrap();
         let out = tempfile::tempdir().unwrap();
         model.save_shards(out.path(), Kind::Float, 30_000).unwrap();

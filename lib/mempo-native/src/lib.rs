@@ -1,11 +1,16 @@
-//! The C++ of the suite: operators of libtorch that tch does not bind, and a setting of the C library. Safe to call.
+//! The C++ of the suite: operators of libtorch that tch does not bind, operators of our own whose results do not depend on
+//! the batch, and a setting of the C library. Safe to call.
 
 #![expect(unsafe_code, reason = "calls C++ functions")]
+
+mod deterministic;
 
 use std::ffi::{CStr, c_char};
 
 use tch::{TchError, Tensor};
 use torch_sys::C_tensor;
+
+pub use deterministic::{fixed_attention, fixed_attention_at, fixed_linear, fixed_silu};
 
 unsafe extern "C" {
     fn mempo_fused_adamw(
@@ -67,13 +72,18 @@ impl AdamW {
                 self.epsilon,
             )
         };
-        if message.is_null() {
-            return Ok(());
-        }
-        // SAFETY: a message is a C string of this thread that nothing else has touched since the call.
-        let message = unsafe { CStr::from_ptr(message) };
-        Err(TchError::Torch(message.to_string_lossy().into_owned()))
+        checked(message)
     }
+}
+
+/// An error from the message that a C++ function gave, if it gave one.
+fn checked(message: *const c_char) -> Result<(), TchError> {
+    if message.is_null() {
+        return Ok(());
+    }
+    // SAFETY: a message is a C string of this thread that nothing else has touched since the call.
+    let message = unsafe { CStr::from_ptr(message) };
+    Err(TchError::Torch(message.to_string_lossy().into_owned()))
 }
 
 /// Lets the C library keep memory that is freed instead of giving it back to the system: libtorch on the CPU allocates

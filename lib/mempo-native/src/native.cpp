@@ -1,32 +1,12 @@
-// Operators of libtorch that tch does not bind. Every function gives null, or a message that stays readable until the
-// thread's next call.
+// Operators of libtorch that tch does not bind.
+
+#include "guarded.h"
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <malloc.h>
 
-#include <exception>
 #include <optional>
-#include <string>
-
-namespace {
-
-thread_local std::string message;
-
-template <typename F> const char *guarded(F run) {
-  try {
-    run();
-    return nullptr;
-  } catch (const std::exception &error) {
-    message = error.what();
-    return message.c_str();
-  } catch (...) {
-    message = "an unknown C++ exception";
-    return message.c_str();
-  }
-}
-
-} // namespace
 
 extern "C" const char *mempo_fused_adamw(at::Tensor *weights, at::Tensor *gradient, at::Tensor *first, at::Tensor *second,
                                          at::Tensor *step, at::Tensor *divisor, double learning_rate, double beta1,

@@ -99,11 +99,25 @@ impl AdamW {
     }
 }
 
-/// Of all elements, in fp32 block by block and in f64 over the blocks.
+/// Of all elements: in fp32 over lines of a fixed length, in f64 over the lines. Reductions so short are not divided
+/// between threads, whose number would show in the last bits.
 fn norm(flat: &Tensor) -> f64 {
+    const LINE: i64 = 4096;
+    let of_lines = |lines: &Tensor| {
+        let norms = lines.norm_scalaropt_dim_dtype(2, [1_i64], false, Kind::Float);
+        norms.to_kind(Kind::Double).norm()
+    };
     let blocks = flat.split(BLOCK, 0);
-    let norms: Vec<Tensor> = blocks.iter().map(|block| block.norm_scalaropt_dtype(2, Kind::Float)).collect();
-    Tensor::stack(&norms, 0).to_kind(Kind::Double).norm().double_value(&[])
+    let norms: Vec<Tensor> = blocks
+        .iter()
+        .flat_map(|block| {
+            let whole = block.size()[0] / LINE * LINE;
+            let lines = block.narrow(0, 0, whole).view([-1, LINE]);
+            let rest = block.narrow(0, whole, block.size()[0] - whole).view([1, -1]);
+            [of_lines(&lines), of_lines(&rest)]
+        })
+        .collect();
+    Tensor::stack(&norms, 0).norm().double_value(&[])
 }
 
 fn noise_seed(updates: u64, start: i64, moment: u64) -> i64 {

@@ -46,7 +46,9 @@ impl Backward<'_> {
         loss: &mut dyn FnMut(&Chunk, &Tensor) -> Tensor,
     ) -> Result<(), Error> {
         let lengths: Vec<usize> = sequences.iter().map(Sequence::input_length).collect();
-        for members in micro_batches(&lengths, pass.tokens_per_micro_batch, self.overhead) {
+        // A gradient that is to be the same for any cut is that of the one cut there always is: into single sequences.
+        let budget = if self.model.runtime().deterministic { 0 } else { pass.tokens_per_micro_batch };
+        for members in micro_batches(&lengths, budget, self.overhead) {
             let batch = MicroBatch::new(sequences, &members, self.gradient.device());
             self.run_micro_batch(&batch, pass, loss)?;
         }
@@ -101,7 +103,12 @@ impl Backward<'_> {
         pass: &Pass,
         loss: &mut dyn FnMut(&Chunk, &Tensor) -> Tensor,
     ) -> Tensor {
-        let head = Head { weight_vd: self.model.head_weight(), temperature: pass.temperature, entropy: pass.entropy };
+        let head = Head {
+            weight_vd: self.model.head_weight(),
+            runtime: self.model.runtime(),
+            temperature: pass.temperature,
+            entropy: pass.entropy,
+        };
         let mut head_gradient_vd = self.layout.slots[self.head_slot].view(self.gradient);
         head.backward(hidden_rd, &batch.targets_r, &mut head_gradient_vd, &mut |chunk| {
             let columns_ck = batch.columns_rk.narrow(0, chunk.rows.start, chunk.rows.end - chunk.rows.start);

@@ -92,7 +92,8 @@ mod tests {
             "max_position_embeddings": 32_768, "tie_word_embeddings": false,
         }))
         .unwrap();
-        let device = DeviceOptions { device: "cpu".to_owned(), dtype: dtype.to_owned(), threads: Some(1) };
+        let device =
+            DeviceOptions { device: "cpu".to_owned(), dtype: dtype.to_owned(), threads: Some(1), deterministic: false };
         let options = OptimizerOptions { optimizer_dtype, ..optimizer_options() };
         MemoryBudget::new(&qwen2_5_7b, &device.resolve().unwrap(), &options)
     }

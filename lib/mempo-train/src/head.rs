@@ -11,6 +11,7 @@
 
 use std::ops::Range;
 
+use mempo_model::Runtime;
 use tch::{Device, Kind, Tensor, no_grad_guard};
 
 /// Elements of one chunk of logits: on the CPU what stays in the cache, on a GPU about half a gibibyte in fp32.
@@ -23,6 +24,8 @@ const LEAST_ROWS: i64 = 128;
 pub(crate) struct Head<'a> {
     /// Output embeddings, the model's own or tied.
     pub(crate) weight_vd: &'a Tensor,
+    /// How the model computes.
+    pub(crate) runtime: &'a Runtime,
     /// Logits are divided by this.
     pub(crate) temperature: f64,
     /// Whether to compute entropies.
@@ -78,7 +81,7 @@ impl Head<'_> {
             // p - onehot in fp32: where p is near 1 the difference would be lost in bf16.
             let minus_one_c1 = chunk.logprobs_c.full_like(-1.0).unsqueeze(1);
             let residual_cv = logprobs_cv.exp_().scatter_add_(1, &targets_c1, &minus_one_c1).to_kind(kind);
-            parts.push((residual_cv.matmul(self.weight_vd) * &scale_c1).to_kind(kind));
+            parts.push((self.runtime.linear(&residual_cv, &self.weight_vd.tr()) * &scale_c1).to_kind(kind));
             let scaled_cd = (&part_cd * &scale_c1).to_kind(kind);
             add_product(weight_gradient_vd, &residual_cv.tr(), &scaled_cd);
         }
@@ -87,12 +90,7 @@ impl Head<'_> {
 
     /// `[C, V]` fp32 log-probabilities of the whole vocabulary.
     fn all_logprobs(&self, hidden_cd: &Tensor) -> Tensor {
-        let mut logits_cv = hidden_cd.linear(self.weight_vd, None::<Tensor>).to_kind(Kind::Float);
-        #[expect(clippy::float_cmp, reason = "only the exact 1 of a caller who means it can be left out")]
-        if self.temperature != 1.0 {
-            let _ = logits_cv.g_div_scalar_(self.temperature);
-        }
-        logits_cv.log_softmax(-1, Kind::Float)
+        self.runtime.logits(hidden_cd, self.weight_vd, self.temperature).log_softmax(-1, Kind::Float)
     }
 
     fn chunks(&self, targets_r: &Tensor) -> impl Iterator<Item = Range<i64>> + use<> {
@@ -165,7 +163,7 @@ mod tests {
         let case = case(rows, vocabulary, kind);
         let (logprobs, entropies, hidden_gradient, weight_gradient) = autograd(&case, temperature);
         let (hidden, weight) = (case.hidden.detach(), case.weight.detach());
-        let head = Head { weight_vd: &weight, temperature, entropy: true };
+        let head = Head { weight_vd: &weight, runtime: &Runtime::cpu(kind), temperature, entropy: true };
         let mut found_weight = Tensor::zeros([vocabulary, 16], (Kind::Float, Device::Cpu));
         let (mut found_logprobs, mut found_entropies) = (Vec::new(), Vec::new());
         let found_hidden = head.backward(&hidden, &case.targets, &mut found_weight, &mut |chunk| {
@@ -202,7 +200,8 @@ mod tests {
     fn near_certain_tokens_keep_their_gradient_in_bf16() {
         let weight = Tensor::from_slice(&[9.25_f32, 0.0]).view([2, 1]).to_kind(Kind::BFloat16);
         let hidden = Tensor::ones([1, 1], (Kind::BFloat16, Device::Cpu));
-        let head = Head { weight_vd: &weight, temperature: 1.0, entropy: false };
+        let runtime = Runtime::cpu(Kind::BFloat16);
+        let head = Head { weight_vd: &weight, runtime: &runtime, temperature: 1.0, entropy: false };
         let mut gradient = Tensor::zeros([2, 1], (Kind::Float, Device::Cpu));
         let targets = Tensor::from_slice(&[0_i64]);
         let _ = head.backward(&hidden, &targets, &mut gradient, &mut |chunk| chunk.logprobs_c.ones_like());

@@ -1,7 +1,7 @@
 //! Small models and inputs for the tests.
 
 use mempo_model::{Config, Model, Runtime};
-use tch::{Device, Kind};
+use tch::Kind;
 
 use crate::{
     Aggregation, OptimizerOptions, PolicyOptions, PolicySequence, PolicyTrajectory, Schedule, StateDtype, TrainSequence,
@@ -36,7 +36,18 @@ pub(crate) fn policy_options() -> PolicyOptions {
 
 /// Two layers, weights large enough that the probabilities differ.
 pub(crate) fn model(seed: u64, tied: bool, kind: Kind) -> Model {
-    let config = serde_json::json!({
+    model_on(seed, tied, &Runtime::cpu(kind))
+}
+
+pub(crate) fn model_on(seed: u64, tied: bool, runtime: &Runtime) -> Model {
+    let config: Config = serde_json::from_value(config(tied)).unwrap();
+    // The tests themselves run side by side.
+    tch::set_num_threads(1);
+    Model::initialise(config, seed, runtime).unwrap()
+}
+
+pub(crate) fn config(tied: bool) -> serde_json::Value {
+    serde_json::json!({
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
         "vocab_size": VOCABULARY,
@@ -49,11 +60,7 @@ pub(crate) fn model(seed: u64, tied: bool, kind: Kind) -> Model {
         "initializer_range": 0.3,
         "rope_theta": 10000.0,
         "tie_word_embeddings": tied,
-    });
-    let config: Config = serde_json::from_value(config).unwrap();
-    // The tests themselves run side by side.
-    tch::set_num_threads(1);
-    Model::initialise(config, seed, &Runtime { device: Device::Cpu, kind }).unwrap()
+    })
 }
 
 /// Numbers in [0, 1) that look random, from a hash of the seed and a count.

@@ -124,7 +124,8 @@ impl Trainer {
         let _no_grad = no_grad_guard();
         let (prepared, _) = self.supervised(sequences)?;
         let lengths: Vec<usize> = prepared.iter().map(Sequence::input_length).collect();
-        let head = Head { weight_vd: self.model.head_weight(), temperature: 1.0, entropy: false };
+        let (weight_vd, runtime) = (self.model.head_weight(), self.model.runtime());
+        let head = Head { weight_vd, runtime, temperature: 1.0, entropy: false };
         let mut loss = 0.0;
         for members in micro_batches(&lengths, tokens_per_micro_batch, self.overhead) {
             let batch = MicroBatch::new(&prepared, &members, self.weights.device());

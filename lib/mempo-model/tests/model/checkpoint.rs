@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use mempo_model::{Model, Runtime, save_checkpoint};
-use tch::{Device, Kind};
+use tch::Kind;
 
 use crate::{CPU, fresh, golden, largest_difference, load, logits};
 
@@ -19,7 +19,7 @@ fn save_load_save_gives_equal_bytes() {
     for (name, kind) in [("qwen2", Kind::Float), ("llama", Kind::BFloat16)] {
         let out = tempfile::tempdir().unwrap();
         let (first, second) = (out.path().join("1"), out.path().join("2"));
-        let runtime = Runtime { device: Device::Cpu, kind };
+        let runtime = Runtime::cpu(kind);
         save_checkpoint(&Model::load(&golden(name), &runtime).unwrap(), &golden(name), &first).unwrap();
         save_checkpoint(&Model::load(&first, &runtime).unwrap(), &first, &second).unwrap();
         assert_eq!(names(&first), ["config.json", "model.safetensors"]);
@@ -61,7 +61,7 @@ fn everything_but_weights_is_copied_and_dtype_follows() {
     ] {
         fs_err::write(source.path().join(file), format!("bytes of {file}\n")).unwrap();
     }
-    let runtime = Runtime { device: Device::Cpu, kind: Kind::BFloat16 };
+    let runtime = Runtime::cpu(Kind::BFloat16);
     save_checkpoint(&Model::load(source.path(), &runtime).unwrap(), source.path(), out.path()).unwrap();
     assert_eq!(
         names(out.path()),

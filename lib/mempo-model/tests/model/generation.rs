@@ -180,7 +180,7 @@ fn sampled_frequencies_are_those_of_the_softmax() {
 fn bf16_with_lone_query_heads_decodes_as_the_full_pass_does() {
     let mut config = fresh("llama", 1, Kind::Float).config().clone();
     config.num_key_value_heads = None;
-    let runtime = mempo_model::Runtime { device: tch::Device::Cpu, kind: Kind::BFloat16 };
+    let runtime = mempo_model::Runtime::cpu(Kind::BFloat16);
     let model = Model::initialise(config, 1, &runtime).unwrap();
     let requests = requests(8);
     let generated = run(&model, &requests, &options(1.0, 16));
@@ -238,7 +238,7 @@ impl GenerateEvents for Conversations<'_> {
     }
 }
 
-fn converse(model: &Model, temperature: f64, max_rows: usize) -> Vec<Vec<(Vec<i32>, Generated)>> {
+pub(crate) fn converse(model: &Model, temperature: f64, max_rows: usize) -> Vec<Vec<(Vec<i32>, Generated)>> {
     const SESSIONS: usize = 11;
     let stops = |ids: &[i32]| ids.ends_with(&[11]) || ids.last().is_some_and(|id| id % 16 == 5);
     let mut events =

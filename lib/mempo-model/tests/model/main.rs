@@ -4,6 +4,7 @@
 
 mod bad_input;
 mod checkpoint;
+mod deterministic;
 mod generation;
 mod golden;
 mod scoring;
@@ -13,7 +14,7 @@ use std::path::{Path, PathBuf};
 use mempo_model::{Config, DeviceOptions, Model, Runtime};
 use tch::{Device, Kind, Tensor};
 
-const CPU: Runtime = Runtime { device: Device::Cpu, kind: Kind::Float };
+const CPU: Runtime = Runtime { device: Device::Cpu, kind: Kind::Float, deterministic: false };
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
@@ -24,11 +25,15 @@ fn load(name: &str) -> Model {
     Model::load(&golden(name), &CPU).unwrap()
 }
 
-/// A small fresh model with a window of 256 and weights large enough to have opinions.
 fn fresh(family: &str, seed: u64, kind: Kind) -> Model {
+    fresh_on(family, seed, &Runtime::cpu(kind))
+}
+
+/// A small fresh model with a window of 256 and weights large enough to have opinions.
+fn fresh_on(family: &str, seed: u64, runtime: &Runtime) -> Model {
     let mut config = Config::load(&golden(family)).unwrap();
     config.initializer_range = 0.3;
-    Model::initialise(config, seed, &Runtime { device: Device::Cpu, kind }).unwrap()
+    Model::initialise(config, seed, runtime).unwrap()
 }
 
 fn ids(seed: u64, count: u64) -> Vec<i32> {

@@ -3,7 +3,7 @@
 use tch::{Kind, Tensor};
 
 use super::*;
-use crate::testing::{model, optimizer_options, policy_options, train_sequences, trajectories};
+use crate::testing::{Numbers, model, optimizer_options, policy_options, train_sequences, trajectories};
 use crate::{Aggregation, PolicySequence, verify_state};
 
 const BUDGET: usize = 64;
@@ -238,6 +238,58 @@ fn on_policy_the_gradient_is_that_of_reinforce() {
     let options = PolicyOptions { kl_coefficient: 0.0, ..policy_options() };
     trainer.policy_step(&trajectories, &options, 0.0, 0.8, BUDGET).unwrap();
     assert_eq!(trainer.optimizer.master, before, "a learning rate of 0 moves nothing");
+}
+
+/// Steps long enough, and a model wide enough, for libtorch to divide operations between threads.
+fn long_trajectories(model: &Model) -> Vec<PolicyTrajectory> {
+    let mut numbers = Numbers::new(4);
+    let mut step = |prompt: usize, tokens: usize| PolicySequence {
+        prompt_ids: numbers.ids(prompt),
+        completion_ids: numbers.ids(tokens),
+        old_logprobs: Vec::new(),
+        reference_logprobs: None,
+        advantages: (0..tokens).map(|place| (place as f32).sin()).collect(),
+        loss_weight: 1.0,
+    };
+    let mut steps = vec![step(70, 50), step(13, 100), step(30, 9), step(90, 31), step(5, 5)];
+    let scored = |step: &PolicySequence| mempo_model::ScoredSequence {
+        ids: [step.prompt_ids.as_slice(), &step.completion_ids].concat(),
+        targets: step.prompt_ids.len()..step.prompt_ids.len() + step.completion_ids.len(),
+    };
+    let scored: Vec<_> = steps.iter().map(scored).collect();
+    let options = mempo_model::ScoreOptions { temperature: 0.8, tokens_per_batch: 300 };
+    for (step, logprobs) in steps.iter_mut().zip(model.completion_logprobs(&scored, &options).unwrap()) {
+        step.old_logprobs = logprobs;
+    }
+    let rest = steps.split_off(2);
+    vec![PolicyTrajectory { steps }, PolicyTrajectory { steps: rest }]
+}
+
+#[test]
+fn deterministic_training_depends_neither_on_micro_batches_nor_on_threads() {
+    let mut config = crate::testing::config(true);
+    for (key, value) in [("hidden_size", 192), ("intermediate_size", 520), ("vocab_size", 900)] {
+        config[key] = value.into();
+    }
+    for kind in [Kind::Float, Kind::BFloat16] {
+        let run = |threads: i32, budget: usize, recompute: bool| {
+            tch::set_num_threads(threads);
+            let runtime = mempo_model::Runtime { deterministic: true, ..mempo_model::Runtime::cpu(kind) };
+            let model = Model::initialise(serde_json::from_value(config.clone()).unwrap(), 8, &runtime).unwrap();
+            let trajectories = long_trajectories(&model);
+            let options = OptimizerOptions { recompute, ..optimizer_options() };
+            let mut trainer = Trainer::new(model, &options, None).unwrap();
+            let options = PolicyOptions { kl_coefficient: 0.0, ..policy_options() };
+            let stats: Vec<PolicyStats> =
+                (0..2).map(|_| trainer.policy_step(&trajectories, &options, 1e-3, 0.8, budget).unwrap()).collect();
+            assert!(stats[0].ratio_max == 1.0 && stats[0].ratio_mean == 1.0, "{kind:?}: {:?}", stats[0]);
+            (stats, weights(&trainer))
+        };
+        let expected = run(1, 1000, false);
+        for (threads, budget, recompute) in [(2, 1, false), (3, 100_000, false), (5, 200, true)] {
+            assert_eq!(run(threads, budget, recompute), expected, "{kind:?}, {threads} threads, budget {budget}");
+        }
+    }
 }
 
 fn weights(trainer: &Trainer) -> Vec<Tensor> {

@@ -1,0 +1,82 @@
+//! The operators in which what stands beside a row may reach its last bits, fast or not.
+
+use tch::{Device, Kind, Tensor};
+
+/// How they compute.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kernels {
+    /// As libtorch finds fastest for the shape and the number of threads.
+    Fast,
+    /// In blocks of one shape: a row's result depends on nothing else.
+    Fixed,
+}
+
+/// Longest rows whose attention is written out for training on the CPU, where the fused kernel's backward pass takes
+/// about twice as long: the weights `[B,H,T,T]` are then no larger than the rest of a layer's activations.
+const WRITTEN_OUT: i64 = 512;
+
+impl Kernels {
+    /// `x [.., I]`, `weight [O, I]`, `bias [O]` -> `[.., O]`.
+    pub(crate) fn linear(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+        match self {
+            Self::Fast => x.linear(weight, bias),
+            Self::Fixed => expect(mempo_native::fixed_linear(x, weight, bias)),
+        }
+    }
+
+    /// `x · sigmoid(x)`.
+    pub(crate) fn silu(self, x: &Tensor) -> Tensor {
+        match self {
+            Self::Fast => x.silu(),
+            Self::Fixed => expect(mempo_native::fixed_silu(x)),
+        }
+    }
+
+    /// Queries `[B,H,T,d]` over keys and values `[B,K,T,d]` -> `[B,H,T,d]`. Every position sees itself and those before
+    /// it; right padding is never seen by what is real.
+    pub(crate) fn causal_attention(self, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+        match self {
+            Self::Fixed => expect(mempo_native::fixed_attention(q, k, v)),
+            Self::Fast if q.requires_grad() => self.causal_attention_in_training(q, k, v),
+            Self::Fast => fused_attention(q, k, v),
+        }
+    }
+
+    /// The same where a gradient is asked for, now or when the layer is computed again.
+    pub(crate) fn causal_attention_in_training(self, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+        match self {
+            Self::Fixed => expect(mempo_native::fixed_attention(q, k, v)),
+            Self::Fast if q.device() == Device::Cpu && q.size()[2] <= WRITTEN_OUT => written_out_attention(q, k, v),
+            Self::Fast => fused_attention(q, k, v),
+        }
+    }
+}
+
+/// Queries `[B,H,T,d]` of rows that begin at the positions `first [B]`, none above `largest`, over keys and values
+/// `[B,K,S,d]` from position 0 on -> `[B,H,T,d]`, with [`Kernels::Fixed`]. What is not seen is finite.
+pub(crate) fn fixed_attention_at(q: &Tensor, [k, v]: [&Tensor; 2], first: &Tensor, largest: i64) -> Tensor {
+    expect(mempo_native::fixed_attention_at(q, k, v, first, largest))
+}
+
+/// libtorch's own message, as tch's operators give it.
+fn expect(result: Result<Tensor, tch::TchError>) -> Tensor {
+    result.unwrap_or_else(|error| panic!("{error}"))
+}
+
+fn fused_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    let grouped = q.size()[1] != k.size()[1];
+    Tensor::scaled_dot_product_attention(q, k, v, None::<Tensor>, 0.0, true, None, grouped)
+}
+
+/// `softmax(q kᵀ / √d) v` with the heads of a group as rows of one product.
+fn written_out_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    let (batch, heads, length, size) = q.size4().expect("q is [B,H,T,d]");
+    let groups = k.size()[1];
+    let rows = (heads / groups) * length;
+    let scaled = q * (size as f64).powf(-0.5);
+    let scores = scaled.reshape([batch, groups, rows, size]).matmul(&k.transpose(-1, -2));
+    let future = Tensor::ones([length, length], (Kind::Bool, q.device())).triu(1);
+    let scores = scores.view([batch, heads, length, length]).masked_fill(&future, f64::NEG_INFINITY);
+    let weights = scores.softmax(-1, q.kind()).view([batch, groups, rows, length]);
+    weights.matmul(v).view([batch, heads, length, size])
+}

@@ -1,0 +1,190 @@
+// Linear layer, attention and SiLU whose result for a row is the same bits whatever stands beside it and however many
+// threads work: every matrix product and reduction has a shape that is fixed, or a function of the model alone. The
+// gradients are those of the ordinary operators.
+
+#include "guarded.h"
+
+#include <ATen/ATen.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/autograd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::Function;
+using torch::autograd::variable_list;
+
+int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
+
+// `x` with zeros behind, so that axis `dim` has `size`.
+Tensor padded(const Tensor &x, int64_t dim, int64_t size) {
+  if (x.size(dim) == size) return x;
+  auto shape = x.sizes().vec();
+  shape[dim] = size;
+  Tensor out = at::zeros(shape, x.options());
+  out.narrow(dim, 0, x.size(dim)).copy_(x);
+  return out;
+}
+
+// x [R,I] -> [R,O], in products of `block` rows.
+Tensor linear_by_blocks(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias, int64_t block) {
+  const int64_t rows = x.size(0);
+  const Tensor input = padded(x, 0, blocks_of(rows, block) * block);
+  const Tensor matrix = weight.t();
+  Tensor out = at::empty({input.size(0), weight.size(0)}, x.options());
+  for (int64_t start = 0; start < rows; start += block) {
+    Tensor part = out.narrow(0, start, block);
+    const Tensor from = input.narrow(0, start, block);
+    if (bias) {
+      at::addmm_out(part, *bias, from, matrix);
+    } else {
+      at::mm_out(part, from, matrix);
+    }
+  }
+  return out.narrow(0, 0, rows);
+}
+
+// The gradient by `x` is blocked like the product itself: a few rows times a large matrix is the shape that libtorch divides
+// between threads along the sum.
+struct Linear : Function<Linear> {
+  static Tensor forward(AutogradContext *ctx, const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias,
+                        int64_t block) {
+    ctx->save_for_backward({x, weight});
+    ctx->saved_data["bias"] = bias.has_value();
+    ctx->saved_data["block"] = block;
+    return linear_by_blocks(x, weight, bias, block);
+  }
+
+  static variable_list backward(AutogradContext *ctx, variable_list gradients) {
+    const auto saved = ctx->get_saved_variables();
+    const Tensor &gradient = gradients[0];
+    Tensor by_bias;
+    if (ctx->saved_data["bias"].toBool()) by_bias = gradient.sum(0);
+    const Tensor by_x = linear_by_blocks(gradient, saved[1].t(), std::nullopt, ctx->saved_data["block"].toInt());
+    return {by_x, gradient.t().mm(saved[0]), by_bias, Tensor()};
+  }
+};
+
+struct Shape {
+  int64_t rows;    // query tokens of one product
+  int64_t columns; // key tokens of one product
+};
+
+// One block of query tokens, q [B,K,G,Q,d] from positions `first` [B or 1] on, over key blocks k, v [B,K,N,C,d], of which
+// those up to the last position matter. The softmax's parts are added block after block, so that blocks behind the last
+// position add exactly nothing.
+Tensor attend_block(const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &first, double scale) {
+  const int64_t batch = q.size(0), groups = q.size(1), share = q.size(2), rows = q.size(3), size = q.size(4);
+  const int64_t blocks = k.size(2), columns = k.size(3), all = batch * groups * blocks;
+  const auto integers = first.options();
+  const auto keys = k.reshape({all, columns, size}), values = v.reshape({all, columns, size});
+  const auto queries = q.unsqueeze(2).expand({batch, groups, blocks, share, rows, size}).reshape({all, share * rows, size});
+  Tensor scores = queries.bmm(keys.transpose(1, 2)).to(at::kFloat).view({batch, groups, blocks, share, rows, columns});
+  const Tensor places = at::arange(blocks * columns, integers).view({1, 1, blocks, 1, 1, columns});
+  const Tensor last = first.view({-1, 1, 1, 1, 1, 1}) + at::arange(rows, integers).view({rows, 1});
+  scores.mul_(scale).masked_fill_(places.gt(last), -std::numeric_limits<double>::infinity());
+  const Tensor weights = scores.sub_(scores.amax({2, 5}, true)).exp_();
+  const Tensor sums = weights.sum(5, true);
+  const Tensor parts = weights.to(v.scalar_type()).view({all, share * rows, columns}).bmm(values).to(at::kFloat)
+                           .view({batch, groups, blocks, share, rows, size});
+  Tensor attended = parts.select(2, 0).clone(), sum = sums.select(2, 0).clone();
+  for (int64_t block = 1; block < blocks; ++block) {
+    attended.add_(parts.select(2, block));
+    sum.add_(sums.select(2, block));
+  }
+  return attended.div_(sum).to(q.scalar_type());
+}
+
+// q [B,H,T,d], row b from position first[b] on, over k, v [B,K,S,d] from position 0 on -> [B,H,T,d].
+Tensor attention_by_blocks(const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &first, int64_t largest,
+                           Shape shape) {
+  const int64_t batch = q.size(0), heads = q.size(1), length = q.size(2), size = q.size(3), groups = k.size(1);
+  const int64_t count = blocks_of(length, shape.rows), share = heads / groups;
+  const double scale = 1.0 / std::sqrt(static_cast<double>(size));
+  const Tensor queries = padded(q, 2, count * shape.rows).reshape({batch, groups, share, count, shape.rows, size});
+  const int64_t key_blocks = blocks_of(k.size(2), shape.columns);
+  const auto in_blocks = [&](const Tensor &x) {
+    return padded(x, 2, key_blocks * shape.columns).unflatten(2, {key_blocks, shape.columns});
+  };
+  const Tensor keys = in_blocks(k), values = in_blocks(v);
+  Tensor out = at::empty({batch, groups, share, count * shape.rows, size}, q.options());
+  for (int64_t block = 0; block < count; ++block) {
+    const int64_t start = block * shape.rows;
+    const int64_t seen = std::min(key_blocks, blocks_of(largest + start + shape.rows, shape.columns));
+    out.narrow(3, start, shape.rows)
+        .copy_(attend_block(queries.select(3, block), keys.narrow(2, 0, seen), values.narrow(2, 0, seen), first + start, scale));
+  }
+  return out.narrow(3, 0, length).reshape({batch, heads, length, size});
+}
+
+// Causal, from position 0 on.
+struct Attention : Function<Attention> {
+  static Tensor forward(AutogradContext *ctx, const Tensor &q, const Tensor &k, const Tensor &v, int64_t rows,
+                        int64_t columns) {
+    ctx->save_for_backward({q, k, v});
+    const Tensor first = at::zeros({1}, q.options().dtype(at::kLong));
+    return attention_by_blocks(q, k, v, first, 0, {rows, columns});
+  }
+
+  static variable_list backward(AutogradContext *ctx, variable_list gradients) {
+    variable_list inputs;
+    for (const auto &saved : ctx->get_saved_variables()) inputs.push_back(saved.detach().requires_grad_());
+    at::AutoGradMode with_gradient(true);
+    const bool grouped = inputs[0].size(1) != inputs[1].size(1);
+    const Tensor out = at::scaled_dot_product_attention(inputs[0], inputs[1], inputs[2], std::nullopt, 0.0, true,
+                                                        std::nullopt, grouped);
+    auto by_inputs = torch::autograd::grad({out}, inputs, {gradients[0]});
+    return {by_inputs[0], by_inputs[1], by_inputs[2], Tensor(), Tensor()};
+  }
+};
+
+// libtorch's own treats the end of a thread's share, which no vector fills, with another exponential.
+struct Silu : Function<Silu> {
+  static Tensor forward(AutogradContext *ctx, const Tensor &x) {
+    ctx->save_for_backward({x});
+    const Tensor wide = x.to(at::kFloat);
+    return wide.div(wide.neg().exp_().add_(1)).to(x.scalar_type());
+  }
+
+  static variable_list backward(AutogradContext *ctx, variable_list gradients) {
+    const Tensor x = ctx->get_saved_variables()[0];
+    const Tensor wide = x.to(at::kFloat);
+    const Tensor sigmoid = wide.neg().exp_().add_(1).reciprocal_();
+    const Tensor slope = sigmoid * (wide * (1 - sigmoid) + 1);
+    return {(gradients[0].to(at::kFloat) * slope).to(x.scalar_type())};
+  }
+};
+
+} // namespace
+
+extern "C" const char *mempo_fixed_linear(Tensor **out, const Tensor *x, const Tensor *weight, const Tensor *bias,
+                                          int64_t rows) {
+  return guarded([&] {
+    const Tensor flat = x->reshape({-1, x->size(-1)});
+    auto shape = x->sizes().vec();
+    shape.back() = weight->size(0);
+    const auto some_bias = bias == nullptr ? std::nullopt : std::optional<Tensor>(*bias);
+    *out = new Tensor(Linear::apply(flat, *weight, some_bias, rows).view(shape));
+  });
+}
+
+extern "C" const char *mempo_fixed_attention(Tensor **out, const Tensor *q, const Tensor *k, const Tensor *v,
+                                             int64_t rows, int64_t columns) {
+  return guarded([&] { *out = new Tensor(Attention::apply(*q, *k, *v, rows, columns)); });
+}
+
+extern "C" const char *mempo_fixed_attention_at(Tensor **out, const Tensor *q, const Tensor *k, const Tensor *v,
+                                                const Tensor *first, int64_t largest, int64_t rows, int64_t columns) {
+  return guarded([&] { *out = new Tensor(attention_by_blocks(*q, *k, *v, *first, largest, {rows, columns})); });
+}
+
+extern "C" const char *mempo_fixed_silu(Tensor **out, const Tensor *x) {
+  return guarded([&] { *out = new Tensor(Silu::apply(*x)); });
+}

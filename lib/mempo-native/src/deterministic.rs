@@ -1,0 +1,185 @@
+//! Linear layer, attention and SiLU that compute a row in the same way, bit for bit, whatever stands beside it and
+//! however many threads work.
+//!
+//! Every matrix product has a fixed shape: rows are taken in blocks, the last filled up with zeros, and attention goes over
+//! keys in blocks, too, whose parts of the softmax are added one after the other. Gradients are those of libtorch's
+//! ordinary operators; they depend on the shape of the whole batch, as those do.
+
+use std::ffi::c_char;
+use std::ptr::{null, null_mut};
+
+use tch::{Device, TchError, Tensor};
+use torch_sys::C_tensor;
+
+use crate::checked;
+
+/// Key tokens of one product of attention.
+const COLUMNS: i64 = 64;
+
+/// Rows of one product of a linear layer: what a decoding batch has, or what keeps a GPU's tiles filled.
+fn linear_rows(device: Device) -> i64 {
+    if device.is_cuda() { 128 } else { 32 }
+}
+
+/// Query tokens of one product of attention. A token that is decoded alone stands in a block of this.
+fn query_rows(device: Device) -> i64 {
+    if device.is_cuda() { 16 } else { 8 }
+}
+
+type Out = *mut *mut C_tensor;
+type In = *const C_tensor;
+
+unsafe extern "C" {
+    fn mempo_fixed_linear(out: Out, x: In, weight: In, bias: In, rows: i64) -> *const c_char;
+    fn mempo_fixed_attention(out: Out, q: In, k: In, v: In, rows: i64, columns: i64) -> *const c_char;
+    fn mempo_fixed_attention_at(
+        out: Out,
+        q: In,
+        k: In,
+        v: In,
+        first: In,
+        largest: i64,
+        rows: i64,
+        columns: i64,
+    ) -> *const c_char;
+    fn mempo_fixed_silu(out: Out, x: In) -> *const c_char;
+}
+
+/// `x [.., I]`, `weight [O, I]`, `bias [O]` -> `[.., O]`.
+pub fn fixed_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, TchError> {
+    let bias = bias.map_or_else(null, Tensor::as_ptr);
+    // SAFETY: as `new_tensor` asks; a null bias is allowed.
+    new_tensor(|out| unsafe { mempo_fixed_linear(out, x.as_ptr(), weight.as_ptr(), bias, linear_rows(x.device())) })
+}
+
+/// Causal attention `q [B,H,T,d]`, `k`, `v [B,K,T,d]` -> `[B,H,T,d]`, all from position 0 on.
+pub fn fixed_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TchError> {
+    let rows = query_rows(q.device());
+    // SAFETY: as `new_tensor` asks.
+    new_tensor(|out| unsafe { mempo_fixed_attention(out, q.as_ptr(), k.as_ptr(), v.as_ptr(), rows, COLUMNS) })
+}
+
+/// The same for queries `[B,H,T,d]` that begin at the positions `first [B]` (int64, on their device, none above
+/// `largest`) of keys and values `[B,K,S,d]`. Without gradients. What is not seen is to be finite.
+pub fn fixed_attention_at(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    first: &Tensor,
+    largest: i64,
+) -> Result<Tensor, TchError> {
+    let (rows, q, k, v, first) = (query_rows(q.device()), q.as_ptr(), k.as_ptr(), v.as_ptr(), first.as_ptr());
+    // SAFETY: as `new_tensor` asks.
+    new_tensor(|out| unsafe { mempo_fixed_attention_at(out, q, k, v, first, largest, rows, COLUMNS) })
+}
+
+/// `x · sigmoid(x)`, element by element.
+pub fn fixed_silu(x: &Tensor) -> Result<Tensor, TchError> {
+    // SAFETY: as `new_tensor` asks.
+    new_tensor(|out| unsafe { mempo_fixed_silu(out, x.as_ptr()) })
+}
+
+/// The tensor that `call` makes. `call` is to pass on pointers of live tensors only, and to set its argument to a new
+/// tensor's pointer, or give a message.
+fn new_tensor(call: impl FnOnce(Out) -> *const c_char) -> Result<Tensor, TchError> {
+    let mut out = null_mut();
+    checked(call(&raw mut out))?;
+    // SAFETY: without a message the pointer is that of a tensor that nobody else owns.
+    Ok(unsafe { Tensor::from_ptr(out) })
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Kind;
+
+    use super::*;
+
+    fn random(shape: &[i64], kind: Kind) -> Tensor {
+        Tensor::randn(shape, (Kind::Float, Device::Cpu)).to_kind(kind)
+    }
+
+    fn relative(found: &Tensor, expected: &Tensor) -> f64 {
+        let (found, expected) = (found.to_kind(Kind::Double), expected.to_kind(Kind::Double));
+        ((found - &expected).norm() / expected.norm()).double_value(&[])
+    }
+
+    /// The outputs and the gradients by the inputs of some function and of a reference are close.
+    fn same_with_gradients(
+        inputs: &[Tensor],
+        ours: impl Fn(&[Tensor]) -> Tensor,
+        theirs: impl Fn(&[Tensor]) -> Tensor,
+    ) {
+        let run = |function: &dyn Fn(&[Tensor]) -> Tensor| {
+            let leaves: Vec<Tensor> = inputs.iter().map(|input| input.copy().set_requires_grad(true)).collect();
+            let out = function(&leaves);
+            let weights = Tensor::arange(out.numel() as i64, (Kind::Float, Device::Cpu)).sin().view_as(&out);
+            let mut found = Tensor::run_backward(&[(&out * weights).sum(Kind::Float)], &leaves, false, false);
+            found.push(out.detach());
+            found
+        };
+        for (found, expected) in run(&ours).iter().zip(run(&theirs)) {
+            assert_eq!(found.size(), expected.size());
+            let off = relative(found, &expected);
+            assert!(off < 3e-6, "{off}");
+        }
+    }
+
+    #[test]
+    fn values_and_gradients_are_those_of_the_ordinary_operators() {
+        tch::manual_seed(5);
+        let random = |shape: &[i64]| random(shape, Kind::Float);
+        let inputs = [random(&[3, 21, 24]), random(&[40, 24]), random(&[40])];
+        let (ours, theirs) = (
+            |x: &[Tensor]| fixed_linear(&x[0], &x[1], Some(&x[2])).unwrap(),
+            |x: &[Tensor]| x[0].linear(&x[1], Some(&x[2])),
+        );
+        same_with_gradients(&inputs, ours, theirs);
+        let without = |x: &[Tensor]| fixed_linear(&x[0], &x[1], None).unwrap();
+        same_with_gradients(&inputs[..2], without, |x| x[0].linear(&x[1], None::<Tensor>));
+        let inputs = [random(&[2, 6, 150, 16]), random(&[2, 3, 150, 16]), random(&[2, 3, 150, 16])];
+        let theirs = |x: &[Tensor]| {
+            Tensor::scaled_dot_product_attention(&x[0], &x[1], &x[2], None::<Tensor>, 0.0, true, None, true)
+        };
+        same_with_gradients(&inputs, |x| fixed_attention(&x[0], &x[1], &x[2]).unwrap(), theirs);
+        same_with_gradients(&[random(&[100]) * 10.0], |x| fixed_silu(&x[0]).unwrap(), |x| x[0].silu());
+    }
+
+    #[test]
+    fn extreme_values_have_a_finite_slope() {
+        let x = Tensor::from_slice(&[-200.0f32, 200.0]).set_requires_grad(true);
+        let out = fixed_silu(&x).unwrap();
+        let gradient = &Tensor::run_backward(&[out.sum(Kind::Float)], &[&x], false, false)[0];
+        assert_eq!(Vec::<f32>::try_from(gradient).unwrap(), [0.0, 1.0]);
+    }
+
+    #[test]
+    fn a_row_is_the_same_in_any_company_on_any_number_of_threads() {
+        tch::manual_seed(6);
+        for kind in [Kind::Float, Kind::BFloat16] {
+            let (x, weight) = (random(&[101, 72], kind), random(&[200, 72], kind));
+            let (q, k, v) =
+                (random(&[3, 4, 90, 16], kind), random(&[3, 2, 90, 16], kind), random(&[3, 2, 90, 16], kind));
+            let linear = fixed_linear(&x, &weight, None).unwrap();
+            let attended = fixed_attention(&q, &k, &v).unwrap();
+            for threads in [1, 2, 3, 5] {
+                tch::set_num_threads(threads);
+                for (start, count) in [(0, 1), (7, 33), (50, 51), (0, 101)] {
+                    let part = fixed_linear(&x.narrow(0, start, count), &weight, None).unwrap();
+                    assert_eq!(part, linear.narrow(0, start, count), "{kind:?} {threads} {start}");
+                    let silu = fixed_silu(&x.narrow(0, start, count).contiguous()).unwrap();
+                    assert_eq!(silu, fixed_silu(&x).unwrap().narrow(0, start, count), "{kind:?} {threads} {start}");
+                }
+                for (row, start, count) in [(0, 89, 1), (1, 40, 20), (2, 0, 90), (2, 64, 1)] {
+                    let of = |x: &Tensor| x.narrow(0, row, 1);
+                    let first = Tensor::from_slice(&[start]);
+                    let part = fixed_attention_at(&of(&q).narrow(2, start, count), &of(&k), &of(&v), &first, start);
+                    assert_eq!(
+                        part.unwrap(),
+                        of(&attended).narrow(2, start, count),
+                        "{kind:?} {threads} {row} {start}"
+                    );
+                }
+            }
+        }
+    }
+}
