@@ -38,3 +38,8 @@ parity *models="pipelines/demo/base": (setup "python")
 bench *shapes: (setup "python")
     cargo build --locked --release --package mempo-train --example engine
     .tools/python/bin/python tools/peers/bench.py target/release/examples/engine {{ shapes }}
+
+# speed of the engine on a GPU beside what the GPU allows: 0.5b, 1.5b and 7b, or those that are named
+bench-gpu *shapes: (setup "python") (setup "cuda")
+    cargo build --locked --release --package mempo-train --example engine
+    .tools/python/bin/python tools/peers/gpu.py target/release/examples/engine {{ shapes }}

@@ -1,6 +1,6 @@
 """Holds the engine to transformers on model directories: `parity.py ENGINE MODEL...`, f32 and bf16.
 
-f32: logits at some places of 50 prompts of 1 to 4,096 tokens within 1e-4 of the largest logit, the loss within 1e-6, the
+f32: logits at some places of 50 prompts (prose) of 1 to 4,096 tokens within 1e-4 of the largest logit, the loss within 1e-6, the
 gradient of every parameter within 1e-5 of its norm (to a reference in f64). bf16: mean k3 estimate of KL(f32 | bf16) per place at most 1e-3.
 """
 
@@ -13,19 +13,27 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from side import Side
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = 50
 LONGEST = 4096
 
 
-def prompts(config, window):
-    """Lengths even on a logarithmic scale. Without the padding id, whose embedding transformers gives no gradient."""
+def text_ids(directory, config):
+    """This repository's prose. Without the padding id, whose embedding transformers gives no gradient."""
+    text = "\n".join((ROOT / name).read_text() for name in ("docs/LOG.md", "README.md", "ARCHITECTURE.md", "LICENSE"))
+    ids = AutoTokenizer.from_pretrained(directory).encode(text, add_special_tokens=False)
+    return [number for number in ids if number != config.pad_token_id]
+
+
+def prompts(ids, window):
+    """Parts of the text, of lengths even on a logarithmic scale."""
     draw = random.Random(3)
-    ids = [number for number in range(config.vocab_size) if number != config.pad_token_id]
     longest = min(LONGEST, window)
     lengths = [round(math.exp(math.log(longest) * index / (PROMPTS - 1))) for index in range(PROMPTS)]
-    return [draw.choices(ids, k=length) for length in lengths]
+    starts = [draw.randrange(len(ids) - length) for length in lengths]
+    return [ids[start:start + length] for start, length in zip(starts, lengths)]
 
 
 def places(prompt):
@@ -67,7 +75,8 @@ def compare(engine, directory):
     exact, rounded = Side(engine, directory, "f32"), Side(engine, directory, "bf16")
     theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
     worst, divergences, their_divergences = 0.0, [], []
-    for prompt in prompts(config, config.max_position_embeddings):
+    ids = text_ids(directory, config)
+    for prompt in prompts(ids, config.max_position_embeddings):
         with torch.inference_mode():
             expected = model(torch.tensor([prompt])).logits[0, places(prompt)]
             their_divergences += divergence(expected, theirs(torch.tensor([prompt])).logits[0, places(prompt)])
@@ -79,7 +88,7 @@ def compare(engine, directory):
     failures += check("bf16, mean k3", sum(divergences) / len(divergences), 1e-3)
     print(f"    (transformers' own bf16: {sum(their_divergences) / len(their_divergences):.2e})")
 
-    prompt = prompts(config, 200)[-1]
+    prompt = prompts(ids, 200)[-1]
     their_loss, their_gradients = gradients(model, prompt)
     _, true_gradients = gradients(model.double(), prompt)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,11 @@
 //! What the families share: norm, projections, attention, MLP.
 
+use mempo_native::PackedLinear;
 use tch::Tensor;
 
 use crate::builder::Builder;
 use crate::config::Config;
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, expect};
 use crate::rotary::RotaryAt;
 
 /// How a layer attends: `(layer, q [B,H,T,d], k [B,K,T,d], v [B,K,T,d]) -> [B,H,T,d]`. The caller's choice, because it
@@ -30,17 +31,39 @@ impl RmsNorm {
     }
 }
 
+/// A linear layer.
+pub(crate) struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+    kernels: Kernels,
+    packed: Option<PackedLinear>,
+}
+
+impl Linear {
+    /// Of `weight [O, I]` and `bias [O]`.
+    pub(crate) fn new(weight: Tensor, bias: Option<Tensor>, kernels: Kernels) -> Self {
+        let packed = kernels.pack(&weight, bias.as_ref());
+        Self { weight, bias, kernels, packed }
+    }
+
+    /// `[.., I] -> [.., O]`.
+    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+        match &self.packed {
+            Some(packed) => expect(packed.forward(x)),
+            None => self.kernels.linear(x, &self.weight, self.bias.as_ref()),
+        }
+    }
+}
+
 /// Several projections of one input (`q_proj`, `k_proj`, `v_proj`; `gate_proj`, `up_proj`; or a single one).
 ///
 /// Their parameters are leaves of their own, under their own names. Where they lie one after the other in memory, as
 /// they do in a model that was loaded, and need no gradient, one matrix product does them all, unless products have to
 /// keep their shape.
 pub(crate) struct Projections {
-    weights: Vec<Tensor>,
-    biases: Vec<Tensor>,
-    joined: Option<(Tensor, Option<Tensor>)>,
+    /// One a part, or one for all.
+    products: Vec<Linear>,
     outputs: Vec<i64>,
-    kernels: Kernels,
 }
 
 impl Projections {
@@ -56,28 +79,28 @@ impl Projections {
         let weights = parameters("weight", &[input]);
         let biases = if bias { parameters("bias", &[]) } else { Vec::new() };
         let kernels = builder.kernels();
-        let joined = match (joined(&weights), joined(&biases)) {
-            _ if kernels == Kernels::Fixed => None,
-            (Some(weight), Some(bias)) => Some((weight, Some(bias))),
-            (Some(weight), None) if !bias => Some((weight, None)),
-            _ => None,
+        let joined = if kernels == Kernels::Fixed { (None, None) } else { (joined(&weights), joined(&biases)) };
+        let products = match joined {
+            (Some(weight), one_bias) if one_bias.is_some() == bias => vec![Linear::new(weight, one_bias, kernels)],
+            _ => {
+                let mut biases = biases.into_iter();
+                weights.into_iter().map(|weight| Linear::new(weight, biases.next(), kernels)).collect()
+            }
         };
-        let outputs = parts.iter().map(|(_, output)| *output).collect();
-        Self { weights, biases, joined, outputs, kernels }
+        Self { products, outputs: parts.iter().map(|(_, output)| *output).collect() }
     }
 
     /// `[.., input] -> [.., output]` for each part.
     pub(crate) fn forward(&self, x: &Tensor) -> Vec<Tensor> {
-        if let Some((weight, bias)) = &self.joined {
-            return self.kernels.linear(x, weight, bias.as_ref()).split_with_sizes(&self.outputs, -1);
+        match &self.products[..] {
+            [all] => all.forward(x).split_with_sizes(&self.outputs, -1),
+            each => each.iter().map(|product| product.forward(x)).collect(),
         }
-        let each = self.weights.iter().enumerate();
-        each.map(|(part, weight)| self.kernels.linear(x, weight, self.biases.get(part))).collect()
     }
 
     /// The same for a single part.
     pub(crate) fn forward_one(&self, x: &Tensor) -> Tensor {
-        self.kernels.linear(x, &self.weights[0], self.biases.first())
+        self.products[0].forward(x)
     }
 }
 

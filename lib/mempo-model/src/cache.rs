@@ -151,8 +151,8 @@ impl Cache {
                 cache.narrow(0, 0, rows).narrow(1, 0, columns).transpose(1, 2)
             });
             match model.kernels() {
-                Kernels::Fast => attend_to_cache(&q, &keys, &values, mask.as_ref()),
                 Kernels::Fixed => fixed_attention_at(&q, [&keys, &values], &positions.squeeze_dim(1), longest),
+                _ => attend_to_cache(&q, &keys, &values, mask.as_ref()),
             }
         });
         hidden.squeeze_dim(1)
@@ -166,8 +166,8 @@ fn on(values: &[i64], device: Device) -> Tensor {
 /// Columns of the cache to look at so that `last` is among them: whole steps, where blocks have to keep their shape.
 fn seen_columns(last: i64, kernels: Kernels) -> i64 {
     match kernels {
-        Kernels::Fast => last + 1,
         Kernels::Fixed => (last / COLUMN_STEP + 1) * COLUMN_STEP,
+        _ => last + 1,
     }
 }
 

@@ -86,8 +86,9 @@ pub fn generate(
     options: &GenerateOptions,
     events: &mut dyn GenerateEvents,
 ) -> Result<(), Error> {
+    let model = model.for_decoding();
     let sampler = Sampler::new(model, options)?;
-    let _guard = tch::no_grad_guard();
+    let _guard = mempo_native::InferenceMode::new();
     let mut batch = Batch::new(model, options)?;
     batch.admit(requests)?;
     let mut hidden: Option<Tensor> = None;

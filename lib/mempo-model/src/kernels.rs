@@ -1,5 +1,6 @@
 //! The operators in which what stands beside a row may reach its last bits, fast or not.
 
+use mempo_native::PackedLinear;
 use tch::{Device, Kind, Tensor};
 
 /// How they compute.
@@ -7,6 +8,8 @@ use tch::{Device, Kind, Tensor};
 pub(crate) enum Kernels {
     /// As libtorch finds fastest for the shape and the number of threads.
     Fast,
+    /// The same, with weights laid out once for the products of few rows that decoding is made of.
+    Packed,
     /// In blocks of one shape: a row's result depends on nothing else.
     Fixed,
 }
@@ -15,11 +18,19 @@ pub(crate) enum Kernels {
 /// about twice as long: the weights `[B,H,T,T]` are then no larger than the rest of a layer's activations.
 const WRITTEN_OUT: i64 = 512;
 
+/// Rows that packed weights are laid out for.
+const PACKED_ROWS: i64 = 16;
+
 impl Kernels {
+    /// A weight laid out anew, if these kernels want it and the machine can.
+    pub(crate) fn pack(self, weight: &Tensor, bias: Option<&Tensor>) -> Option<PackedLinear> {
+        if self == Self::Packed { PackedLinear::new(weight, bias, PACKED_ROWS).ok() } else { None }
+    }
+
     /// `x [.., I]`, `weight [O, I]`, `bias [O]` -> `[.., O]`.
     pub(crate) fn linear(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
         match self {
-            Self::Fast => x.linear(weight, bias),
+            Self::Fast | Self::Packed => x.linear(weight, bias),
             Self::Fixed => expect(mempo_native::fixed_linear(x, weight, bias)),
         }
     }
@@ -27,7 +38,7 @@ impl Kernels {
     /// `x · sigmoid(x)`.
     pub(crate) fn silu(self, x: &Tensor) -> Tensor {
         match self {
-            Self::Fast => x.silu(),
+            Self::Fast | Self::Packed => x.silu(),
             Self::Fixed => expect(mempo_native::fixed_silu(x)),
         }
     }
@@ -37,8 +48,8 @@ impl Kernels {
     pub(crate) fn causal_attention(self, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
         match self {
             Self::Fixed => expect(mempo_native::fixed_attention(q, k, v)),
-            Self::Fast if q.requires_grad() => self.causal_attention_in_training(q, k, v),
-            Self::Fast => fused_attention(q, k, v),
+            _ if q.requires_grad() => self.causal_attention_in_training(q, k, v),
+            _ => fused_attention(q, k, v),
         }
     }
 
@@ -46,8 +57,8 @@ impl Kernels {
     pub(crate) fn causal_attention_in_training(self, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
         match self {
             Self::Fixed => expect(mempo_native::fixed_attention(q, k, v)),
-            Self::Fast if q.device() == Device::Cpu && q.size()[2] <= WRITTEN_OUT => written_out_attention(q, k, v),
-            Self::Fast => fused_attention(q, k, v),
+            _ if q.device() == Device::Cpu && q.size()[2] <= WRITTEN_OUT => written_out_attention(q, k, v),
+            _ => fused_attention(q, k, v),
         }
     }
 }
@@ -58,8 +69,16 @@ pub(crate) fn fixed_attention_at(q: &Tensor, [k, v]: [&Tensor; 2], first: &Tenso
     expect(mempo_native::fixed_attention_at(q, k, v, first, largest))
 }
 
+/// Causal attention within each of several sequences that lie end to end, from `offsets[i]` to `offsets[i+1]` (int32) and
+/// none longer than `longest`: queries `[1,H,N,d]` over keys and values `[1,K,N,d]` -> `[1,H,N,d]`. On a GPU, in bf16.
+pub(crate) fn varlen_attention(q: &Tensor, k: &Tensor, v: &Tensor, offsets: &Tensor, longest: i64) -> Tensor {
+    let by_token = |x: &Tensor| x.squeeze_dim(0).transpose(0, 1);
+    let attended = mempo_native::varlen_attention(&by_token(q), &by_token(k), &by_token(v), offsets, longest);
+    expect(attended).transpose(0, 1).unsqueeze(0)
+}
+
 /// libtorch's own message, as tch's operators give it.
-fn expect(result: Result<Tensor, tch::TchError>) -> Tensor {
+pub(crate) fn expect(result: Result<Tensor, tch::TchError>) -> Tensor {
     result.unwrap_or_else(|error| panic!("{error}"))
 }
 

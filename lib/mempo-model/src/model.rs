@@ -1,14 +1,16 @@
 //! A model in memory: its config, its parameters by name, and the forward pass over right-padded batches.
 
+use std::cell::OnceCell;
 use std::path::Path;
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use crate::blocks::Attend;
+use crate::blocks::{Attend, Linear};
 use crate::builder::Builder;
 use crate::config::{Config, Family};
 use crate::kernels::Kernels;
 use crate::llama::Llama;
+use crate::packed::Packed;
 use crate::qwen2::Qwen2;
 use crate::qwen3::Qwen3;
 use crate::rotary::{Rotary, RotaryAt};
@@ -35,6 +37,13 @@ fn decoder(builder: &mut Builder, config: &Config) -> Box<dyn Decoder + Send> {
     }
 }
 
+/// Logits over a temperature, float32; 0 (greedy) counts as 1.
+pub(crate) fn scaled(logits: &Tensor, temperature: f64) -> Tensor {
+    let logits = logits.to_kind(Kind::Float);
+    #[expect(clippy::float_cmp, reason = "only the exact 1 of a caller who means it can be left out")]
+    if temperature == 0.0 || temperature == 1.0 { logits } else { logits / temperature }
+}
+
 impl Config {
     /// Numbers in all of a model's parameters; a tied head counts once.
     pub fn parameter_count(&self) -> u64 {
@@ -48,33 +57,63 @@ pub struct Model {
     pub(crate) config: Config,
     runtime: Runtime,
     pub(crate) parameters: Vec<(String, Tensor)>,
+    kernels: Kernels,
     decoder: Box<dyn Decoder + Send>,
+    head: Linear,
     rotary: Rotary,
+    /// The same model with packed weights, once it was asked for.
+    packed: OnceCell<Option<Box<Model>>>,
 }
 
-/// The forward pass over right-padded ids `[B,T]` in pieces that follow each other; all give `[B,T,D]`, differentiable.
+/// What a pass for training runs over; positions count from 0 in every sequence.
+pub enum Rows {
+    /// Ids `[B,T]`, int64, a sequence a row, right-padded with any id.
+    Padded(Tensor),
+    /// A single row of sequences end to end.
+    Packed(Packed),
+}
+
+impl Rows {
+    fn ids(&self) -> &Tensor {
+        match self {
+            Self::Padded(ids) => ids,
+            Self::Packed(packed) => &packed.ids,
+        }
+    }
+}
+
+/// The forward pass over rows `[B,T]` in pieces that follow each other; all give `[B,T,D]`, differentiable.
 pub struct Pieces<'a> {
     model: &'a Model,
-    ids: &'a Tensor,
+    rows: &'a Rows,
     rotary: RotaryAt,
 }
 
 impl Pieces<'_> {
     /// What the first layer takes.
     pub fn embed(&self) -> Tensor {
-        self.model.decoder.embed(self.ids)
+        self.model.decoder.embed(self.rows.ids())
     }
 
     /// What a layer, from 0, makes of what came before it.
     pub fn layer(&self, index: usize, hidden: &Tensor) -> Tensor {
         let kernels = self.model.kernels();
-        let attend = &mut |_, q, k, v| kernels.causal_attention_in_training(&q, &k, &v);
+        let attend: &mut Attend = match self.rows {
+            Rows::Padded(_) => &mut |_, q, k, v| kernels.causal_attention_in_training(&q, &k, &v),
+            Rows::Packed(packed) => &mut |_, q, k, v| packed.attend(kernels, &q, &k, &v),
+        };
         self.model.decoder.layer(index, hidden, &self.rotary, attend)
     }
 
     /// What the head takes.
     pub fn norm(&self, hidden: &Tensor) -> Tensor {
         self.model.decoder.norm(hidden)
+    }
+
+    /// All of them: what the head takes.
+    pub fn whole(&self) -> Tensor {
+        let layers = 0..self.model.config.num_hidden_layers;
+        self.norm(&layers.fold(self.embed(), |hidden, layer| self.layer(layer, &hidden)))
     }
 }
 
@@ -99,10 +138,32 @@ impl Model {
             parameters.push((name, flat.narrow(0, start, count(&shape)).view(&shape[..])));
             start += count(&shape);
         }
+        Self::build(config, runtime, parameters, runtime.kernels())
+    }
+
+    fn build(config: Config, runtime: &Runtime, parameters: Vec<(String, Tensor)>, kernels: Kernels) -> Self {
         let tensors = parameters.iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
-        let decoder = Builder::build(tensors, runtime.kernels(), |builder| decoder(builder, &config));
+        let decoder = Builder::build(tensors, kernels, |builder| decoder(builder, &config));
+        let head = Linear::new(decoder.head_weight().shallow_clone(), None, kernels);
         let rotary = Rotary::new(&config, runtime.device);
-        Self { config, runtime: *runtime, parameters, decoder, rotary }
+        Self { config, runtime: *runtime, parameters, kernels, decoder, head, rotary, packed: OnceCell::new() }
+    }
+
+    /// The model as it decodes fastest: on a CPU with a second copy of its weights, unless that would be large, or a
+    /// trainer may change them.
+    pub(crate) fn for_decoding(&self) -> &Self {
+        const MOST_BYTES: usize = 8 << 30;
+        let pack = || {
+            let bytes = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
+            let fits = self.parameters.iter().map(|(_, tensor)| bytes(tensor)).sum::<usize>() <= MOST_BYTES;
+            let fixed = self.parameters.iter().all(|(_, tensor)| !tensor.requires_grad());
+            let wanted = self.kernels == Kernels::Fast && self.runtime.device == Device::Cpu && fits && fixed;
+            wanted.then(|| {
+                let parameters = self.parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
+                Box::new(Self::build(self.config.clone(), &self.runtime, parameters.collect(), Kernels::Packed))
+            })
+        };
+        self.packed.get_or_init(pack).as_deref().unwrap_or(self)
     }
 
     /// Its config.
@@ -131,7 +192,9 @@ impl Model {
         for ((_, parameter), tensor) in self.parameters.iter_mut().zip(&tensors) {
             *parameter = tensor.shallow_clone();
         }
-        self.decoder = Builder::build(tensors, self.kernels(), |builder| decoder(builder, &self.config));
+        self.decoder = Builder::build(tensors, self.kernels, |builder| decoder(builder, &self.config));
+        self.head = Linear::new(self.decoder.head_weight().shallow_clone(), None, self.kernels);
+        self.packed = OnceCell::new();
     }
 
     /// Ids `[B,T]` (int64, right-padded with any id) -> hidden states `[B,T,D]` after the final norm, positions from 0.
@@ -140,9 +203,13 @@ impl Model {
         self.forward(ids, &self.positions(ids), &mut |_, q, k, v| self.kernels().causal_attention(&q, &k, &v))
     }
 
-    /// The same piece by piece, for those who keep less for the backward pass than autograd would.
-    pub fn pieces<'a>(&'a self, ids: &'a Tensor) -> Pieces<'a> {
-        Pieces { model: self, ids, rotary: self.rotary.at(&self.positions(ids), self.runtime.kind) }
+    /// The same for training, piece by piece for those who keep less for the backward pass than autograd would.
+    pub fn pieces<'a>(&'a self, rows: &'a Rows) -> Pieces<'a> {
+        let positions = match rows {
+            Rows::Padded(ids) => self.positions(ids),
+            Rows::Packed(packed) => packed.positions.shallow_clone(),
+        };
+        Pieces { model: self, rows, rotary: self.rotary.at(&positions, self.runtime.kind) }
     }
 
     fn positions(&self, ids: &Tensor) -> Tensor {
@@ -156,11 +223,11 @@ impl Model {
 
     /// Hidden states `[N,D]` -> logits over a temperature `[N,V]`, as [`Runtime::logits`].
     pub(crate) fn logits(&self, hidden: &Tensor, temperature: f64) -> Tensor {
-        self.runtime.logits(hidden, self.head_weight(), temperature)
+        scaled(&self.head.forward(hidden), temperature)
     }
 
     pub(crate) fn kernels(&self) -> Kernels {
-        self.runtime.kernels()
+        self.kernels
     }
 
     /// Ids `[B,T]` at positions `[B or 1, T]`, attending as the caller says.

@@ -6,6 +6,7 @@ use tch::{Cuda, Device, Kind, Tensor};
 use crate::Error;
 use crate::kernels::Kernels;
 use crate::libtorch::{cuda_library, load_cuda};
+use crate::model::scaled;
 
 /// Where to compute, in which number format, on how many threads.
 #[derive(Debug, Clone, Serialize, clap::Args)]
@@ -53,12 +54,7 @@ impl Runtime {
     /// 0 (greedy) counts as 1. Log-probabilities are [`Tensor::log_softmax`] of these, in sampling, scoring and training.
     /// Without gradients.
     pub fn logits(&self, hidden: &Tensor, head_weight: &Tensor, temperature: f64) -> Tensor {
-        let mut logits = self.linear(hidden, head_weight).to_kind(Kind::Float);
-        #[expect(clippy::float_cmp, reason = "only the exact 1 of a caller who means it can be left out")]
-        if temperature != 0.0 && temperature != 1.0 {
-            let _ = logits.g_div_scalar_(temperature);
-        }
-        logits
+        scaled(&self.linear(hidden, head_weight), temperature)
     }
 
     /// `x [.., I]`, `weight [O, I]` -> `[.., O]`.

@@ -77,29 +77,39 @@ struct Shape {
   int64_t columns; // key tokens of one product
 };
 
-// One block of query tokens, q [B,K,G,Q,d] from positions `first` [B or 1] on, over key blocks k, v [B,K,N,C,d], of which
-// those up to the last position matter. The softmax's parts are added block after block, so that blocks behind the last
-// position add exactly nothing.
-Tensor attend_block(const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &first, double scale) {
-  const int64_t batch = q.size(0), groups = q.size(1), share = q.size(2), rows = q.size(3), size = q.size(4);
-  const int64_t blocks = k.size(2), columns = k.size(3), all = batch * groups * blocks;
+// Query blocks worked on at a time: few enough that seeing all key blocks up to the last one's end wastes little.
+constexpr int64_t CHUNK = 16;
+
+// Blocks of query tokens, q [B,K,G,N,Q,d] from positions `first` [B or 1] on, over key blocks k, v [B,K,M,C,d] -> the same
+// shape as q. The parts of the softmax are added key block after key block, so that blocks behind a query's position add
+// exactly nothing.
+Tensor attend_blocks(const Tensor &q, const Tensor &k, const Tensor &v, const Tensor &first, double scale) {
+  const int64_t batch = q.size(0), groups = q.size(1), share = q.size(2), blocks = q.size(3), rows = q.size(4);
+  const int64_t size = q.size(5), key_blocks = k.size(2), columns = k.size(3);
+  const int64_t all = batch * groups * blocks * key_blocks;
   const auto integers = first.options();
-  const auto keys = k.reshape({all, columns, size}), values = v.reshape({all, columns, size});
-  const auto queries = q.unsqueeze(2).expand({batch, groups, blocks, share, rows, size}).reshape({all, share * rows, size});
-  Tensor scores = queries.bmm(keys.transpose(1, 2)).to(at::kFloat).view({batch, groups, blocks, share, rows, columns});
-  const Tensor places = at::arange(blocks * columns, integers).view({1, 1, blocks, 1, 1, columns});
-  const Tensor last = first.view({-1, 1, 1, 1, 1, 1}) + at::arange(rows, integers).view({rows, 1});
+  const auto flat = [&](const Tensor &x, int64_t dim, int64_t count, int64_t height) {
+    auto shape = x.unsqueeze(dim).sizes().vec();
+    shape[dim] = count;
+    return x.unsqueeze(dim).expand(shape).reshape({all, height, size});
+  };
+  const Tensor queries = flat(q.permute({0, 1, 3, 2, 4, 5}), 3, key_blocks, share * rows);
+  const Tensor keys = flat(k, 2, blocks, columns), values = flat(v, 2, blocks, columns);
+  Tensor scores =
+      queries.bmm(keys.transpose(1, 2)).to(at::kFloat).view({batch, groups, blocks, key_blocks, share, rows, columns});
+  const Tensor places = at::arange(key_blocks * columns, integers).view({key_blocks, 1, 1, columns});
+  const Tensor last = first.view({-1, 1, 1, 1, 1, 1, 1}) + at::arange(blocks * rows, integers).view({blocks, 1, 1, rows, 1});
   scores.mul_(scale).masked_fill_(places.gt(last), -std::numeric_limits<double>::infinity());
-  const Tensor weights = scores.sub_(scores.amax({2, 5}, true)).exp_();
-  const Tensor sums = weights.sum(5, true);
+  const Tensor weights = scores.sub_(scores.amax({3, 6}, true)).exp_();
+  const Tensor sums = weights.sum(6, true);
   const Tensor parts = weights.to(v.scalar_type()).view({all, share * rows, columns}).bmm(values).to(at::kFloat)
-                           .view({batch, groups, blocks, share, rows, size});
-  Tensor attended = parts.select(2, 0).clone(), sum = sums.select(2, 0).clone();
-  for (int64_t block = 1; block < blocks; ++block) {
-    attended.add_(parts.select(2, block));
-    sum.add_(sums.select(2, block));
+                           .view({batch, groups, blocks, key_blocks, share, rows, size});
+  Tensor attended = parts.select(3, 0).clone(), sum = sums.select(3, 0).clone();
+  for (int64_t block = 1; block < key_blocks; ++block) {
+    attended.add_(parts.select(3, block));
+    sum.add_(sums.select(3, block));
   }
-  return attended.div_(sum).to(q.scalar_type());
+  return attended.div_(sum).to(q.scalar_type()).permute({0, 1, 3, 2, 4, 5});
 }
 
 // q [B,H,T,d], row b from position first[b] on, over k, v [B,K,S,d] from position 0 on -> [B,H,T,d].
@@ -114,14 +124,16 @@ Tensor attention_by_blocks(const Tensor &q, const Tensor &k, const Tensor &v, co
     return padded(x, 2, key_blocks * shape.columns).unflatten(2, {key_blocks, shape.columns});
   };
   const Tensor keys = in_blocks(k), values = in_blocks(v);
-  Tensor out = at::empty({batch, groups, share, count * shape.rows, size}, q.options());
-  for (int64_t block = 0; block < count; ++block) {
-    const int64_t start = block * shape.rows;
-    const int64_t seen = std::min(key_blocks, blocks_of(largest + start + shape.rows, shape.columns));
-    out.narrow(3, start, shape.rows)
-        .copy_(attend_block(queries.select(3, block), keys.narrow(2, 0, seen), values.narrow(2, 0, seen), first + start, scale));
+  std::vector<Tensor> parts;
+  for (int64_t block = 0; block < count; block += CHUNK) {
+    const int64_t blocks = std::min(CHUNK, count - block), start = block * shape.rows;
+    const int64_t end = largest + start + blocks * shape.rows;
+    const int64_t seen = std::min(key_blocks, blocks_of(end, shape.columns));
+    parts.push_back(attend_blocks(queries.narrow(3, block, blocks), keys.narrow(2, 0, seen), values.narrow(2, 0, seen),
+                                  first + start, scale));
   }
-  return out.narrow(3, 0, length).reshape({batch, heads, length, size});
+  const Tensor out = parts.size() == 1 ? parts[0] : at::cat(parts, 3);
+  return out.reshape({batch, groups, share, count * shape.rows, size}).narrow(3, 0, length).reshape({batch, heads, length, size});
 }
 
 // Causal, from position 0 on.

@@ -6,12 +6,11 @@
 //! ordinary operators; they depend on the shape of the whole batch, as those do.
 
 use std::ffi::c_char;
-use std::ptr::{null, null_mut};
+use std::ptr::null;
 
 use tch::{Device, TchError, Tensor};
-use torch_sys::C_tensor;
 
-use crate::checked;
+use crate::{In, Out, new_tensor};
 
 /// Key tokens of one product of attention.
 const COLUMNS: i64 = 64;
@@ -25,9 +24,6 @@ fn linear_rows(device: Device) -> i64 {
 fn query_rows(device: Device) -> i64 {
     if device.is_cuda() { 16 } else { 8 }
 }
-
-type Out = *mut *mut C_tensor;
-type In = *const C_tensor;
 
 unsafe extern "C" {
     fn mempo_fixed_linear(out: Out, x: In, weight: In, bias: In, rows: i64) -> *const c_char;
@@ -77,15 +73,6 @@ pub fn fixed_attention_at(
 pub fn fixed_silu(x: &Tensor) -> Result<Tensor, TchError> {
     // SAFETY: as `new_tensor` asks.
     new_tensor(|out| unsafe { mempo_fixed_silu(out, x.as_ptr()) })
-}
-
-/// The tensor that `call` makes. `call` is to pass on pointers of live tensors only, and to set its argument to a new
-/// tensor's pointer, or give a message.
-fn new_tensor(call: impl FnOnce(Out) -> *const c_char) -> Result<Tensor, TchError> {
-    let mut out = null_mut();
-    checked(call(&raw mut out))?;
-    // SAFETY: without a message the pointer is that of a tensor that nobody else owns.
-    Ok(unsafe { Tensor::from_ptr(out) })
 }
 
 #[cfg(test)]

@@ -4,13 +4,19 @@
 #![expect(unsafe_code, reason = "calls C++ functions")]
 
 mod deterministic;
+mod packed;
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_void};
+use std::ptr::null_mut;
 
 use tch::{TchError, Tensor};
 use torch_sys::C_tensor;
 
 pub use deterministic::{fixed_attention, fixed_attention_at, fixed_linear, fixed_silu};
+pub use packed::PackedLinear;
+
+type Out = *mut *mut C_tensor;
+type In = *const C_tensor;
 
 unsafe extern "C" {
     fn mempo_fused_adamw(
@@ -26,6 +32,9 @@ unsafe extern "C" {
         weight_decay: f64,
         epsilon: f64,
     ) -> *const c_char;
+    fn mempo_varlen_attention(out: Out, q: In, k: In, v: In, offsets: In, longest: i64) -> *const c_char;
+    fn mempo_inference_mode() -> *mut c_void;
+    fn mempo_end_inference_mode(mode: *mut c_void);
     fn mempo_keep_freed_memory();
 }
 
@@ -84,6 +93,52 @@ fn checked(message: *const c_char) -> Result<(), TchError> {
     // SAFETY: a message is a C string of this thread that nothing else has touched since the call.
     let message = unsafe { CStr::from_ptr(message) };
     Err(TchError::Torch(message.to_string_lossy().into_owned()))
+}
+
+/// The tensor that `call` makes. `call` is to pass on pointers of live tensors only, and to set its argument to a new
+/// tensor's pointer, or give a message.
+fn new_tensor(call: impl FnOnce(Out) -> *const c_char) -> Result<Tensor, TchError> {
+    let mut out = null_mut();
+    checked(call(&raw mut out))?;
+    // SAFETY: without a message the pointer is that of a tensor that nobody else owns.
+    Ok(unsafe { Tensor::from_ptr(out) })
+}
+
+/// libtorch's flash attention (Dao 2023) over sequences that lie end to end, from `offsets[i]` to `offsets[i+1]` (int32) and
+/// none longer than `longest`: `q [N,H,d]`, `k`, `v [N,K,d]`, causal within each -> `[N,H,d]`, differentiable. On a GPU, in
+/// bf16 or half precision; an error elsewhere.
+pub fn varlen_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    offsets: &Tensor,
+    longest: i64,
+) -> Result<Tensor, TchError> {
+    let [q, k, v, offsets] = [q, k, v, offsets].map(Tensor::as_ptr);
+    // SAFETY: as `new_tensor` asks.
+    new_tensor(|out| unsafe { mempo_varlen_attention(out, q, k, v, offsets, longest) })
+}
+
+/// While it lives, this thread computes without gradients and without what libtorch does to make them possible later:
+/// tensors made meanwhile can never take part in any. Calls of small operations take a quarter less time.
+pub struct InferenceMode {
+    mode: *mut c_void,
+}
+
+impl InferenceMode {
+    /// Begins it. Guards end in the opposite order.
+    #[expect(clippy::new_without_default, reason = "a guard is begun on purpose")]
+    pub fn new() -> Self {
+        // SAFETY: makes an object that ends in `drop`, on the same thread because a pointer is not `Send`.
+        Self { mode: unsafe { mempo_inference_mode() } }
+    }
+}
+
+impl Drop for InferenceMode {
+    fn drop(&mut self) {
+        // SAFETY: the pointer is that of `new`, freed once.
+        unsafe { mempo_end_inference_mode(self.mode) }
+    }
 }
 
 /// Lets the C library keep memory that is freed instead of giving it back to the system: libtorch on the CPU allocates

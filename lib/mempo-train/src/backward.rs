@@ -6,7 +6,7 @@ use mempo_model::{Model, Pieces};
 use tch::{Kind, Tensor, no_grad_guard};
 
 use crate::Error;
-use crate::batch::{MicroBatch, Sequence, micro_batches};
+use crate::batch::{Arrangement, MicroBatch, Sequence};
 use crate::flat::Layout;
 use crate::head::{Chunk, Head};
 
@@ -20,6 +20,8 @@ pub(crate) struct Backward<'a> {
     pub(crate) gradient: &'a Tensor,
     /// Position of the head's weight among the parameters.
     pub(crate) head_slot: usize,
+    /// How sequences lie in a micro-batch.
+    pub(crate) arrangement: Arrangement,
     /// What a micro-batch costs beside its tokens, in tokens.
     pub(crate) overhead: usize,
     /// Whether to keep only the layers' inputs.
@@ -48,8 +50,8 @@ impl Backward<'_> {
         let lengths: Vec<usize> = sequences.iter().map(Sequence::input_length).collect();
         // A gradient that is to be the same for any cut is that of the one cut there always is: into single sequences.
         let budget = if self.model.runtime().deterministic { 0 } else { pass.tokens_per_micro_batch };
-        for members in micro_batches(&lengths, budget, self.overhead) {
-            let batch = MicroBatch::new(sequences, &members, self.gradient.device());
+        for members in self.arrangement.micro_batches(&lengths, budget, self.overhead) {
+            let batch = MicroBatch::new(sequences, &members, self.arrangement, self.gradient.device());
             self.run_micro_batch(&batch, pass, loss)?;
         }
         Ok(())
@@ -156,7 +158,7 @@ fn layer_inputs(pieces: &Pieces, layers: usize) -> (Vec<Tensor>, Tensor) {
 
 /// Hidden states `[R, D]` at the positions that predict the targets.
 pub(crate) fn target_hidden(model: &Model, batch: &MicroBatch) -> Tensor {
-    at_targets(&model.hidden(&batch.ids_bt), batch)
+    at_targets(&model.pieces(&batch.ids_bt).whole(), batch)
 }
 
 fn at_targets(hidden_btd: &Tensor, batch: &MicroBatch) -> Tensor {

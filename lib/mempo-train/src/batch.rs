@@ -2,6 +2,7 @@
 //!
 //! Shapes: `B` sequences, `T` tokens (padded), `R` target rows of the micro-batch, `K` columns a target.
 
+use mempo_model::{Packed, Rows};
 use tch::{Device, Tensor};
 
 /// A sequence with the positions to learn.
@@ -21,6 +22,31 @@ impl Sequence {
     }
 }
 
+/// How the sequences of a micro-batch lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Arrangement {
+    /// A row each, padded to the longest: for the CPU, where a kernel over rows of one length is fastest.
+    Padded,
+    /// End to end: for a GPU, whose attention takes sequences of any lengths.
+    Packed,
+}
+
+impl Arrangement {
+    pub(crate) fn of(device: Device) -> Self {
+        if device.is_cuda() { Self::Packed } else { Self::Padded }
+    }
+
+    /// Cuts sequences of these `lengths` into micro-batches of at most `budget` tokens, padding included, longest first.
+    /// Positions into `lengths`; each occurs once. A sequence longer than the budget runs alone; one of length 0 not at
+    /// all. `overhead` is what a micro-batch costs beside its tokens, in tokens.
+    pub(crate) fn micro_batches(self, lengths: &[usize], budget: usize, overhead: usize) -> Vec<Vec<usize>> {
+        match self {
+            Self::Padded => padded_micro_batches(lengths, budget, overhead),
+            Self::Packed => packed_micro_batches(lengths, budget),
+        }
+    }
+}
+
 /// What a micro-batch costs beside its tokens, in tokens: adding to the gradient (20), and the hundreds of small operations
 /// that take about 10 ms however few tokens there are, at the speed that models of this size reach.
 pub(crate) fn micro_batch_overhead(parameters: u64, device: Device) -> usize {
@@ -28,12 +54,9 @@ pub(crate) fn micro_batch_overhead(parameters: u64, device: Device) -> usize {
     20 + (tokens_times_parameters / parameters.max(1)) as usize
 }
 
-/// Cuts sequences of these `lengths` into micro-batches of at most `budget` padded tokens (longest × count),
-/// longest first, so that the padded tokens are fewest when each micro-batch counts as `overhead` tokens more. Positions
-/// into `lengths`; each occurs once. A sequence longer than the budget runs alone; one of length 0 not at all.
-pub(crate) fn micro_batches(lengths: &[usize], budget: usize, overhead: usize) -> Vec<Vec<usize>> {
-    let mut order: Vec<usize> = (0..lengths.len()).filter(|&index| lengths[index] > 0).collect();
-    order.sort_by_key(|&index| (std::cmp::Reverse(lengths[index]), index));
+/// So that the padded tokens (longest × count) are fewest when each micro-batch counts as `overhead` tokens more.
+fn padded_micro_batches(lengths: &[usize], budget: usize, overhead: usize) -> Vec<Vec<usize>> {
+    let order = longest_first(lengths);
     // What the first `end` sequences cost at least, and where their last micro-batch begins.
     let mut best = vec![(0, 0)];
     for end in 1..=order.len() {
@@ -54,10 +77,32 @@ pub(crate) fn micro_batches(lengths: &[usize], budget: usize, overhead: usize) -
     batches
 }
 
+/// Each sequence in the fullest micro-batch that has room for it (best fit decreasing).
+fn packed_micro_batches(lengths: &[usize], budget: usize) -> Vec<Vec<usize>> {
+    let mut batches: Vec<(usize, Vec<usize>)> = Vec::new();
+    for index in longest_first(lengths) {
+        let fits = |tokens: usize| tokens + lengths[index] <= budget;
+        match batches.iter_mut().filter(|(tokens, _)| fits(*tokens)).max_by_key(|(tokens, _)| *tokens) {
+            Some((tokens, members)) => {
+                *tokens += lengths[index];
+                members.push(index);
+            }
+            None => batches.push((lengths[index], vec![index])),
+        }
+    }
+    batches.into_iter().map(|(_, members)| members).collect()
+}
+
+fn longest_first(lengths: &[usize]) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..lengths.len()).filter(|&index| lengths[index] > 0).collect();
+    order.sort_by_key(|&index| (std::cmp::Reverse(lengths[index]), index));
+    order
+}
+
 /// The tensors of one micro-batch.
 pub(crate) struct MicroBatch {
-    /// `[B, T]` int64, padded on the right with id 0.
-    pub(crate) ids_bt: Tensor,
+    /// The ids of `[B, T]`, padded on the right with id 0, or of all sequences end to end, `[1, T]`.
+    pub(crate) ids_bt: Rows,
     /// `[R]` int64: rows of the flattened `[B·T, D]` hidden states that predict the targets.
     pub(crate) rows_r: Tensor,
     /// `[R]` int64: the ids to predict.
@@ -68,28 +113,39 @@ pub(crate) struct MicroBatch {
 
 impl MicroBatch {
     /// Lays out the sequences at `members`, in that order; at least one of them has a target.
-    pub(crate) fn new(sequences: &[Sequence], members: &[usize], device: Device) -> Self {
-        let width = members.iter().map(|&member| sequences[member].input_length()).max().unwrap_or(0);
-        let mut ids = vec![0_i64; members.len() * width];
+    pub(crate) fn new(sequences: &[Sequence], members: &[usize], arrangement: Arrangement, device: Device) -> Self {
+        let inputs: Vec<&[i32]> =
+            members.iter().map(|&member| &sequences[member].ids[..sequences[member].input_length()]).collect();
+        let width = inputs.iter().map(|input| input.len()).max().unwrap_or(0);
         let (mut rows, mut targets, mut columns) = (Vec::new(), Vec::new(), Vec::new());
-        for (line, &member) in members.iter().enumerate() {
+        let mut start = 0;
+        for (&member, input) in members.iter().zip(&inputs) {
             let sequence = &sequences[member];
-            let input = &sequence.ids[..sequence.input_length()];
-            for (place, &id) in ids[line * width..].iter_mut().zip(input) {
-                *place = i64::from(id);
-            }
-            rows.extend(sequence.targets.iter().map(|&target| (line * width + target - 1) as i64));
+            rows.extend(sequence.targets.iter().map(|&target| (start + target - 1) as i64));
             targets.extend(sequence.targets.iter().map(|&target| i64::from(sequence.ids[target])));
             columns.extend_from_slice(&sequence.columns);
+            start += if arrangement == Arrangement::Padded { width } else { input.len() };
         }
         let count = rows.len() as i64;
         Self {
-            ids_bt: Tensor::from_slice(&ids).view([members.len() as i64, width as i64]).to_device(device),
+            ids_bt: match arrangement {
+                Arrangement::Padded => Rows::Padded(padded(&inputs, width).to_device(device)),
+                Arrangement::Packed => Rows::Packed(Packed::new(&inputs, device)),
+            },
             rows_r: Tensor::from_slice(&rows).to_device(device),
             targets_r: Tensor::from_slice(&targets).to_device(device),
             columns_rk: Tensor::from_slice(&columns).view([count, columns.len() as i64 / count]).to_device(device),
         }
     }
+}
+
+/// `[B, T]`, int64.
+fn padded(rows: &[&[i32]], width: usize) -> Tensor {
+    let mut ids = vec![0_i64; rows.len() * width];
+    for (line, row) in ids.chunks_mut(width).zip(rows) {
+        line.iter_mut().zip(row.iter()).for_each(|(place, &id)| *place = i64::from(id));
+    }
+    Tensor::from_slice(&ids).view([rows.len() as i64, width as i64])
 }
 
 #[cfg(test)]
@@ -98,15 +154,15 @@ mod tests {
 
     #[test]
     fn micro_batches_keep_the_budget_and_every_sequence() {
-        assert_eq!(micro_batches(&[3, 9, 1, 9, 4, 0], 10, 100), [vec![1], vec![3], vec![4, 0], vec![2]]);
-        assert_eq!(micro_batches(&[50, 2, 2], 10, 1), [vec![0], vec![1, 2]]);
-        assert!(micro_batches(&[0, 0], 10, 1).is_empty());
+        assert_eq!(padded_micro_batches(&[3, 9, 1, 9, 4, 0], 10, 100), [vec![1], vec![3], vec![4, 0], vec![2]]);
+        assert_eq!(padded_micro_batches(&[50, 2, 2], 10, 1), [vec![0], vec![1, 2]]);
+        assert!(padded_micro_batches(&[0, 0], 10, 1).is_empty());
         // Padding 2 tokens is worth less than a micro-batch of 3, and more than one of 1.
-        assert_eq!(micro_batches(&[5, 3], 10, 3), [vec![0, 1]]);
-        assert_eq!(micro_batches(&[5, 3], 10, 1), [vec![0], vec![1]]);
+        assert_eq!(padded_micro_batches(&[5, 3], 10, 3), [vec![0, 1]]);
+        assert_eq!(padded_micro_batches(&[5, 3], 10, 1), [vec![0], vec![1]]);
         let lengths: Vec<usize> = (0..200).map(|index| index * 7919 % 97 + 1).collect();
         for budget in [97, 200, 1000, 100_000] {
-            let batches = micro_batches(&lengths, budget, 50);
+            let batches = padded_micro_batches(&lengths, budget, 50);
             let mut seen: Vec<usize> = batches.concat();
             seen.sort_unstable();
             assert_eq!(seen, (0..200).collect::<Vec<_>>());
@@ -115,6 +171,11 @@ mod tests {
                 assert!(longest * batch.len() <= budget);
             }
         }
+    }
+
+    #[test]
+    fn packed_micro_batches_fill_the_budget() {
+        assert_eq!(packed_micro_batches(&[3, 9, 1, 0, 6, 30, 7], 10), [vec![5], vec![1, 2], vec![6, 0], vec![4]]);
     }
 
     /// Against every way to cut ten sequences.
@@ -137,7 +198,7 @@ mod tests {
                 }
                 batches.iter().all(|batch| batch.len() * batch[0] <= budget).then(|| cost(&batches))
             });
-            let found = micro_batches(&lengths, budget, overhead);
+            let found = padded_micro_batches(&lengths, budget, overhead);
             let found: Vec<Vec<usize>> =
                 found.iter().map(|batch| batch.iter().map(|&index| lengths[index]).collect()).collect();
             assert_eq!(cost(&found), every.min().unwrap(), "{budget} {overhead}");
@@ -150,10 +211,13 @@ mod tests {
             Sequence { ids: vec![5, 6, 7], targets: vec![2], columns: vec![0.5] },
             Sequence { ids: vec![1, 2, 3, 4, 9], targets: vec![1, 3], columns: vec![0.1, 0.2] },
         ];
-        let batch = MicroBatch::new(&sequences, &[1, 0], Device::Cpu);
-        assert_eq!(Vec::<Vec<i64>>::try_from(&batch.ids_bt).unwrap(), [[1, 2, 3], [5, 6, 0]]);
+        let batch = MicroBatch::new(&sequences, &[1, 0], Arrangement::Padded, Device::Cpu);
+        let Rows::Padded(ids) = &batch.ids_bt else { panic!("padded") };
+        assert_eq!(Vec::<Vec<i64>>::try_from(ids).unwrap(), [[1, 2, 3], [5, 6, 0]]);
         assert_eq!(Vec::<i64>::try_from(&batch.rows_r).unwrap(), [0, 2, 4]);
         assert_eq!(Vec::<i64>::try_from(&batch.targets_r).unwrap(), [2, 4, 7]);
         assert_eq!(batch.columns_rk.size(), [3, 1]);
+        let packed = MicroBatch::new(&sequences, &[1, 0], Arrangement::Packed, Device::Cpu);
+        assert_eq!(Vec::<i64>::try_from(&packed.rows_r).unwrap(), [0, 2, 4]);
     }
 }

@@ -58,6 +58,12 @@ pub enum Error {
     /// libtorch refused an operation.
     #[error("libtorch: {0}")]
     Torch(#[from] tch::TchError),
+    /// Memory did not suffice for a micro-batch of one sequence.
+    #[error(
+        "out of memory with a micro-batch of one sequence: use --recompute, --optimizer-dtype bf16, or shorter \
+         sequences ({0})"
+    )]
+    Memory(String),
     /// The model could not be saved.
     #[error(transparent)]
     Model(#[from] mempo_model::Error),

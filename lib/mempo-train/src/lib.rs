@@ -20,6 +20,7 @@ mod budget;
 mod error;
 mod flat;
 mod head;
+mod memory;
 mod options;
 mod policy;
 mod state;

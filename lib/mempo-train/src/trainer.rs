@@ -8,9 +8,10 @@ use tch::{Kind, Tensor, no_grad_guard};
 
 use crate::adamw::AdamW;
 use crate::backward::{Backward, Pass, target_hidden};
-use crate::batch::{MicroBatch, Sequence, micro_batch_overhead, micro_batches};
+use crate::batch::{Arrangement, MicroBatch, Sequence, micro_batch_overhead};
 use crate::flat::Layout;
 use crate::head::Head;
+use crate::memory::Room;
 use crate::policy::{PolicyStats, PolicySums, PolicyTrajectory, check_ids, weighted_sequences};
 use crate::state::{self, Counters};
 use crate::{Error, OptimizerOptions, PolicyOptions};
@@ -50,8 +51,11 @@ pub struct Trainer {
     model: Model,
     layout: Layout,
     head_slot: usize,
+    arrangement: Arrangement,
     /// What a micro-batch costs beside its tokens, in tokens.
     overhead: usize,
+    /// Tokens of a micro-batch that memory was found to hold.
+    room: Room,
     /// All of the model's parameters, flat, in the compute type.
     weights: Tensor,
     optimizer: AdamW,
@@ -80,7 +84,20 @@ impl Trainer {
             .or_else(|| head("model.embed_tokens.weight"))
             .expect("every model has input embeddings, which are its head if it has no other");
         let overhead = micro_batch_overhead(model.config().parameter_count(), device);
-        Ok(Self { model, layout, head_slot, overhead, weights, optimizer, options: options.clone(), counters })
+        let arrangement = Arrangement::of(device);
+        let room = Room::default();
+        Ok(Self {
+            model,
+            layout,
+            head_slot,
+            arrangement,
+            overhead,
+            room,
+            weights,
+            optimizer,
+            options: options.clone(),
+            counters,
+        })
     }
 
     /// The model as trained so far.
@@ -107,12 +124,15 @@ impl Trainer {
         tokens_per_micro_batch: usize,
     ) -> Result<StepStats, Error> {
         let (prepared, target_tokens) = self.supervised(sequences)?;
-        let mut loss = 0.0;
-        let pass = Pass { temperature: 1.0, tokens_per_micro_batch, entropy: false };
-        self.backward().run(&prepared, &pass, &mut |chunk, columns_ck| {
-            let weight_c = columns_ck.select(1, 0);
-            loss -= (&weight_c * &chunk.logprobs_c).sum(Kind::Double).double_value(&[]);
-            -weight_c
+        let loss = self.accumulate(&prepared, tokens_per_micro_batch, |tokens_per_micro_batch| {
+            let mut loss = 0.0;
+            let pass = Pass { temperature: 1.0, tokens_per_micro_batch, entropy: false };
+            self.backward().run(&prepared, &pass, &mut |chunk, columns_ck| {
+                let weight_c = columns_ck.select(1, 0);
+                loss -= (&weight_c * &chunk.logprobs_c).sum(Kind::Double).double_value(&[]);
+                -weight_c
+            })?;
+            Ok(loss)
         })?;
         let gradient_norm = self.update(learning_rate)?;
         let tokens = sequences.iter().map(|sequence| sequence.ids.len() as u64).sum();
@@ -124,15 +144,18 @@ impl Trainer {
         let _no_grad = no_grad_guard();
         let (prepared, _) = self.supervised(sequences)?;
         let lengths: Vec<usize> = prepared.iter().map(Sequence::input_length).collect();
+        let shortest = lengths.iter().copied().min().unwrap_or(0);
         let (weight_vd, runtime) = (self.model.head_weight(), self.model.runtime());
         let head = Head { weight_vd, runtime, temperature: 1.0, entropy: false };
-        let mut loss = 0.0;
-        for members in micro_batches(&lengths, tokens_per_micro_batch, self.overhead) {
-            let batch = MicroBatch::new(&prepared, &members, self.weights.device());
-            let logprobs_r = head.logprobs(&target_hidden(&self.model, &batch), &batch.targets_r);
-            loss -= (batch.columns_rk.select(1, 0) * logprobs_r).sum(Kind::Double).double_value(&[]);
-        }
-        Ok(loss)
+        self.room.fit(tokens_per_micro_batch, shortest, |tokens| {
+            let mut loss = 0.0;
+            for members in self.arrangement.micro_batches(&lengths, tokens, self.overhead) {
+                let batch = MicroBatch::new(&prepared, &members, self.arrangement, self.weights.device());
+                let logprobs_r = head.logprobs(&target_hidden(&self.model, &batch), &batch.targets_r);
+                loss -= (batch.columns_rk.select(1, 0) * logprobs_r).sum(Kind::Double).double_value(&[]);
+            }
+            Ok(loss)
+        })
     }
 
     /// One optimizer step on whole trajectories. Log-probabilities are taken at `temperature`, that of
@@ -173,10 +196,28 @@ impl Trainer {
         options.check()?;
         let sequences = weighted_sequences(trajectories, options, self.vocabulary())?;
         let steps = || trajectories.iter().flat_map(|trajectory| &trajectory.steps);
-        let mut sums = PolicySums::new(steps().all(|step| step.reference_logprobs.is_some()));
-        let pass = Pass { temperature, tokens_per_micro_batch, entropy: true };
-        self.backward().run(&sequences, &pass, &mut |chunk, columns_ck| sums.add(chunk, columns_ck, options))?;
-        Ok(sums)
+        let with_reference = steps().all(|step| step.reference_logprobs.is_some());
+        self.accumulate(&sequences, tokens_per_micro_batch, |tokens_per_micro_batch| {
+            let mut sums = PolicySums::new(with_reference);
+            let pass = Pass { temperature, tokens_per_micro_batch, entropy: true };
+            self.backward().run(&sequences, &pass, &mut |chunk, columns_ck| sums.add(chunk, columns_ck, options))?;
+            Ok(sums)
+        })
+    }
+
+    /// What `run` gives for micro-batches of at most so many tokens, the gradient accumulated; where memory does not
+    /// suffice, from the start with half as many.
+    fn accumulate<T>(
+        &self,
+        sequences: &[Sequence],
+        tokens_per_micro_batch: usize,
+        mut run: impl FnMut(usize) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        let shortest = sequences.iter().map(Sequence::input_length).min().unwrap_or(0);
+        self.room.fit(tokens_per_micro_batch, shortest, |tokens| {
+            let _ = self.optimizer.gradient.shallow_clone().zero_();
+            run(tokens)
+        })
     }
 
     fn backward(&self) -> Backward<'_> {
@@ -185,6 +226,7 @@ impl Trainer {
             layout: &self.layout,
             gradient: &self.optimizer.gradient,
             head_slot: self.head_slot,
+            arrangement: self.arrangement,
             overhead: self.overhead,
             recompute: self.options.recompute,
         }
