@@ -32,7 +32,7 @@ impl Inputs {
             // It holds the digests of the other files of the state.
             trainer: carried.then(|| Input::files("trainer", &[state])).transpose()?,
         };
-        inputs.check()?;
+        inputs.check(arguments)?;
         Ok(inputs)
     }
 
@@ -41,20 +41,48 @@ impl Inputs {
         required.into_iter().chain(&self.logprobs).chain(&self.trainer).collect()
     }
 
-    /// Refuses tables made from other rollouts; warns of log-probs of another checkpoint.
-    fn check(&self) -> anyhow::Result<()> {
+    /// Refuses tables made from other rollouts; and, unless asked for, rollouts of another checkpoint or of a cut
+    /// distribution, whose log-probabilities are not those that were sampled from.
+    fn check(&self, arguments: &TrainArguments) -> anyhow::Result<()> {
         for input in std::iter::once(&self.advantages).chain(&self.logprobs) {
             if recorded(input, "rollouts").is_some_and(|digest| digest != self.rollouts.digest()) {
                 let (dir, rollouts) = (input.dir().display(), self.rollouts.dir().display());
                 return Err(anyhow!("{dir}: made from other rollouts than {rollouts}; make it again")).bad_input();
             }
         }
-        let source = self.logprobs.as_ref().unwrap_or(&self.rollouts);
-        if recorded(source, "model").is_some_and(|digest| digest != self.model.digest()) {
-            let (dir, model) = (source.dir().display(), self.model.dir().display());
+        let (rollouts, model) = (self.rollouts.dir().display(), self.model.dir().display());
+        if !arguments.off_policy
+            && recorded(&self.rollouts, "model").is_some_and(|digest| digest != self.model.digest())
+        {
+            return Err(anyhow!(
+                "{rollouts}: sampled from another checkpoint than {model}; give that one, or --off-policy (best with \
+                 --logprobs of {model} and --importance-cap 2)"
+            ))
+            .bad_input();
+        }
+        let top_p = self.rollouts.manifest().and_then(|manifest| manifest.arguments.get("top_p")?.as_f64());
+        if !arguments.allow_cut_sampling && top_p.is_some_and(|top_p| top_p < 1.0) {
+            return Err(anyhow!(
+                "{rollouts}: sampled with --top-p {}: the log-probabilities are those of the whole distribution, so ratios \
+                 would be wrong; sample with --top-p 1, or give --allow-cut-sampling",
+                top_p.unwrap_or_default(),
+            ))
+            .bad_input();
+        }
+        let scored_by = self.logprobs.as_ref().and_then(|input| Some((input, recorded(input, "model")?)));
+        if let Some((input, digest)) = scored_by
+            && digest != self.model.digest()
+        {
+            let dir = input.dir().display();
             warn!("the log-probs in {dir} are those of another checkpoint than {model}: ratios will not start at 1");
         }
         Ok(())
+    }
+
+    /// Whether the reference policy is the model itself, so that the divergence from it starts at 0.
+    pub(crate) fn is_own_reference(&self) -> bool {
+        let reference = self.logprobs.as_ref().and_then(|input| recorded(input, "reference"));
+        reference == Some(self.model.digest())
     }
 
     pub(crate) fn source(&self, arguments: &TrainArguments) -> anyhow::Result<Source> {

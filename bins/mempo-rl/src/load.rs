@@ -112,11 +112,12 @@ fn sequence(
     vocabulary_size: i32,
 ) -> anyhow::Result<PolicySequence> {
     let tokens = step.completion_ids.len();
-    let (old_name, old_logprobs, reference_logprobs) = match logprobs {
-        Some(row) => ("policy_logprobs", row.policy_logprobs, row.reference_logprobs),
-        None => ("sampling_logprobs", step.sampling_logprobs, None),
+    check_values("sampling_logprobs", &step.sampling_logprobs, tokens)?;
+    let (old_logprobs, reference_logprobs) = match logprobs {
+        Some(row) => (row.policy_logprobs, row.reference_logprobs),
+        None => (step.sampling_logprobs.clone(), None),
     };
-    check_values(old_name, &old_logprobs, tokens)?;
+    check_values("policy_logprobs", &old_logprobs, tokens)?;
     if let Some(values) = &reference_logprobs {
         check_values("reference_logprobs", values, tokens)?;
     }
@@ -133,6 +134,7 @@ fn sequence(
         completion_ids: step.completion_ids,
         old_logprobs,
         reference_logprobs,
+        sampling_logprobs: Some(step.sampling_logprobs),
         loss_weight: weight,
     })
 }

@@ -64,6 +64,17 @@ pub(crate) struct TrainArguments {
     /// Start with new optimizer state, whatever is in MODEL/trainer
     #[arg(long)]
     pub(crate) fresh_optimizer: bool,
+    /// Learn from rollouts of another checkpoint than MODEL
+    #[arg(long)]
+    pub(crate) off_policy: bool,
+    /// Learn from rollouts sampled with --top-p below 1
+    #[arg(long)]
+    pub(crate) allow_cut_sampling: bool,
+    /// Before the first optimizer step, require that the ratio to the old policy is 1 (and the divergence from the reference
+    /// 0 if it is the model itself) to this mean difference; best with --deterministic
+    #[arg(long, value_name = "TOLERANCE", num_args = 0..=1, default_missing_value = "1e-6")]
+    #[serde(skip)]
+    check_identity: Option<f64>,
     /// Optimizer steps between two saved states
     #[arg(long, default_value_t = 10, value_name = "N", value_parser = at_least_one)]
     #[serde(skip)]
@@ -130,6 +141,8 @@ struct Training<'a> {
     trainer: Trainer,
     metrics: MetricsFile,
     temperature: f64,
+    /// Whether the reference policy is the model that is trained.
+    own_reference: bool,
     /// Optimizer steps of the state under `resume`.
     saved: usize,
 }
@@ -154,7 +167,8 @@ impl<'a> Training<'a> {
         }
         let trainer = Trainer::new(model, &arguments.optimizer, continued).bad_input()?;
         let metrics = MetricsFile::open(stage.dir(), saved as u64)?;
-        Ok(Self { arguments, stage, trainer, metrics, temperature: temperature(&inputs.rollouts)?, saved })
+        let (temperature, own_reference) = (temperature(&inputs.rollouts)?, inputs.is_own_reference());
+        Ok(Self { arguments, stage, trainer, metrics, temperature, own_reference, saved })
     }
 
     /// Takes the steps of the plan that are not done yet.
@@ -169,6 +183,9 @@ impl<'a> Training<'a> {
             for step in steps {
                 self.stop_if_interrupted(done)?;
                 let content: Vec<PolicyTrajectory> = loaded.by_ref().take(step.members.len()).collect();
+                if done == 0 {
+                    self.check_identity(&content)?;
+                }
                 let learning_rate = learning_rate_at(&self.arguments.optimizer, done as u64, plan.len() as u64);
                 let stats = self.step(done, &content, learning_rate)?;
                 done += 1;
@@ -190,6 +207,28 @@ impl<'a> Training<'a> {
             }
         }
         Ok(())
+    }
+
+    /// The first update must begin where sampling ended: else tokenizer, template, temperature or numbers differ.
+    fn check_identity(&self, content: &[PolicyTrajectory]) -> anyhow::Result<()> {
+        let Some(tolerance) = self.arguments.check_identity else { return Ok(()) };
+        let (options, budget) = (&self.arguments.policy, self.arguments.tokens_per_micro_batch);
+        let stats = self.trainer.policy_stats(content, options, self.temperature, budget)?;
+        info!(
+            "identity: ratio {} on average, at most {}, divergence {:?}",
+            stats.ratio_mean, stats.ratio_max, stats.kl
+        );
+        let kl = if self.own_reference { stats.kl.unwrap_or(0.0) } else { 0.0 };
+        if (stats.ratio_mean - 1.0).abs() <= tolerance && kl.abs() <= tolerance {
+            return Ok(());
+        }
+        let (ratio, most) = (stats.ratio_mean, stats.ratio_max);
+        Err(anyhow!(
+            "--check-identity: before any update the ratio is {ratio} on average (at most {most}) and the divergence from the \
+             model itself {kl}, expected 1 and 0 to {tolerance}: give log-probs of this model in this --dtype, or \
+             --deterministic to all stages"
+        ))
+        .quality()
     }
 
     /// The optimizer step after `done` others.

@@ -1,15 +1,18 @@
 //! `mempo-score advantages`: from rewards to what the update needs of every step.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::PathBuf;
 
 use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use mempo_data::{Advantage, Key, write_rows};
 use mempo_run::{Input, ResultExt, Stage, StageArgs};
+use mempo_text::Tokenizer;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::explain::Explained;
 use crate::normalise::{GroupAdvantages, GroupState, NormaliseOptions, Rewarded, group_advantages};
 use crate::query::Session;
 use crate::rollouts::Rollouts;
@@ -18,14 +21,37 @@ use crate::sums::Sums;
 /// Consecutive tasks whose rows make one part.
 const TASKS_PER_PART: usize = 1024;
 
-/// Which advantages are computed.
+/// What becomes of tasks whose trajectories all earned the same.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
-enum Estimator {
-    /// Trajectory and memory advantages (MemPO, arXiv 2603.00680).
-    Mempo,
-    /// Trajectory advantages alone.
-    Grpo,
+enum Degenerate {
+    /// They stay: their tokens count in the loss's denominator.
+    Keep,
+    /// They are left out (loss weight 0).
+    Drop,
+    /// They are left out only if no memory has an advantage either (DAPO's filter, arXiv 2503.14476, without losing what
+    /// memories teach).
+    DropWithoutMemory,
+}
+
+/// What becomes of trajectories without a reward: something other than the policy failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum NullRewards {
+    /// They have no rows and count in no group.
+    LeaveOut,
+    /// They count as reward 0.
+    Zero,
+}
+
+/// Which tokens of a memory get its advantage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+enum Credit {
+    /// All of `<mem>...</mem>`.
+    Tags,
+    /// Those between the tags; a token that reaches into a tag is not one of them.
+    Inside,
 }
 
 /// Turn rewards and scores into advantages (table `advantages`)
@@ -35,16 +61,26 @@ pub(crate) struct AdvantagesArguments {
     #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     rollouts: PathBuf,
-    /// Directory of a finished `mempo-score segments` of the same rollout; unused with `--estimator grpo`
+    /// Directory of a finished `mempo-score segments` of the same rollout; needed with `--estimator mempo` alone
     #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     scores: Option<PathBuf>,
-    /// Advantages to compute: trajectory and memory, or trajectory alone
-    #[arg(long, value_enum, default_value = "mempo")]
-    estimator: Estimator,
     #[command(flatten)]
     #[serde(flatten)]
     normalise: NormaliseOptions,
+    /// Tasks whose trajectories all earned the same
+    #[arg(long, value_enum, default_value = "keep")]
+    degenerate: Degenerate,
+    /// Trajectories without a reward
+    #[arg(long, value_enum, default_value = "leave-out")]
+    null_rewards: NullRewards,
+    /// Tokens of a memory that get its advantage
+    #[arg(long, value_enum, default_value = "tags")]
+    credit: Credit,
+    /// Directory with the rollout's tokenizer; needed with `--credit inside`
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
+    tokenizer: Option<PathBuf>,
     /// Memory for joining and sorting tables, in MiB; more is spilled to disk
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(16..))]
     #[serde(skip)]
@@ -57,31 +93,33 @@ pub(crate) struct AdvantagesArguments {
 /// Joins trajectories, steps and scores by key, computes advantages task by task, writes `advantages`.
 pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
     let rollouts = Rollouts::open(&arguments.rollouts)?;
-    let scores = match (arguments.estimator, &arguments.scores) {
-        (Estimator::Grpo, _) => None,
-        (Estimator::Mempo, Some(path)) => Some(Input::stage("scores", path)?),
-        (Estimator::Mempo, None) => {
+    let scores = match (arguments.normalise.estimator.pays_memories(), &arguments.scores) {
+        (false, _) => None,
+        (true, Some(path)) => Some(Input::stage("scores", path)?),
+        (true, None) => {
             return Err(anyhow!("--estimator mempo needs --scores DIR, the output of `mempo-score segments`")).usage();
         }
     };
+    let tokenizer = arguments.inside_of()?;
     scores.as_ref().map_or(Ok(()), |scores| check_lineage(scores, &rollouts.input)).bad_input()?;
     let inputs: Vec<&Input> = std::iter::once(&rollouts.input).chain(&scores).collect();
     let Some(stage) = Stage::open("mempo-score", "advantages", &arguments.stage, arguments, &inputs)? else {
         return Ok(());
     };
     let session = Session::new((arguments.memory_limit_mib as usize) << 20)?;
-    let mut rows = joined_rows(&session, &rollouts, scores.as_ref())?.peekable();
+    let mut rows = joined_rows(&session, &rollouts, scores.as_ref(), tokenizer.is_some())?.peekable();
     let task_count = rollouts.count_tasks()?;
     let parts = stage.shard_range(task_count.div_ceil(TASKS_PER_PART));
     let progress = stage.progress("advantages", (parts.len() * TASKS_PER_PART).min(task_count) as u64, "tasks");
-    let (mut sums, mut written) = (Sums::default(), 0);
+    let mut estimation = Estimation { arguments, tokenizer, sums: Sums::default(), explained: Explained::default() };
+    let mut written = 0;
     for part in 0..parts.end {
         let mut advantages = Vec::new();
         for _ in 0..TASKS_PER_PART.min(task_count - part * TASKS_PER_PART) {
             stage.check_interrupt()?;
             let task = next_task(&mut rows)?;
             if parts.contains(&part) {
-                advantages.extend(task_advantages(&task, &arguments.normalise, scores.is_some(), &mut sums)?);
+                advantages.extend(estimation.task(&task)?);
                 progress.inc(1);
             }
         }
@@ -90,7 +128,7 @@ pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
             stage.write_part("advantages", part, |file| Ok(write_rows(&advantages, file).map(drop)?))?;
         }
     }
-    let summary = summary(&sums);
+    let summary = estimation.summary();
     tracing::info!("{summary}");
     stage.finish(&[("advantages", written)], summary)
 }
@@ -118,6 +156,10 @@ struct JoinedRow {
     segments: Option<Vec<SegmentCells>>,
     scored: bool,
     memory_reward: Option<f64>,
+    answer_probability: Option<f64>,
+    observation_length: i64,
+    /// Only where they are needed.
+    completion_ids: Option<Vec<i32>>,
 }
 
 #[derive(Debug, Clone, Deserialize)]
@@ -141,6 +183,7 @@ fn joined_rows(
     session: &Session,
     rollouts: &Rollouts,
     scores: Option<&Input>,
+    with_ids: bool,
 ) -> anyhow::Result<impl Iterator<Item = anyhow::Result<JoinedRow>>> {
     let step_key = ["task_id", "trajectory_index", "step_index"];
     session.register("trajectories", &rollouts.input.table("trajectories")?, &step_key[..2])?;
@@ -152,10 +195,17 @@ fn joined_rows(
         }
         None => ("false", ""),
     };
-    let memory_reward = if scores.is_some() { "scores.memory_reward" } else { "CAST(NULL AS DOUBLE)" };
+    let [memory_reward, answer_probability] = if scores.is_some() {
+        ["scores.memory_reward", "scores.answer_probability"]
+    } else {
+        ["CAST(NULL AS DOUBLE)"; 2]
+    };
+    let completion_ids = if with_ids { "completion_ids" } else { "CAST(NULL AS INT[])" };
     session.rows(&format!(
         "SELECT trajectories.task_id, trajectories.trajectory_index, step_count, reward, format_valid,
-             steps.step_index, segments, {score_columns} AS scored, {memory_reward} AS memory_reward
+             steps.step_index, segments, {score_columns} AS scored, {memory_reward} AS memory_reward,
+             {answer_probability} AS answer_probability, {completion_ids} AS completion_ids,
+             CAST(COALESCE(char_length(observation), 0) AS BIGINT) AS observation_length
          FROM trajectories LEFT JOIN steps USING (task_id, trajectory_index) {score_join}
          ORDER BY trajectories.task_id, trajectories.trajectory_index, steps.step_index"
     ))
@@ -174,34 +224,121 @@ fn next_task(rows: &mut Rows<impl Iterator<Item = anyhow::Result<JoinedRow>>>) -
     Ok(task)
 }
 
-/// The advantages of every step of a task. A trajectory without a reward has no rows and counts in no group; a memory
-/// without a reward (its context was past the model's window) gets memory advantage 0 and counts in no group either.
-fn task_advantages(
-    rows: &[JoinedRow],
-    options: &NormaliseOptions,
-    with_scores: bool,
-    sums: &mut Sums,
-) -> anyhow::Result<Vec<Advantage>> {
-    let (mut attempts, mut chunks) = (Vec::new(), Vec::new());
-    for chunk in rows.chunk_by(|a, b| a.trajectory_index == b.trajectory_index) {
-        check_steps(chunk, with_scores).bad_input()?;
-        let first = &chunk[0];
-        sums.add("trajectories", 1.0);
-        let Some(reward) = first.reward else {
-            sums.add("trajectories_without_reward", 1.0);
-            continue;
-        };
-        let memories = chunk.iter().filter(|row| row.memory().is_some());
-        let memories = memories.filter_map(|row| Some((row.step_index?, row.memory_reward?))).collect();
-        attempts.push(Rewarded { reward: f64::from(reward), format_valid: first.format_valid, memories });
-        chunks.push(chunk);
+impl AdvantagesArguments {
+    /// The tokenizer that tells where a memory's tags end, if that matters.
+    fn inside_of(&self) -> anyhow::Result<Option<Tokenizer>> {
+        match (self.credit, &self.tokenizer) {
+            (Credit::Tags, _) => Ok(None),
+            (Credit::Inside, Some(dir)) => Tokenizer::load(dir).bad_input().map(Some),
+            (Credit::Inside, None) => Err(anyhow!("--credit inside needs --tokenizer DIR, a model directory")).usage(),
+        }
     }
-    let found = group_advantages(&attempts, options);
-    count_states(&attempts, &found, sums);
-    let parts = chunks.iter().zip(&found.trajectory).zip(&found.memory);
-    Ok(parts
-        .flat_map(|((chunk, trajectory), memory)| step_advantages(chunk, *trajectory, memory, with_scores))
-        .collect())
+}
+
+/// Advantages on their way, task by task.
+struct Estimation<'a> {
+    arguments: &'a AdvantagesArguments,
+    tokenizer: Option<Tokenizer>,
+    sums: Sums,
+    explained: Explained,
+}
+
+impl Estimation<'_> {
+    fn with_scores(&self) -> bool {
+        self.arguments.normalise.estimator.pays_memories()
+    }
+
+    /// The advantages of every step of a task. A trajectory without a reward has no rows and counts in no group (unless
+    /// asked otherwise); a memory without a reward (its context was past the model's window) gets memory advantage 0 and
+    /// counts in no group either.
+    fn task(&mut self, rows: &[JoinedRow]) -> anyhow::Result<Vec<Advantage>> {
+        let (mut attempts, mut chunks) = (Vec::new(), Vec::new());
+        for chunk in rows.chunk_by(|a, b| a.trajectory_index == b.trajectory_index) {
+            check_steps(chunk, self.with_scores()).bad_input()?;
+            self.explain(chunk);
+            let first = &chunk[0];
+            self.sums.add("trajectories", 1.0);
+            if first.reward.is_none() {
+                self.sums.add("trajectories_without_reward", 1.0);
+            }
+            let instead = (self.arguments.null_rewards == NullRewards::Zero).then_some(0.0);
+            let Some(reward) = first.reward.or(instead) else { continue };
+            let memories = chunk.iter().filter(|row| row.memory().is_some());
+            let memories = memories.filter_map(|row| Some((row.step_index?, row.memory_reward?))).collect();
+            attempts.push(Rewarded { reward: f64::from(reward), format_valid: first.format_valid, memories });
+            chunks.push(chunk);
+        }
+        let found = group_advantages(&attempts, &self.arguments.normalise);
+        count_states(&attempts, &found, &mut self.sums);
+        let loss_weight = self.loss_weight(&found);
+        let parts = chunks.iter().zip(&found.trajectory).zip(&found.memory);
+        Ok(parts
+            .flat_map(|((chunk, trajectory), memory)| self.steps(chunk, *trajectory, memory, loss_weight))
+            .collect())
+    }
+
+    /// 0 where the task is to be left out.
+    fn loss_weight(&mut self, found: &GroupAdvantages) -> f32 {
+        let same = found.trajectory_state != GroupState::Mixed;
+        let memories_too = found.memory.iter().flatten().all(|advantage| *advantage == 0.0);
+        let dropped = match self.arguments.degenerate {
+            Degenerate::Keep => false,
+            Degenerate::Drop => same,
+            Degenerate::DropWithoutMemory => same && memories_too,
+        };
+        self.sums.add("tasks_dropped", f64::from(u8::from(dropped)));
+        if dropped { 0.0 } else { 1.0 }
+    }
+
+    /// Notes what each memory of a trajectory earned, and under which circumstances.
+    fn explain(&mut self, chunk: &[JoinedRow]) {
+        let (mut tool_calls, mut observation) = (0, 0);
+        for row in chunk {
+            if let (Some(step), Some(reward)) = (row.step_index, row.memory_reward) {
+                self.explained.add([f64::from(step), f64::from(tool_calls), observation as f64], reward);
+            }
+            if let Some(probability) = row.answer_probability {
+                self.explained.add_probability(probability);
+            }
+            tool_calls += row.segments.iter().flatten().filter(|segment| segment.kind == "tool_call").count() as i32;
+            observation = row.observation_length;
+        }
+    }
+
+    fn steps(&self, chunk: &[JoinedRow], trajectory: f64, memory: &[f64], loss_weight: f32) -> Vec<Advantage> {
+        let mut memory = memory.iter();
+        let steps = chunk.iter().filter(|row| row.step_index.is_some());
+        steps
+            .map(|row| {
+                let segment = row.memory().filter(|_| self.with_scores());
+                let advantage = segment.and(row.memory_reward).and_then(|_| memory.next()).copied().unwrap_or(0.0);
+                let range = segment.map(|segment| self.credited(row, segment));
+                Advantage {
+                    task_id: row.task_id.clone(),
+                    trajectory_index: row.trajectory_index,
+                    step_index: row.key().step_index,
+                    trajectory_advantage: trajectory as f32,
+                    memory_advantage: segment.map(|_| advantage as f32),
+                    memory_start: range.as_ref().map(|range| range.start),
+                    memory_end: range.as_ref().map(|range| range.end),
+                    loss_weight,
+                }
+            })
+            .collect()
+    }
+
+    /// The completion ids that a memory's advantage applies to.
+    fn credited(&self, row: &JoinedRow, segment: &SegmentCells) -> Range<i32> {
+        match (&self.tokenizer, &row.completion_ids) {
+            (Some(tokenizer), Some(ids)) => {
+                let range = segment.start as usize..segment.end as usize;
+                let memory = mempo_text::Segment { kind: mempo_text::SegmentKind::Memory, range };
+                let inside = mempo_text::between_tags(tokenizer, ids, &memory);
+                inside.start as i32..inside.end as i32
+            }
+            _ => segment.start..segment.end,
+        }
+    }
 }
 
 fn check_steps(chunk: &[JoinedRow], with_scores: bool) -> anyhow::Result<()> {
@@ -217,27 +354,6 @@ fn check_steps(chunk: &[JoinedRow], with_scores: bool) -> anyhow::Result<()> {
     unscored.map_or(Ok(()), |row| {
         Err(anyhow!("{}: `scores` has no row for this memory: run `segments` on this rollout again", row.key()))
     })
-}
-
-fn step_advantages(chunk: &[JoinedRow], trajectory: f64, memory: &[f64], with_scores: bool) -> Vec<Advantage> {
-    let mut memory = memory.iter();
-    let steps = chunk.iter().filter(|row| row.step_index.is_some());
-    steps
-        .map(|row| {
-            let segment = row.memory().filter(|_| with_scores);
-            let advantage = segment.and(row.memory_reward).and_then(|_| memory.next()).copied().unwrap_or(0.0);
-            Advantage {
-                task_id: row.task_id.clone(),
-                trajectory_index: row.trajectory_index,
-                step_index: row.key().step_index,
-                trajectory_advantage: trajectory as f32,
-                memory_advantage: segment.map(|_| advantage as f32),
-                memory_start: segment.map(|segment| segment.start),
-                memory_end: segment.map(|segment| segment.end),
-                loss_weight: 1.0,
-            }
-        })
-        .collect()
 }
 
 fn count_states(attempts: &[Rewarded], found: &GroupAdvantages, sums: &mut Sums) {
@@ -264,7 +380,19 @@ fn count_states(attempts: &[Rewarded], found: &GroupAdvantages, sums: &mut Sums)
     }
 }
 
-fn summary(sums: &Sums) -> serde_json::Value {
+impl Estimation<'_> {
+    fn summary(&self) -> Value {
+        let mut summary = counts(&self.sums);
+        if self.with_scores()
+            && let (Some(all), Value::Object(more)) = (summary.as_object_mut(), self.explained.summary())
+        {
+            all.extend(more);
+        }
+        summary
+    }
+}
+
+fn counts(sums: &Sums) -> Value {
     let states = |kind: &str, names: &[&str]| {
         let counts = names.iter().map(|name| ((*name).to_owned(), sums.count(&format!("{kind}_{name}"))));
         let counts: BTreeMap<String, u64> = counts.collect();
@@ -277,6 +405,7 @@ fn summary(sums: &Sums) -> serde_json::Value {
         "tasks": sums.count("tasks"),
         "trajectories": sums.count("trajectories"),
         "trajectories_without_reward": sums.count("trajectories_without_reward"),
+        "tasks_dropped": sums.count("tasks_dropped"),
         "memories_compared": sums.count("memories"),
         "trajectory_groups": states("trajectory", &["mixed", "all_zero", "all_one", "all_equal", "too_small"]),
         "memory_groups": states("memory", &["mixed", "all_equal", "too_small"]),
@@ -285,6 +414,7 @@ fn summary(sums: &Sums) -> serde_json::Value {
 
 #[cfg(test)]
 mod tests {
+    use clap::FromArgMatches;
     use mempo_data::{Row, Score, Step, Trajectory};
     use mempo_run::Failure;
 
@@ -404,6 +534,12 @@ mod tests {
         );
     }
 
+    fn arguments() -> AdvantagesArguments {
+        let line = ["advantages", "--rollouts", "r", "--out", "o"];
+        let command = AdvantagesArguments::augment_args(clap::Command::new("advantages"));
+        AdvantagesArguments::from_arg_matches(&command.get_matches_from(line)).unwrap()
+    }
+
     fn row(trajectory_index: i32, step_index: Option<i32>, scored: bool) -> JoinedRow {
         let memory = SegmentCells { kind: "memory".to_owned(), start: 1, end: 3 };
         JoinedRow {
@@ -416,20 +552,24 @@ mod tests {
             segments: step_index.map(|_| vec![memory]),
             scored,
             memory_reward: None,
+            answer_probability: None,
+            observation_length: 0,
+            completion_ids: None,
         }
     }
 
     #[test]
     fn rows_that_are_missing_are_named() {
-        let options = crate::fixture::normalise_options();
-        let missing = |rows: &[JoinedRow]| {
-            let error = task_advantages(rows, &options, true, &mut Sums::default()).unwrap_err();
-            failure(&error).1
+        let arguments = arguments();
+        let task = |rows: &[JoinedRow]| {
+            let (sums, explained) = (Sums::default(), Explained::default());
+            Estimation { arguments: &arguments, tokenizer: None, sums, explained }.task(rows)
         };
+        let missing = |rows: &[JoinedRow]| failure(&task(rows).unwrap_err()).1;
         assert!(missing(&[row(0, Some(0), false)]).contains("t/trajectory 0/step 0: `scores` has no row"));
         assert!(missing(&[row(2, None, false)]).contains("t/trajectory 2/step 0: `steps` has 0 rows"));
         // A memory whose context was past the window has a row without a reward: it earns nothing.
-        let found = task_advantages(&[row(0, Some(0), true)], &options, true, &mut Sums::default()).unwrap();
+        let found = task(&[row(0, Some(0), true)]).unwrap();
         assert_eq!((found[0].memory_advantage, found[0].memory_end, found[0].loss_weight), (Some(0.0), Some(3), 1.0));
     }
 }

@@ -11,7 +11,7 @@ use mempo_text::{NewTokenizer, Profile, PromptBuilder, ToolSpec, parse_completio
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::normalise::{MemoryApply, MemoryScope, NormaliseOptions};
+use crate::normalise::{Combine, Estimator, MemoryApply, MemoryScope, NormaliseOptions};
 
 /// One more than a unit, so that there are two.
 pub(crate) const TASKS: usize = 17;
@@ -150,6 +150,10 @@ pub(crate) fn failure(error: &anyhow::Error) -> (&Failure, String) {
 /// The defaults of the command line.
 pub(crate) fn normalise_options() -> NormaliseOptions {
     NormaliseOptions {
+        estimator: Estimator::Mempo,
+        combine: Combine::Advantages,
+        alpha_end: None,
+        progress: 0.0,
         memory_scope: MemoryScope::PerStep,
         memory_apply: MemoryApply::All,
         min_memory_group: 4,

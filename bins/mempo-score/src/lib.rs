@@ -11,6 +11,7 @@ mod advantages;
 mod baseline;
 mod bootstrap;
 mod evaluate;
+mod explain;
 mod facts;
 mod logprobs;
 mod measure;

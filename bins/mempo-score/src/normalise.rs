@@ -1,4 +1,4 @@
-//! Group-normalised advantages (MemPO, arXiv 2603.00680, eq. 3-8), as values in and values out.
+//! Group-normalised advantages, as values in and values out: one function a formula.
 //!
 //! Sums run in the order of the rows, in float64, so that equal input gives equal bytes.
 
@@ -31,9 +31,48 @@ pub(crate) enum MemoryApply {
     Success,
 }
 
+/// Which advantages are computed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Estimator {
+    /// Trajectory and memory advantages, each normalised (MemPO, arXiv 2603.00680, eq. 4 and 8)
+    Mempo,
+    /// Trajectory advantages alone, over the group's standard deviation (DeepSeekMath, arXiv 2402.03300)
+    Grpo,
+    /// The same without the standard deviation (Dr. GRPO, arXiv 2503.20783)
+    DrGrpo,
+    /// Reward minus the mean of the others' (RLOO, arXiv 2402.14740)
+    Rloo,
+    /// Reward minus the group's mean, for every conversation of a trajectory (MemAgent, arXiv 2507.02259)
+    Memagent,
+}
+
+impl Estimator {
+    /// Whether memories are paid for themselves.
+    pub(crate) fn pays_memories(self) -> bool {
+        self == Self::Mempo
+    }
+}
+
+/// What is normalised and what is added.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Combine {
+    /// Each advantage is normalised, then they are added: `A = A^T + alpha A^M` (the paper)
+    Advantages,
+    /// Rewards are added, then normalised: `A = norm(R^T + alpha R^M)` inside a memory
+    Rewards,
+}
+
 /// How rewards become advantages.
 #[derive(Debug, Clone, Args, Serialize)]
 pub(crate) struct NormaliseOptions {
+    /// Advantages to compute
+    #[arg(long, value_enum, default_value = "mempo")]
+    pub(crate) estimator: Estimator,
+    /// Whether advantages or rewards of trajectory and memory are added
+    #[arg(long, value_enum, default_value = "advantages")]
+    pub(crate) combine: Combine,
     /// Memories compared with each other
     #[arg(long, value_enum, default_value = "per-step")]
     pub(crate) memory_scope: MemoryScope,
@@ -43,15 +82,46 @@ pub(crate) struct NormaliseOptions {
     /// Memories a group must have; smaller groups have memory advantage 0
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..))]
     pub(crate) min_memory_group: u32,
-    /// Weight of the memory advantage beside the trajectory's
+    /// Weight of the memory beside the trajectory
     #[arg(long, default_value_t = 1.0)]
     pub(crate) alpha: f64,
+    /// Weight of the memory at the end of training; between, by --progress, a straight line
+    #[arg(long)]
+    pub(crate) alpha_end: Option<f64>,
+    /// How much of the training is done, from 0 to 1
+    #[arg(long, default_value_t = 0.0, value_parser = share)]
+    pub(crate) progress: f64,
     /// Least standard deviation to divide by
     #[arg(long, default_value_t = 1e-6)]
     pub(crate) std_floor: f64,
-    /// Centre only, without dividing by the standard deviation (Dr. GRPO, arXiv 2503.20783)
+    /// Centre only, without dividing by the standard deviation
     #[arg(long)]
     pub(crate) no_std: bool,
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|number| (0.0..=1.0).contains(number)).ok_or_else(|| "expected 0 to 1".to_owned())
+}
+
+impl NormaliseOptions {
+    /// The memory's weight now.
+    fn alpha(&self) -> f64 {
+        self.alpha + (self.alpha_end.unwrap_or(self.alpha) - self.alpha) * self.progress
+    }
+
+    /// Advantages of a group's trajectories.
+    fn of_trajectories(&self, rewards: &[f64]) -> (Vec<f64>, GroupState) {
+        let centred = Self { no_std: true, ..self.clone() };
+        match self.estimator {
+            Estimator::Mempo | Estimator::Grpo => normalise(rewards, 2, self),
+            Estimator::DrGrpo | Estimator::Memagent => normalise(rewards, 2, &centred),
+            Estimator::Rloo => {
+                let (values, state) = normalise(rewards, 2, &centred);
+                let count = rewards.len() as f64;
+                (values.into_iter().map(|value| value * count / (count - 1.0).max(1.0)).collect(), state)
+            }
+        }
+    }
 }
 
 /// A trajectory that has a reward, with its memories.
@@ -108,7 +178,8 @@ pub(crate) struct GroupAdvantages {
     /// One a trajectory.
     pub(crate) trajectory: Vec<f64>,
     pub(crate) trajectory_state: GroupState,
-    /// One a memory with a reward, in the order of [`Rewarded::memories`], already weighted by alpha.
+    /// One a memory with a reward, in the order of [`Rewarded::memories`], already weighted by alpha: what its tokens get
+    /// beside the trajectory's.
     pub(crate) memory: Vec<Vec<f64>>,
     pub(crate) memory_states: Vec<GroupState>,
 }
@@ -116,15 +187,29 @@ pub(crate) struct GroupAdvantages {
 /// Computes both advantages of a task's group.
 pub(crate) fn group_advantages(attempts: &[Rewarded], options: &NormaliseOptions) -> GroupAdvantages {
     let rewards: Vec<f64> = attempts.iter().map(|attempt| attempt.reward).collect();
-    let (trajectory, trajectory_state) = normalise(&rewards, 2, options);
+    let (trajectory, trajectory_state) = options.of_trajectories(&rewards);
     let mut memory: Vec<Vec<f64>> = attempts.iter().map(|attempt| vec![0.0; attempt.memories.len()]).collect();
     let mut memory_states = Vec::new();
-    for members in memory_groups(attempts, options).values() {
-        let values: Vec<f64> = members.iter().map(|&(attempt, place)| attempts[attempt].memories[place].1).collect();
-        let (advantages, state) = normalise(&values, options.min_memory_group as usize, options);
+    let groups = if options.estimator.pays_memories() { memory_groups(attempts, options) } else { BTreeMap::new() };
+    let (alpha, least) = (options.alpha(), options.min_memory_group as usize);
+    for members in groups.values() {
+        let reward = |&(attempt, place): &(usize, usize)| {
+            let Rewarded { reward, memories, .. } = &attempts[attempt];
+            match options.combine {
+                Combine::Advantages => memories[place].1,
+                Combine::Rewards => reward + alpha * memories[place].1,
+            }
+        };
+        let values: Vec<f64> = members.iter().map(reward).collect();
+        let (advantages, state) = normalise(&values, least, options);
         memory_states.push(state);
         for (&(attempt, place), advantage) in members.iter().zip(advantages) {
-            memory[attempt][place] = options.alpha * advantage;
+            memory[attempt][place] = match options.combine {
+                Combine::Advantages => alpha * advantage,
+                // Inside the memory this advantage stands in the trajectory's place.
+                Combine::Rewards if state == GroupState::Mixed => advantage - trajectory[attempt],
+                Combine::Rewards => 0.0,
+            };
         }
     }
     GroupAdvantages { trajectory, trajectory_state, memory, memory_states }
@@ -165,6 +250,64 @@ mod tests {
     fn close(found: &[f64], expected: &[f64]) {
         assert_eq!(found.len(), expected.len());
         assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{found:?}, expected {expected:?}");
+    }
+
+    /// Numbers written by `tests/reference/make.py` from the formulas alone.
+    #[test]
+    fn advantages_are_those_of_the_reference() {
+        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/reference/advantages.json");
+        let cases: serde_json::Value = serde_json::from_str(&fs_err::read_to_string(path).unwrap()).unwrap();
+        let number = |value: &serde_json::Value| value.as_f64().unwrap();
+        for case in cases.as_array().unwrap() {
+            let given = &case["options"];
+            let name = |key: &str| given[key].as_str().unwrap();
+            let options = NormaliseOptions {
+                estimator: Estimator::from_str(name("estimator"), false).unwrap(),
+                combine: Combine::from_str(name("combine"), false).unwrap(),
+                memory_scope: MemoryScope::from_str(name("memory_scope"), false).unwrap(),
+                memory_apply: MemoryApply::from_str(name("memory_apply"), false).unwrap(),
+                min_memory_group: given["min_memory_group"].as_u64().unwrap() as u32,
+                alpha: number(&given["alpha"]),
+                std_floor: number(&given["std_floor"]),
+                no_std: given["no_std"] == true,
+                ..normalise_options()
+            };
+            let memory = |pair: &serde_json::Value| (pair[0].as_i64().unwrap() as i32, number(&pair[1]));
+            let attempt = |one: &serde_json::Value| Rewarded {
+                reward: number(&one["reward"]),
+                format_valid: one["format_valid"] == true,
+                memories: one["memories"].as_array().unwrap().iter().map(memory).collect(),
+            };
+            let attempts: Vec<Rewarded> = case["group"].as_array().unwrap().iter().map(attempt).collect();
+            let found = group_advantages(&attempts, &options);
+            let numbers = |value: &serde_json::Value| -> Vec<f64> {
+                value
+                    .as_array()
+                    .unwrap()
+                    .iter()
+                    .flat_map(|one| match one.as_array() {
+                        Some(many) => many.iter().map(number).collect(),
+                        None => vec![number(one)],
+                    })
+                    .collect()
+            };
+            for (found, key) in [(found.trajectory, "trajectory"), (found.memory.concat(), "memory")] {
+                let expected = numbers(&case["expected"][key]);
+                assert_eq!(found.len(), expected.len(), "{}", case["name"]);
+                for (found, expected) in found.iter().zip(&expected) {
+                    let off = (found - expected).abs() / expected.abs().max(1.0);
+                    assert!(off < 1e-9, "{} {key}: {found}, expected {expected}", case["name"]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn alpha_moves_from_start_to_end() {
+        let at =
+            |progress| NormaliseOptions { alpha: 1.0, alpha_end: Some(0.2), progress, ..normalise_options() }.alpha();
+        close(&[at(0.0), at(0.5), at(1.0)], &[1.0, 0.6, 0.2]);
+        close(&[NormaliseOptions { progress: 0.7, ..normalise_options() }.alpha()], &[1.0]);
     }
 
     /// Two trajectories of two steps: step 1 is easier by 0.5 for both, trajectory 1 better by 0.2 at both steps.

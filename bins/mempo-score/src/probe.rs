@@ -27,6 +27,8 @@ pub(crate) enum Bias {
     PreviousMemory,
     /// The question alone.
     Null,
+    /// Nothing: the mean over the task's trajectories of what their memories make of the answer.
+    Reference,
     /// No bias: the reward is the answer's probability.
     None,
 }
@@ -164,7 +166,7 @@ impl Layout<'_> {
     fn bias_context(&self, steps: &[Step], index: usize) -> anyhow::Result<Option<Vec<i32>>> {
         let (earlier, step) = (&steps[..index], &steps[index]);
         Ok(match self.options.bias {
-            Bias::None => None,
+            Bias::None | Bias::Reference => None,
             Bias::Null => Some(self.question_prompt.clone()),
             Bias::Context => Some(step.prompt_ids.clone()),
             Bias::Prefix => Some(self.builder.prompt(&self.task.question, &React.carried(earlier)).bad_input()?),

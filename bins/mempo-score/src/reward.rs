@@ -10,7 +10,7 @@ use mempo_model::ScoredSequence;
 use mempo_run::ResultExt;
 use serde::Serialize;
 
-use crate::probe::{MemoryProbes, Probe, TaskProbes};
+use crate::probe::{Bias, MemoryProbes, Probe, TaskProbes};
 use crate::sums::Sums;
 
 /// Which mean over the answer's tokens the reward is made of.
@@ -81,6 +81,7 @@ pub(crate) fn score_rows(
     tasks: &[TaskProbes],
     answers: &Answers<'_>,
     options: RewardOptions,
+    bias: Bias,
 ) -> anyhow::Result<(Vec<Score>, Sums)> {
     let (mut rows, mut sums) = (Vec::new(), Sums::default());
     sums.add("tokens_asked", answers.tokens_asked as f64);
@@ -91,13 +92,39 @@ pub(crate) fn score_rows(
         let means = closed_book.map(|logprobs| Means::new(logprobs, &task.spans, &key, "closed-book")).transpose()?;
         sums.add("tasks", 1.0);
         sums.add_known("closed_book_probability", means.map(|means| means.joint.exp()));
-        for memory in &task.memories {
-            let row = score_row(memory, &task.spans, answers, options)?;
-            count(&mut sums, &row, memory.bias.is_some());
-            rows.push(row);
+        let memories = task.memories.iter().map(|memory| score_row(memory, &task.spans, answers, options));
+        let mut scored = memories.collect::<anyhow::Result<Vec<Score>>>()?;
+        if bias == Bias::Reference {
+            subtract_reference(&mut scored);
         }
+        for (row, memory) in scored.iter().zip(&task.memories) {
+            count(&mut sums, row, memory.bias.is_some());
+        }
+        rows.append(&mut scored);
     }
     Ok((rows, sums))
+}
+
+/// Takes from every reward of a task the mean over its trajectories of their mean rewards, and writes the same means of
+/// log-probability and probability down as the bias.
+fn subtract_reference(rows: &mut [Score]) {
+    let mean_of = |column: fn(&Score) -> Option<f64>| {
+        let trajectories = rows.chunk_by(|a, b| a.trajectory_index == b.trajectory_index);
+        let means = trajectories.filter_map(|chunk| mean_of_all(chunk.iter().filter_map(column)));
+        mean_of_all(means)
+    };
+    let logprob = mean_of(|row| row.answer_logprob);
+    let probability = mean_of(|row| row.answer_probability);
+    let reward = mean_of(|row| row.memory_reward);
+    for row in rows.iter_mut().filter(|row| row.memory_reward.is_some()) {
+        (row.bias_logprob, row.bias_probability) = (logprob, probability);
+        row.memory_reward = row.memory_reward.zip(reward).map(|(own, reference)| own - reference);
+    }
+}
+
+fn mean_of_all(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let (sum, count) = values.fold((0.0, 0_u32), |(sum, count), value| (sum + value, count + 1));
+    (count > 0).then(|| sum / f64::from(count))
 }
 
 fn count(sums: &mut Sums, row: &Score, has_bias: bool) {
@@ -248,7 +275,7 @@ mod tests {
         });
         let answers = answers.unwrap();
         assert_eq!((answers.tokens_asked, answers.tokens_computed), (3 * 4 + 5, 4 + 5));
-        let (rows, sums) = score_rows(std::slice::from_ref(&task), &answers, OPTIONS).unwrap();
+        let (rows, sums) = score_rows(std::slice::from_ref(&task), &answers, OPTIONS, Bias::Prefix).unwrap();
         assert_eq!((rows[1].answer_logprob, rows[1].bias_logprob, rows[1].memory_reward), (None, Some(-4.0), None));
         let counts = ["memories", "memories_past_window", "biases_past_window"].map(|name| sums.count(name));
         assert_eq!(counts, [2, 1, 0]);
@@ -261,7 +288,8 @@ mod tests {
         let task = task();
         let answers = ask(task.probes(), 100, model).unwrap();
         let (rows, _) =
-            score_rows(std::slice::from_ref(&task), &answers, RewardOptions { answer, difference }).unwrap();
+            score_rows(std::slice::from_ref(&task), &answers, RewardOptions { answer, difference }, Bias::Prefix)
+                .unwrap();
         assert!((rows[0].memory_reward.unwrap() - expected).abs() < 1e-12, "{answer:?} {difference:?}");
         assert_eq!(rows[0].objective_logprobs, Some(vec![-1.0, -3.0]), "the separator is left out");
         assert_eq!((rows[0].answer_logprob, rows[0].answer_token_count), (Some(-2.0), 3));
@@ -283,7 +311,7 @@ mod tests {
         task.memories.truncate(1);
         task.memories[0].bias = None;
         let answers = ask(task.probes(), 100, model).unwrap();
-        let (rows, sums) = score_rows(std::slice::from_ref(&task), &answers, OPTIONS).unwrap();
+        let (rows, sums) = score_rows(std::slice::from_ref(&task), &answers, OPTIONS, Bias::Prefix).unwrap();
         assert_eq!((rows[0].memory_reward, rows[0].bias_logprob), (Some((-2.0_f64).exp()), None));
         assert_eq!((sums.count("biases_past_window"), sums.mean("bias_probability")), (0, None));
     }
@@ -297,7 +325,7 @@ mod tests {
                 found.0[1][2] = bad;
                 Ok(found)
             });
-            let error = score_rows(std::slice::from_ref(&task), &answers.unwrap(), OPTIONS).unwrap_err();
+            let error = score_rows(std::slice::from_ref(&task), &answers.unwrap(), OPTIONS, Bias::Prefix).unwrap_err();
             assert!(error.chain().any(|cause| matches!(cause.downcast_ref(), Some(mempo_run::Failure::Quality(..)))));
             assert!(format!("{error:#}").contains("t/trajectory 0/step 0"), "{error:#}");
         }

@@ -115,7 +115,7 @@ impl<'a> Judge<'a> {
         let tasks = probes.collect::<anyhow::Result<Vec<TaskProbes>>>()?;
         let window = self.model.config().max_position_embeddings;
         let answers = ask(tasks.iter().flat_map(TaskProbes::probes), window, |sequences| self.logprobs(sequences))?;
-        let (rows, mut sums) = score_rows(&tasks, &answers, self.arguments.reward)?;
+        let (rows, mut sums) = score_rows(&tasks, &answers, self.arguments.reward, self.arguments.probe.bias)?;
         sums.add("trajectories", pairs.iter().map(|(_, group)| group.len() as f64).sum());
         if self.arguments.explain {
             let contexts = context_rows(&tasks);
@@ -247,6 +247,18 @@ mod tests {
             }
             assert_eq!((none[place].bias_logprob, none[place].memory_reward), (None, none[place].answer_probability));
             close(none[place].answer_logprob, null[place].answer_logprob.unwrap());
+        }
+        chain.run(&format!("{COMMAND} --bias reference --out @reference")).unwrap();
+        let reference = chain.rows::<Score>("reference");
+        for (task, plain) in
+            reference.chunk_by(|a, b| a.task_id == b.task_id).zip(none.chunk_by(|a, b| a.task_id == b.task_id))
+        {
+            // Every trajectory has as many memories, so the mean of means is the mean.
+            let mean = plain.iter().map(|row| row.memory_reward.unwrap()).sum::<f64>() / plain.len() as f64;
+            for (row, plain) in task.iter().zip(plain) {
+                close(row.bias_probability, mean);
+                close(row.memory_reward, plain.memory_reward.unwrap() - mean);
+            }
         }
         let closed_book = chain.summary("null")["closed_book_probability_mean"].as_f64();
         let first_steps = null.iter().filter(|row| row.step_index == 0 && row.trajectory_index == 0);

@@ -23,7 +23,7 @@ pub use json::python_json;
 pub use neutralise::{PROTOCOL_TAGS, neutralise};
 pub use profile::{MemoryRule, Profile};
 pub use prompt::{AnswerIds, CarriedStep, PromptBuilder};
-pub use segment::{ParsedCompletion, Segment, SegmentKind, parse_completion, parse_continuation};
+pub use segment::{ParsedCompletion, Segment, SegmentKind, between_tags, parse_completion, parse_continuation};
 pub use template::{ChatTemplate, Message};
 pub use tokenizer::Tokenizer;
 pub use tool::{ToolCall, ToolSpec};

@@ -149,6 +149,24 @@ pub(crate) fn bytes_of(tokenizer: &Tokenizer, ids: &[i32]) -> (Vec<u8>, Vec<usiz
     (bytes, ends)
 }
 
+/// The ids of a segment that lie wholly between its tags; empty if there are none. An unclosed segment reaches to its end.
+pub fn between_tags(tokenizer: &Tokenizer, completion_ids: &[i32], segment: &Segment) -> Range<usize> {
+    // A `<` that an earlier segment's token took with it is looked for one token back.
+    let first = segment.range.start.saturating_sub(1).min(completion_ids.len());
+    let window = &completion_ids[first..segment.range.end.clamp(first, completion_ids.len())];
+    let (bytes, ends) = bytes_of(tokenizer, window);
+    let (opening, closing) = (format!("<{}>", segment.kind.tag()), format!("</{}>", segment.kind.tag()));
+    let find = |from: usize, tag: &str| bytes[from..].windows(tag.len()).position(|part| part == tag.as_bytes());
+    let start = find(0, &opening).map_or(0, |at| at + opening.len());
+    let end = find(start, &closing).map_or(bytes.len(), |at| start + at);
+    let begins = |index: usize| if index == 0 { 0 } else { ends[index - 1] };
+    let inside: Vec<usize> = (0..window.len()).filter(|index| begins(*index) >= start && ends[*index] <= end).collect();
+    match (inside.first(), inside.last()) {
+        (Some(from), Some(to)) => first + from..first + to + 1,
+        _ => segment.range.start..segment.range.start,
+    }
+}
+
 /// The ids whose bytes touch the byte range.
 pub(crate) fn ids_touching(ends: &[usize], bytes: &Range<usize>) -> Range<usize> {
     let first = ends.partition_point(|end| *end <= bytes.start);

@@ -8,7 +8,7 @@ use tch::{Kind, Tensor, no_grad_guard};
 use crate::Error;
 use crate::batch::{Arrangement, MicroBatch, Sequence};
 use crate::flat::Layout;
-use crate::head::{Chunk, Head};
+use crate::head::{Chunk, Coefficients, Head};
 
 /// A model and the place where its gradient is summed.
 pub(crate) struct Backward<'a> {
@@ -40,12 +40,12 @@ pub(crate) struct Pass {
 
 impl Backward<'_> {
     /// Adds the gradient of the loss over all `sequences`. For each chunk of rows `loss` gets the chunk and its
-    /// columns `[C, K]` and returns `dL/dlogprob`, `[C]` fp32.
+    /// columns `[C, K]` and returns its derivatives.
     pub(crate) fn run(
         &self,
         sequences: &[Sequence],
         pass: &Pass,
-        loss: &mut dyn FnMut(&Chunk, &Tensor) -> Tensor,
+        loss: &mut dyn FnMut(&Chunk, &Tensor) -> Coefficients,
     ) -> Result<(), Error> {
         let lengths: Vec<usize> = sequences.iter().map(Sequence::input_length).collect();
         // A gradient that is to be the same for any cut is that of the one cut there always is: into single sequences.
@@ -61,7 +61,7 @@ impl Backward<'_> {
         &self,
         batch: &MicroBatch,
         pass: &Pass,
-        loss: &mut dyn FnMut(&Chunk, &Tensor) -> Tensor,
+        loss: &mut dyn FnMut(&Chunk, &Tensor) -> Coefficients,
     ) -> Result<(), Error> {
         if self.recompute {
             return self.run_in_pieces(batch, pass, loss);
@@ -77,7 +77,7 @@ impl Backward<'_> {
         &self,
         batch: &MicroBatch,
         pass: &Pass,
-        loss: &mut dyn FnMut(&Chunk, &Tensor) -> Tensor,
+        loss: &mut dyn FnMut(&Chunk, &Tensor) -> Coefficients,
     ) -> Result<(), Error> {
         let pieces = self.model.pieces(&batch.ids_bt);
         let leaf = |hidden: &Tensor| hidden.detach().set_requires_grad(true);
@@ -103,7 +103,7 @@ impl Backward<'_> {
         hidden_rd: &Tensor,
         batch: &MicroBatch,
         pass: &Pass,
-        loss: &mut dyn FnMut(&Chunk, &Tensor) -> Tensor,
+        loss: &mut dyn FnMut(&Chunk, &Tensor) -> Coefficients,
     ) -> Tensor {
         let head = Head {
             weight_vd: self.model.head_weight(),

@@ -42,6 +42,14 @@ pub(crate) struct Chunk {
     pub(crate) entropies_c: Option<Tensor>,
 }
 
+/// Derivatives of a loss by what it sees of a chunk, each `[C]` fp32.
+pub(crate) struct Coefficients {
+    /// By the log-probabilities.
+    pub(crate) logprob: Tensor,
+    /// By the entropies, where the loss depends on them.
+    pub(crate) entropy: Option<Tensor>,
+}
+
 impl Head<'_> {
     /// `[R]` fp32 log-probabilities of `targets_r` after `hidden_rd`.
     pub(crate) fn logprobs(&self, hidden_rd: &Tensor, targets_r: &Tensor) -> Tensor {
@@ -58,13 +66,13 @@ impl Head<'_> {
     }
 
     /// Gradient `[R, D]` (in the hidden states' type) of a loss by `hidden_rd`; that by the head's weight is added to
-    /// `weight_gradient_vd` (fp32). `coefficients` is asked once a chunk for `dL/dlogprob`, `[C]` fp32.
+    /// `weight_gradient_vd` (fp32). `coefficients` is asked once a chunk for the loss's derivatives.
     pub(crate) fn backward(
         &self,
         hidden_rd: &Tensor,
         targets_r: &Tensor,
         weight_gradient_vd: &mut Tensor,
-        coefficients: &mut dyn FnMut(&Chunk) -> Tensor,
+        coefficients: &mut dyn FnMut(&Chunk) -> Coefficients,
     ) -> Tensor {
         let _no_grad = no_grad_guard();
         let kind = hidden_rd.kind();
@@ -77,10 +85,17 @@ impl Head<'_> {
             let logprobs_c = logprobs_cv.gather(1, &targets_c1, false).squeeze_dim(1);
             let entropies_c = self.entropy.then(|| entropies(&logprobs_cv));
             let chunk = Chunk { rows, logprobs_c, entropies_c };
-            let scale_c1 = (coefficients(&chunk) / -self.temperature).unsqueeze(1);
+            let Coefficients { logprob, entropy } = coefficients(&chunk);
+            let entropy_cv = entropy.map(|by_c| entropy_gradient(&logprobs_cv, &chunk, &by_c));
+            let mut scale_c1 = (logprob / -self.temperature).unsqueeze(1);
             // p - onehot in fp32: where p is near 1 the difference would be lost in bf16.
             let minus_one_c1 = chunk.logprobs_c.full_like(-1.0).unsqueeze(1);
-            let residual_cv = logprobs_cv.exp_().scatter_add_(1, &targets_c1, &minus_one_c1).to_kind(kind);
+            let mut residual_cv = logprobs_cv.exp_().scatter_add_(1, &targets_c1, &minus_one_c1);
+            if let Some(entropy_cv) = entropy_cv {
+                residual_cv = residual_cv * &scale_c1 + entropy_cv / self.temperature;
+                let _ = scale_c1.fill_(1.0);
+            }
+            let residual_cv = residual_cv.to_kind(kind);
             parts.push((self.runtime.linear(&residual_cv, &self.weight_vd.tr()) * &scale_c1).to_kind(kind));
             let scaled_cd = (&part_cd * &scale_c1).to_kind(kind);
             add_product(weight_gradient_vd, &residual_cv.tr(), &scaled_cd);
@@ -105,6 +120,12 @@ impl Head<'_> {
 /// than `p`.
 fn entropies(logprobs_cv: &Tensor) -> Tensor {
     logprobs_cv.exp().unsqueeze(1).bmm(&logprobs_cv.unsqueeze(2)).view([-1]).neg()
+}
+
+/// `dL/dH · dH/dz` with `dH/dz_j = -p_j (ln p_j + H)`, `[C, V]`.
+fn entropy_gradient(logprobs_cv: &Tensor, chunk: &Chunk, by_entropy_c: &Tensor) -> Tensor {
+    let entropies_c = chunk.entropies_c.as_ref().expect("who weighs entropies has asked for them");
+    (logprobs_cv + entropies_c.unsqueeze(1)) * logprobs_cv.exp() * -by_entropy_c.unsqueeze(1)
 }
 
 fn add_product(sum: &mut Tensor, left: &Tensor, right: &Tensor) {
@@ -142,12 +163,13 @@ mod tests {
         }
     }
 
-    fn autograd(case: &Case, temperature: f64) -> (Tensor, Tensor, Tensor, Tensor) {
+    fn autograd(case: &Case, temperature: f64, by_entropy: bool) -> (Tensor, Tensor, Tensor, Tensor) {
         let (hidden, weight) = (case.hidden.to_kind(Kind::Double), case.weight.to_kind(Kind::Double));
         let all = (hidden.matmul(&weight.tr()) / temperature).log_softmax(-1, Kind::Double);
         let logprobs = all.gather(1, &case.targets.unsqueeze(1), false).squeeze_dim(1);
         let entropies = -(all.exp() * &all).sum_dim_intlist(1, false, Kind::Double);
-        let loss = ((&logprobs * &logprobs + &logprobs) * &case.weights).sum(Kind::Double);
+        let entropy = &entropies * f64::from(u8::from(by_entropy));
+        let loss = ((&logprobs * &logprobs + &logprobs + entropy) * &case.weights).sum(Kind::Double);
         let gradients = Tensor::run_backward(&[&loss], &[&case.hidden, &case.weight], false, false);
         let [hidden, weight] = gradients.try_into().unwrap();
         (logprobs.detach(), entropies.detach(), hidden, weight)
@@ -159,9 +181,9 @@ mod tests {
         ((found - &expected).norm() / expected.norm()).double_value(&[])
     }
 
-    fn check(rows: i64, vocabulary: i64, kind: Kind, temperature: f64, tolerance: f64) {
+    fn check(rows: i64, vocabulary: i64, kind: Kind, temperature: f64, by_entropy: bool, tolerance: f64) {
         let case = case(rows, vocabulary, kind);
-        let (logprobs, entropies, hidden_gradient, weight_gradient) = autograd(&case, temperature);
+        let (logprobs, entropies, hidden_gradient, weight_gradient) = autograd(&case, temperature, by_entropy);
         let (hidden, weight) = (case.hidden.detach(), case.weight.detach());
         let head = Head { weight_vd: &weight, runtime: &Runtime::cpu(kind), temperature, entropy: true };
         let mut found_weight = Tensor::zeros([vocabulary, 16], (Kind::Float, Device::Cpu));
@@ -170,13 +192,14 @@ mod tests {
             found_logprobs.push(chunk.logprobs_c.shallow_clone());
             found_entropies.push(chunk.entropies_c.as_ref().unwrap().shallow_clone());
             let weights = case.weights.narrow(0, chunk.rows.start, chunk.rows.end - chunk.rows.start);
-            coefficient(&chunk.logprobs_c, &weights)
+            let entropy = by_entropy.then(|| weights.shallow_clone());
+            Coefficients { logprob: coefficient(&chunk.logprobs_c, &weights), entropy }
         });
         assert!(found_logprobs.len() > 1, "the case is to be cut into chunks");
         for (name, found, expected) in [
             ("logprobs", Tensor::cat(&found_logprobs, 0), logprobs.shallow_clone()),
             ("logprobs alone", head.logprobs(&hidden, &case.targets), logprobs),
-            ("entropies", Tensor::cat(&found_entropies, 0), entropies),
+            ("entropies", Tensor::cat(&found_entropies, 0), entropies.detach()),
             ("hidden gradient", found_hidden.shallow_clone(), hidden_gradient),
             ("weight gradient", found_weight, weight_gradient),
         ] {
@@ -188,10 +211,12 @@ mod tests {
 
     #[test]
     fn gradients_equal_autograd() {
-        check(300, 9000, Kind::Float, 1.0, 3e-6);
-        check(300, 9000, Kind::Float, 0.7, 3e-6);
-        check(300, 9000, Kind::BFloat16, 1.0, 1e-2);
-        check(300, 9000, Kind::BFloat16, 1.3, 1e-2);
+        for by_entropy in [false, true] {
+            check(300, 9000, Kind::Float, 1.0, by_entropy, 3e-6);
+            check(300, 9000, Kind::Float, 0.7, by_entropy, 3e-6);
+            check(300, 9000, Kind::BFloat16, 1.0, by_entropy, 1e-2);
+            check(300, 9000, Kind::BFloat16, 1.3, by_entropy, 1e-2);
+        }
     }
 
     /// A token of probability 1 - 1e-4 has a gradient of about 1e-4, which p rounded to bf16 before the
@@ -204,7 +229,10 @@ mod tests {
         let head = Head { weight_vd: &weight, runtime: &runtime, temperature: 1.0, entropy: false };
         let mut gradient = Tensor::zeros([2, 1], (Kind::Float, Device::Cpu));
         let targets = Tensor::from_slice(&[0_i64]);
-        let _ = head.backward(&hidden, &targets, &mut gradient, &mut |chunk| chunk.logprobs_c.ones_like());
+        let _ = head.backward(&hidden, &targets, &mut gradient, &mut |chunk| Coefficients {
+            logprob: chunk.logprobs_c.ones_like(),
+            entropy: None,
+        });
         let expected = 1.0 / (9.25_f64.exp() + 1.0);
         assert!((gradient.double_value(&[0, 0]) / expected - 1.0).abs() < 0.01);
     }

@@ -24,15 +24,20 @@ mod memory;
 mod options;
 mod policy;
 mod state;
+mod surrogate;
 mod tensors;
 mod trainer;
 
+#[cfg(test)]
+mod reference;
 #[cfg(test)]
 mod testing;
 
 pub use budget::MemoryBudget;
 pub use error::Error;
-pub use options::{Aggregation, OptimizerOptions, PolicyOptions, Schedule, StateDtype, learning_rate_at};
+pub use options::{
+    Aggregation, KlEstimator, Loss, OptimizerOptions, PolicyOptions, Schedule, StateDtype, learning_rate_at,
+};
 pub use policy::{PolicySequence, PolicyStats, PolicyTrajectory};
 pub use state::{STATE_FILE, verify_state};
 pub use trainer::{StepStats, TrainSequence, Trainer};

@@ -76,24 +76,71 @@ pub enum Schedule {
     Cosine,
 }
 
-/// The policy loss: clipped ratio and KL to a reference policy.
+/// The policy loss: a policy-gradient term, KL to a reference policy, entropy.
 #[derive(Debug, Clone, PartialEq, Args, Serialize)]
 pub struct PolicyOptions {
+    /// Policy-gradient term of a token
+    #[arg(long, value_enum, default_value_t = Loss::PpoClip)]
+    pub loss: Loss,
     /// The ratio is clipped below 1 - this
     #[arg(long, default_value_t = 0.2)]
     pub clip_low: f64,
     /// The ratio is clipped above 1 + this
     #[arg(long, default_value_t = 0.2)]
     pub clip_high: f64,
-    /// With a negative advantage the loss of a token is at most this times -advantage; inf: no limit
+    /// With ppo-clip and a negative advantage, the loss of a token is at most this times -advantage; inf: no limit
     #[arg(long, default_value_t = 3.0)]
     pub dual_clip: f64,
-    /// Weight of the KL divergence to the reference policy (k3 estimator) in the loss
+    /// Weight of the KL divergence to the reference policy
     #[arg(long, default_value_t = 0.001)]
     pub kl_coefficient: f64,
+    /// Estimator of that divergence
+    #[arg(long, value_enum, default_value_t = KlEstimator::K3)]
+    pub kl: KlEstimator,
+    /// Multiply the estimate (k2 or k3) by the ratio, which corrects it where the policy has moved on from the old one
+    #[arg(long)]
+    pub kl_ratio: bool,
+    /// Weight of the policy's entropy, which is rewarded
+    #[arg(long, default_value_t = 0.0)]
+    pub entropy_coefficient: f64,
+    /// Weigh tokens by how much likelier they are under the old policy than where they were sampled, at most this (2 is
+    /// usual); for rollouts of another engine or an older policy
+    #[arg(long, value_name = "CAP")]
+    pub importance_cap: Option<f64>,
     /// How token losses become one number
     #[arg(long, value_enum, default_value_t = Aggregation::TrajectoryMean)]
     pub aggregation: Aggregation,
+    /// Tokens a trajectory's sum of losses is divided by with `--aggregation constant`
+    #[arg(long, default_value_t = 4096.0)]
+    pub loss_length: f64,
+}
+
+/// Policy-gradient term of a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Loss {
+    /// Clipped ratio with separate bounds and dual clip (PPO; the paper)
+    PpoClip,
+    /// Clipped ratio of whole sequences, a sequence being a step (GSPO)
+    GspoStep,
+    /// The same, a sequence being a trajectory
+    GspoTrajectory,
+    /// Log-probability weighed by the clipped ratio: no token loses its gradient (CISPO)
+    Cispo,
+    /// Log-probability times advantage, without a ratio
+    Reinforce,
+}
+
+/// Estimator of the divergence from the reference policy.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum KlEstimator {
+    /// `old - ref`, taken from each token's advantage: as a loss term its gradient has mean 0
+    K1,
+    /// Half the squared difference
+    K2,
+    /// `exp(x) - x - 1`, never negative (the papers' choice)
+    K3,
 }
 
 /// How token losses become one number.
@@ -105,6 +152,10 @@ pub enum Aggregation {
     TrajectoryMean,
     /// Mean over all tokens of the optimizer step
     TokenMean,
+    /// Mean over the tokens of each step, then mean over steps
+    SequenceMean,
+    /// Sum over the tokens of each trajectory over --loss-length, then mean over trajectories (Dr. GRPO)
+    Constant,
 }
 
 impl OptimizerOptions {
@@ -133,7 +184,14 @@ impl PolicyOptions {
         require("clip-high", self.clip_high, self.clip_high >= 0.0, "must be at least 0")?;
         require("dual-clip", self.dual_clip, self.dual_clip > 1.0, "must be above 1 (inf: no limit)")?;
         let kl = self.kl_coefficient;
-        require("kl-coefficient", kl, (0.0..f64::INFINITY).contains(&kl), "must be a number of at least 0")
+        require("kl-coefficient", kl, (0.0..f64::INFINITY).contains(&kl), "must be a number of at least 0")?;
+        let entropy = self.entropy_coefficient;
+        let at_least_zero = "must be a number of at least 0";
+        require("entropy-coefficient", entropy, (0.0..f64::INFINITY).contains(&entropy), at_least_zero)?;
+        let cap = self.importance_cap.unwrap_or(1.0);
+        require("importance-cap", cap, cap > 0.0, "must be above 0 (inf: no limit)")?;
+        let length = self.loss_length;
+        require("loss-length", length, length > 0.0 && length.is_finite(), "must be above 0")
     }
 }
 

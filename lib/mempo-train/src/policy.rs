@@ -1,24 +1,19 @@
-//! The policy loss: per-token terms and their derivative by the token's log-probability.
+//! The policy loss of an optimizer step: which tokens count how much, and what they sum up to.
 //!
-//! `L = Σ_t w_t (pg_t + β k3_t)` over all policy tokens, where `w_t` is what `--aggregation` makes of the
-//! optimizer step: `1 / (N |τ_i|)` for MemPO's objective (arXiv 2603.00680: `1/N Σ_i 1/|τ_i| Σ_k`, `|τ_i|`
-//! counting the policy tokens of all steps), or `1 / Σ_i |τ_i|`. With `r = exp(lp - old)`, the difference
-//! clamped to ±20: `pg = max(-A r, -A clip(r, 1-lo, 1+hi))`, for `A < 0` at most `-A c` (dual clip, arXiv
-//! 1912.09729), and `k3 = exp(x) - x - 1` with `x = ref - lp` clamped to ±20 and the result to 10 (the clamps
-//! are verl's).
+//! `L = Σ_t w_t (pg_t + β kl_t - η H_t)` over all policy tokens; `pg` and `kl` are those of [`crate::surrogate`], `H` is the
+//! entropy of the whole distribution. `w_t` is what `--aggregation` makes of the optimizer step, such as `1 / (N |τ_i|)` for
+//! MemPO's objective (arXiv 2603.00680: `1/N Σ_i 1/|τ_i| Σ_k`, `|τ_i|` counting the policy tokens of all steps).
 
 use serde::Serialize;
 use tch::{Kind, Tensor};
 
 use crate::batch::Sequence;
-use crate::head::Chunk;
-use crate::{Aggregation, Error, PolicyOptions};
+use crate::head::{Chunk, Coefficients};
+use crate::surrogate::{LOGPROB_CLAMP, Token, kl, surrogate};
+use crate::{Aggregation, Error, KlEstimator, Loss, PolicyOptions};
 
-/// Values a token brings along: weight, old log-probability, reference log-probability (NaN if there is none),
-/// advantage.
-const COLUMNS: usize = 4;
-const LOGPROB_CLAMP: f64 = 20.0;
-const KL_CLAMP: f64 = 10.0;
+/// Values a token brings along: its weight, then those of [`Token`].
+const COLUMNS: usize = 6;
 
 /// All model calls of one attempt.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,6 +33,8 @@ pub struct PolicySequence {
     pub old_logprobs: Vec<f32>,
     /// The same under the reference policy.
     pub reference_logprobs: Option<Vec<f32>>,
+    /// The same as the sampler gave them, where it is another engine or an older policy.
+    pub sampling_logprobs: Option<Vec<f32>>,
     /// One per completion id.
     pub advantages: Vec<f32>,
     /// 1 normally. The step's tokens count this often, in the loss and in the trajectory's length; 0 leaves the
@@ -48,13 +45,13 @@ pub struct PolicySequence {
 /// What an optimizer step on trajectories did.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PolicyStats {
-    /// `policy_loss + kl_coefficient · kl`.
+    /// `policy_loss + kl_coefficient · kl - entropy_coefficient · entropy`.
     pub loss: f64,
-    /// Aggregated clipped-ratio loss.
+    /// Aggregated policy-gradient loss.
     pub policy_loss: f64,
-    /// Aggregated k3 estimate of the divergence from the reference policy, in nats; none without reference log-probs.
+    /// Aggregated estimate of the divergence from the reference policy, in nats; none without reference log-probs.
     pub kl: Option<f64>,
-    /// Mean over tokens of `exp(lp - old)`.
+    /// Mean over tokens of the ratio `exp(lp - old)`, or the sequence's.
     pub ratio_mean: f64,
     /// Largest of them.
     pub ratio_max: f64,
@@ -98,16 +95,44 @@ pub(crate) fn weighted_sequences(
     let lengths: Vec<f64> = trajectories.iter().map(PolicyTrajectory::weighted_tokens).collect();
     let total_tokens: f64 = lengths.iter().sum();
     let counted = lengths.iter().filter(|&&length| length > 0.0).count() as f64;
+    let kept = || trajectories.iter().flat_map(PolicyTrajectory::kept);
+    let total_steps: f64 = kept().map(|step| f64::from(step.loss_weight)).sum();
     let mut sequences = Vec::new();
     for (trajectory, length) in trajectories.iter().zip(lengths) {
-        let denominator = match options.aggregation {
-            Aggregation::TrajectoryMean => counted * length,
-            Aggregation::TokenMean => total_tokens,
-        };
-        let steps = trajectory.steps.iter().filter(|step| step.loss_weight > 0.0 && !step.completion_ids.is_empty());
-        sequences.extend(steps.map(|step| step.sequence(f64::from(step.loss_weight) / denominator)));
+        for step in trajectory.kept() {
+            let denominator = match options.aggregation {
+                Aggregation::TrajectoryMean => counted * length,
+                Aggregation::TokenMean => total_tokens,
+                Aggregation::SequenceMean => total_steps * step.completion_ids.len() as f64,
+                Aggregation::Constant => counted * options.loss_length,
+            };
+            sequences.push(step.sequence(f64::from(step.loss_weight) / denominator, options));
+        }
     }
     Ok(sequences)
+}
+
+/// Gives every token the mean log-ratio of its sequence, of which `logprobs` are the current ones, sequence after sequence
+/// in the order of [`weighted_sequences`] (GSPO, arXiv 2507.18071, eq. 7).
+pub(crate) fn set_sequence_ratios(
+    trajectories: &[PolicyTrajectory],
+    options: &PolicyOptions,
+    sequences: &mut [Sequence],
+    logprobs: &[Vec<f32>],
+) {
+    let mut rest = sequences.iter_mut().zip(logprobs);
+    for trajectory in trajectories {
+        let steps: Vec<&PolicySequence> = trajectory.kept().collect();
+        let mut members: Vec<(&mut Sequence, &Vec<f32>)> = rest.by_ref().take(steps.len()).collect();
+        let sums: Vec<(f64, f64)> =
+            steps.iter().zip(&members).map(|(step, (_, logprobs))| step.log_ratio(logprobs)).collect();
+        let all = sums.iter().fold((0.0, 0.0), |all, step| (all.0 + step.0, all.1 + step.1));
+        for ((sequence, _), own) in members.iter_mut().zip(sums) {
+            let (sum, weight) = if options.loss == Loss::GspoStep { own } else { all };
+            let mean = (sum / weight).clamp(-LOGPROB_CLAMP, LOGPROB_CLAMP) as f32;
+            sequence.columns.chunks_mut(COLUMNS).for_each(|token| token[COLUMNS - 1] = mean);
+        }
+    }
 }
 
 impl PolicyTrajectory {
@@ -115,21 +140,50 @@ impl PolicyTrajectory {
     fn weighted_tokens(&self) -> f64 {
         self.steps.iter().map(|step| f64::from(step.loss_weight) * step.completion_ids.len() as f64).sum()
     }
+
+    /// The steps that are learned from.
+    fn kept(&self) -> impl Iterator<Item = &PolicySequence> {
+        self.steps.iter().filter(|step| step.loss_weight > 0.0 && !step.completion_ids.is_empty())
+    }
 }
 
 impl PolicySequence {
-    fn sequence(&self, weight: f64) -> Sequence {
+    fn sequence(&self, weight: f64, options: &PolicyOptions) -> Sequence {
         let start = self.prompt_ids.len();
         let mut columns = Vec::with_capacity(COLUMNS * self.completion_ids.len());
         for index in 0..self.completion_ids.len() {
+            let old = self.old_logprobs[index];
             let reference = self.reference_logprobs.as_ref().map_or(f32::NAN, |logprobs| logprobs[index]);
-            columns.extend([weight as f32, self.old_logprobs[index], reference, self.advantages[index]]);
+            let mut advantage = self.advantages[index];
+            if options.kl == KlEstimator::K1 && !reference.is_nan() {
+                advantage -= options.kl_coefficient as f32 * (old - reference);
+            }
+            columns.extend([weight as f32, old, reference, advantage, self.importance(index, options), f32::NAN]);
         }
         Sequence {
             ids: [self.prompt_ids.as_slice(), &self.completion_ids].concat(),
             targets: (start..start + self.completion_ids.len()).collect(),
             columns,
         }
+    }
+
+    /// How much likelier a token was under the old policy than where it was sampled, at most the cap (truncated importance
+    /// sampling).
+    fn importance(&self, index: usize, options: &PolicyOptions) -> f32 {
+        match (&self.sampling_logprobs, options.importance_cap) {
+            (Some(sampling), Some(cap)) => {
+                let difference = f64::from(self.old_logprobs[index]) - f64::from(sampling[index]);
+                difference.clamp(-LOGPROB_CLAMP, LOGPROB_CLAMP).exp().min(cap) as f32
+            }
+            _ => 1.0,
+        }
+    }
+
+    /// Sum over its tokens of current minus old log-probability, and their number, both times its weight.
+    fn log_ratio(&self, logprobs: &[f32]) -> (f64, f64) {
+        let differences = logprobs.iter().zip(&self.old_logprobs).map(|(new, old)| f64::from(*new) - f64::from(*old));
+        let weight = f64::from(self.loss_weight);
+        (weight * differences.sum::<f64>(), weight * logprobs.len() as f64)
     }
 }
 
@@ -140,6 +194,13 @@ fn check(step: &PolicySequence, options: &PolicyOptions, vocabulary: usize) -> R
         Some(logprobs) => columns.push(("reference log-probabilities", logprobs)),
         None if options.kl_coefficient > 0.0 => {
             return Err("no reference log-probabilities, which --kl-coefficient above 0 needs".to_owned());
+        }
+        None => {}
+    }
+    match &step.sampling_logprobs {
+        Some(logprobs) => columns.push(("sampling log-probabilities", logprobs)),
+        None if options.importance_cap.is_some() => {
+            return Err("no log-probabilities of sampling, which --importance-cap needs".to_owned());
         }
         None => {}
     }
@@ -169,14 +230,20 @@ pub(crate) fn check_ids<'a>(mut ids: impl Iterator<Item = &'a i32>, vocabulary: 
 }
 
 impl PolicySums {
-    /// Adds the terms of a chunk; returns `dL/dlogprob`.
-    pub(crate) fn add(&mut self, chunk: &Chunk, columns_ck: &Tensor, options: &PolicyOptions) -> Tensor {
+    /// Adds the terms of a chunk; returns the loss's derivatives.
+    pub(crate) fn add(&mut self, chunk: &Chunk, columns_ck: &Tensor, options: &PolicyOptions) -> Coefficients {
         let logprobs = &chunk.logprobs_c;
-        let [weight, old, reference, advantage] = [0, 1, 2, 3].map(|column| columns_ck.select(1, column));
-        let surrogate = surrogate(logprobs, &old, &advantage, options);
-        let kl = self.with_reference.then(|| k3(logprobs, &reference));
+        let [weight, old, reference, advantage, importance, sequence] = std::array::from_fn(|column| {
+            let column = column as i64;
+            columns_ck.select(1, column)
+        });
+        let token = Token { old, reference, advantage, importance, sequence };
+        let surrogate = surrogate(logprobs, &token, options);
+        let kl = self.with_reference.then(|| kl(logprobs, &token, options));
         let mut coefficient = surrogate.derivative;
-        if let Some((_, derivative)) = &kl {
+        if let Some((_, derivative)) = &kl
+            && options.kl != KlEstimator::K1
+        {
             coefficient += derivative * options.kl_coefficient;
         }
         let entropies = chunk.entropies_c.as_ref().map_or_else(|| logprobs.zeros_like(), Tensor::shallow_clone);
@@ -193,7 +260,8 @@ impl PolicySums {
         )
         .sum_dim_intlist(1, false, Kind::Double);
         self.add_sums(&sums, surrogate.ratio.max().double_value(&[]), logprobs.size()[0]);
-        coefficient * weight
+        let entropy = (options.entropy_coefficient > 0.0).then(|| &weight * -options.entropy_coefficient);
+        Coefficients { logprob: coefficient * weight, entropy }
     }
 
     fn add_sums(&mut self, sums: &Tensor, ratio_max: f64, tokens: i64) {
@@ -215,8 +283,10 @@ impl PolicySums {
     /// The figures of the optimizer step.
     pub(crate) fn stats(&self, options: &PolicyOptions, gradient_norm: f64) -> PolicyStats {
         let tokens = self.tokens.max(1) as f64;
+        // k1 is part of the advantages already.
+        let kl_coefficient = if options.kl == KlEstimator::K1 { 0.0 } else { options.kl_coefficient };
         PolicyStats {
-            loss: self.policy_loss + options.kl_coefficient * self.kl,
+            loss: self.policy_loss + kl_coefficient * self.kl - options.entropy_coefficient * self.entropy,
             policy_loss: self.policy_loss,
             kl: self.with_reference.then_some(self.kl),
             ratio_mean: self.ratio / tokens,
@@ -228,40 +298,4 @@ impl PolicySums {
             skipped: !gradient_norm.is_finite(),
         }
     }
-}
-
-struct Surrogate {
-    loss: Tensor,
-    derivative: Tensor,
-    ratio: Tensor,
-    clipped: Tensor,
-}
-
-/// Clipped-ratio loss per token, its derivative, and where the clipping stopped the gradient.
-fn surrogate(logprobs: &Tensor, old: &Tensor, advantage: &Tensor, options: &PolicyOptions) -> Surrogate {
-    let difference = logprobs - old;
-    let ratio = difference.clamp(-LOGPROB_CLAMP, LOGPROB_CLAMP).exp();
-    let plain = -(advantage * &ratio);
-    let clipped_loss = -(advantage * ratio.clamp(1.0 - options.clip_low, 1.0 + options.clip_high));
-    let pessimistic = plain.maximum(&clipped_loss);
-    let limit = advantage * -options.dual_clip;
-    let limited = advantage.lt(0.0).logical_and(&pessimistic.gt_tensor(&limit));
-    let clipped = clipped_loss.gt_tensor(&plain).logical_or(&limited);
-    let stopped = clipped.logical_or(&difference.abs().gt(LOGPROB_CLAMP));
-    Surrogate {
-        loss: limit.where_self(&limited, &pessimistic),
-        derivative: plain.masked_fill(&stopped, 0.0),
-        ratio,
-        clipped,
-    }
-}
-
-/// k3 estimate of KL(policy ‖ reference) per token and its derivative by the policy's log-probability.
-fn k3(logprobs: &Tensor, reference: &Tensor) -> (Tensor, Tensor) {
-    let difference = reference - logprobs;
-    let clamped = difference.clamp(-LOGPROB_CLAMP, LOGPROB_CLAMP);
-    let growth = clamped.expm1();
-    let value = &growth - clamped;
-    let outside = difference.abs().gt(LOGPROB_CLAMP).logical_or(&value.gt(KL_CLAMP));
-    (value.clamp_max(KL_CLAMP), (-growth).masked_fill(&outside, 0.0))
 }

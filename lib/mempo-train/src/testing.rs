@@ -4,7 +4,8 @@ use mempo_model::{Config, Model, Runtime};
 use tch::Kind;
 
 use crate::{
-    Aggregation, OptimizerOptions, PolicyOptions, PolicySequence, PolicyTrajectory, Schedule, StateDtype, TrainSequence,
+    Aggregation, KlEstimator, Loss, OptimizerOptions, PolicyOptions, PolicySequence, PolicyTrajectory, Schedule,
+    StateDtype, TrainSequence,
 };
 
 pub(crate) const VOCABULARY: i32 = 41;
@@ -31,6 +32,12 @@ pub(crate) fn policy_options() -> PolicyOptions {
         dual_clip: 3.0,
         kl_coefficient: 0.05,
         aggregation: Aggregation::TrajectoryMean,
+        loss: Loss::PpoClip,
+        kl: KlEstimator::K3,
+        kl_ratio: false,
+        entropy_coefficient: 0.0,
+        importance_cap: None,
+        loss_length: 100.0,
     }
 }
 
@@ -102,6 +109,7 @@ pub(crate) fn trajectories(count: usize, seed: u64) -> Vec<PolicyTrajectory> {
                 PolicySequence {
                     old_logprobs,
                     reference_logprobs: Some(reference),
+                    sampling_logprobs: None,
                     advantages: around(0.0, 3.0),
                     prompt_ids: numbers.ids(prompt),
                     completion_ids: numbers.ids(tokens),

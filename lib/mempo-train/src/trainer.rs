@@ -10,11 +10,11 @@ use crate::adamw::AdamW;
 use crate::backward::{Backward, Pass, target_hidden};
 use crate::batch::{Arrangement, MicroBatch, Sequence, micro_batch_overhead};
 use crate::flat::Layout;
-use crate::head::Head;
+use crate::head::{Coefficients, Head};
 use crate::memory::Room;
-use crate::policy::{PolicyStats, PolicySums, PolicyTrajectory, check_ids, weighted_sequences};
+use crate::policy::{PolicyStats, PolicySums, PolicyTrajectory, check_ids, set_sequence_ratios, weighted_sequences};
 use crate::state::{self, Counters};
-use crate::{Error, OptimizerOptions, PolicyOptions};
+use crate::{Error, Loss, OptimizerOptions, PolicyOptions};
 
 /// Optimizer steps with a gradient that is not finite, one after the other, before training gives up.
 const MOST_SKIPPED: u64 = 3;
@@ -130,7 +130,7 @@ impl Trainer {
             self.backward().run(&prepared, &pass, &mut |chunk, columns_ck| {
                 let weight_c = columns_ck.select(1, 0);
                 loss -= (&weight_c * &chunk.logprobs_c).sum(Kind::Double).double_value(&[]);
-                -weight_c
+                Coefficients { logprob: -weight_c, entropy: None }
             })?;
             Ok(loss)
         })?;
@@ -141,20 +141,38 @@ impl Trainer {
 
     /// Mean negative log-probability of the target tokens of all `sequences`, in nats; changes nothing.
     pub fn validation_loss(&self, sequences: &[TrainSequence], tokens_per_micro_batch: usize) -> Result<f64, Error> {
-        let _no_grad = no_grad_guard();
         let (prepared, _) = self.supervised(sequences)?;
-        let lengths: Vec<usize> = prepared.iter().map(Sequence::input_length).collect();
+        let logprobs = self.logprobs(&prepared, 1.0, tokens_per_micro_batch)?;
+        let weighted = |(sequence, logprobs): (&Sequence, &Vec<f32>)| -> f64 {
+            let pairs = sequence.columns.iter().zip(logprobs);
+            pairs.map(|(weight, logprob)| f64::from(*weight) * f64::from(*logprob)).sum()
+        };
+        Ok(-prepared.iter().zip(&logprobs).map(weighted).sum::<f64>())
+    }
+
+    /// Log-probabilities of each sequence's targets; changes nothing.
+    fn logprobs(
+        &self,
+        sequences: &[Sequence],
+        temperature: f64,
+        tokens_per_micro_batch: usize,
+    ) -> Result<Vec<Vec<f32>>, Error> {
+        let _no_grad = no_grad_guard();
+        let lengths: Vec<usize> = sequences.iter().map(Sequence::input_length).collect();
         let shortest = lengths.iter().copied().min().unwrap_or(0);
         let (weight_vd, runtime) = (self.model.head_weight(), self.model.runtime());
-        let head = Head { weight_vd, runtime, temperature: 1.0, entropy: false };
+        let head = Head { weight_vd, runtime, temperature, entropy: false };
         self.room.fit(tokens_per_micro_batch, shortest, |tokens| {
-            let mut loss = 0.0;
+            let mut logprobs = vec![Vec::new(); sequences.len()];
             for members in self.arrangement.micro_batches(&lengths, tokens, self.overhead) {
-                let batch = MicroBatch::new(&prepared, &members, self.arrangement, self.weights.device());
+                let batch = MicroBatch::new(sequences, &members, self.arrangement, self.weights.device());
                 let logprobs_r = head.logprobs(&target_hidden(&self.model, &batch), &batch.targets_r);
-                loss -= (batch.columns_rk.select(1, 0) * logprobs_r).sum(Kind::Double).double_value(&[]);
+                let mut flat = Vec::<f32>::try_from(&logprobs_r)?.into_iter();
+                for member in members {
+                    logprobs[member] = flat.by_ref().take(sequences[member].targets.len()).collect();
+                }
             }
-            Ok(loss)
+            Ok(logprobs)
         })
     }
 
@@ -172,6 +190,19 @@ impl Trainer {
         let sums = self.accumulate_policy(trajectories, options, temperature, tokens_per_micro_batch)?;
         let gradient_norm = self.update(learning_rate)?;
         Ok(sums.stats(options, gradient_norm))
+    }
+
+    /// What [`Trainer::policy_step`] would find, without the norm of the gradient; changes nothing.
+    pub fn policy_stats(
+        &self,
+        trajectories: &[PolicyTrajectory],
+        options: &PolicyOptions,
+        temperature: f64,
+        tokens_per_micro_batch: usize,
+    ) -> Result<PolicyStats, Error> {
+        let sums = self.accumulate_policy(trajectories, options, temperature, tokens_per_micro_batch)?;
+        let _ = self.optimizer.gradient.shallow_clone().zero_();
+        Ok(sums.stats(options, 0.0))
     }
 
     /// Writes the state from which [`Trainer::new`] continues bit for bit.
@@ -194,7 +225,11 @@ impl Trainer {
         tokens_per_micro_batch: usize,
     ) -> Result<PolicySums, Error> {
         options.check()?;
-        let sequences = weighted_sequences(trajectories, options, self.vocabulary())?;
+        let mut sequences = weighted_sequences(trajectories, options, self.vocabulary())?;
+        if matches!(options.loss, Loss::GspoStep | Loss::GspoTrajectory) {
+            let logprobs = self.logprobs(&sequences, temperature, tokens_per_micro_batch)?;
+            set_sequence_ratios(trajectories, options, &mut sequences, &logprobs);
+        }
         let steps = || trajectories.iter().flat_map(|trajectory| &trajectory.steps);
         let with_reference = steps().all(|step| step.reference_logprobs.is_some());
         self.accumulate(&sequences, tokens_per_micro_batch, |tokens_per_micro_batch| {

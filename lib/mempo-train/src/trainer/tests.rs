@@ -71,6 +71,7 @@ fn autograd_policy(
         let denominator = match options.aggregation {
             Aggregation::TrajectoryMean => counted * weight,
             Aggregation::TokenMean => weights.iter().sum(),
+            other => panic!("{other:?} is held to the golden files"),
         };
         for step in trajectory.steps.iter().filter(|step| !step.completion_ids.is_empty()) {
             let terms = plain_terms(&plain_logprobs(trainer, step, 0.8), step, options);
@@ -156,6 +157,7 @@ fn split(trajectory: &PolicyTrajectory) -> PolicyTrajectory {
             completion_ids: step.completion_ids[range.clone()].to_vec(),
             old_logprobs: step.old_logprobs[range.clone()].to_vec(),
             reference_logprobs: step.reference_logprobs.as_ref().map(|all| all[range.clone()].to_vec()),
+            sampling_logprobs: None,
             advantages: step.advantages[range].to_vec(),
             loss_weight: step.loss_weight,
         };
@@ -198,7 +200,10 @@ fn supervised_gradient_equals_autograd() {
         let expected = Tensor::run_backward(&[&loss], &leaves, false, false);
         let (prepared, count) = trainer.supervised(&sequences).unwrap();
         let pass = Pass { temperature: 1.0, tokens_per_micro_batch: BUDGET, entropy: false };
-        trainer.backward().run(&prepared, &pass, &mut |_, columns| -columns.select(1, 0)).unwrap();
+        trainer
+            .backward()
+            .run(&prepared, &pass, &mut |_, columns| Coefficients { logprob: -columns.select(1, 0), entropy: None })
+            .unwrap();
         assert_eq!(count, logprobs.len() as u64);
         assert_close(&take_gradient(&mut trainer), &expected, 1e-5);
         let stats = trainer.sft_step(&sequences, 0.0, BUDGET).unwrap();
@@ -264,6 +269,7 @@ fn long_trajectories(model: &Model) -> Vec<PolicyTrajectory> {
         completion_ids: numbers.ids(tokens),
         old_logprobs: Vec::new(),
         reference_logprobs: None,
+        sampling_logprobs: None,
         advantages: (0..tokens).map(|place| (place as f32).sin()).collect(),
         loss_weight: 1.0,
     };
