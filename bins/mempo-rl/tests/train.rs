@@ -108,6 +108,10 @@ impl Chain {
     }
 
     fn write_rollouts(&self) {
+        self.write_rollouts_with(&json!({ "temperature": 0.9 }));
+    }
+
+    fn write_rollouts_with(&self, arguments: &Value) {
         let mut trajectories: Vec<Trajectory> = Vec::new();
         for rows in self.steps.chunk_by(|a, b| (&a.task_id, a.trajectory_index) == (&b.task_id, b.trajectory_index)) {
             let (first, count) = (&rows[0], rows.len() as i32);
@@ -133,7 +137,7 @@ impl Chain {
             });
         }
         let model = Input::model("model", &self.path("model")).unwrap();
-        self.write("rollouts", &json!({ "temperature": 0.9 }), &[&model], |stage| {
+        self.write("rollouts", arguments, &[&model], |stage| {
             write_part(stage, &trajectories);
             write_part(stage, &self.steps);
         });
@@ -272,20 +276,69 @@ fn two_chained_updates_equal_one_over_the_same_trajectories() {
     chain.write_advantages("advantages", 1.0);
     chain.train("model", "once", &[&NO_KL[..], &["--epochs", "2"]].concat()).unwrap();
     chain.train("model", "first", &NO_KL).unwrap();
-    chain.train("first", "second", &NO_KL).unwrap();
+    let off_policy = [&NO_KL[..], &["--off-policy"]].concat();
+    chain.train("first", "second", &off_policy).unwrap();
     for file in ["model.safetensors", "trainer/master.safetensors", "trainer/second_moment.safetensors"] {
         assert!(chain.bytes(&format!("once/{file}")) == chain.bytes(&format!("second/{file}")), "{file}");
     }
     assert_eq!(chain.metrics("second")[0]["global_step"], 2);
-    chain.train("first", "fresh", &[&NO_KL[..], &["--fresh-optimizer"]].concat()).unwrap();
+    chain.train("first", "fresh", &[&off_policy[..], &["--fresh-optimizer"]].concat()).unwrap();
     assert_eq!(chain.metrics("fresh")[0]["global_step"], 1);
 
     // Weights that the state does not belong to.
     save_model(&chain.path("other"), 2);
     fs_err::rename(chain.path("first/trainer"), chain.path("other/trainer")).unwrap();
-    let (code, message) = chain.failure("other", &NO_KL);
+    let (code, message) = chain.failure("other", &off_policy);
     assert_eq!(code, 4, "{message}");
     assert!(message.contains("belongs to other weights") && message.contains("--fresh-optimizer"), "{message}");
+}
+
+#[test]
+fn rollouts_of_another_policy_are_refused_unless_asked_for() {
+    let chain = Chain::new(2);
+    save_model(&chain.path("other"), 2);
+    let (code, message) = chain.failure("other", &NO_KL);
+    assert_eq!(code, 4, "{message}");
+    assert!(message.contains("sampled from another checkpoint") && message.contains("--off-policy"), "{message}");
+
+    let cut = json!({ "temperature": 0.9, "top_p": 0.95 });
+    chain.write_rollouts_with(&cut);
+    chain.write_advantages("advantages", 1.0);
+    let restart = [&NO_KL[..], &["--restart"]].concat();
+    let (code, message) = chain.failure("model", &restart);
+    assert_eq!(code, 4, "{message}");
+    assert!(message.contains("--top-p 0.95") && message.contains("--allow-cut-sampling"), "{message}");
+    chain.train("model", "out", &[&NO_KL[..], &["--allow-cut-sampling"]].concat()).unwrap();
+}
+
+#[test]
+fn an_update_that_does_not_begin_where_sampling_ended_is_stopped() {
+    let chain = Chain::new(3);
+    save_model(&chain.path("other"), 2);
+    let check = [&NO_KL[..], &["--dtype", "f32", "--check-identity", "1e-5", "--trajectories-per-step", "8"]].concat();
+    chain.train("model", "out", &check).unwrap();
+    let (code, message) = chain.failure("other", &[&check[..], &["--off-policy"]].concat());
+    assert_eq!(code, 3, "{message}");
+    assert!(message.contains("--check-identity: before any update the ratio is"), "{message}");
+}
+
+#[test]
+fn every_loss_learns_what_is_rewarded() {
+    let chain = Chain::new(3);
+    for loss in ["gspo-step", "gspo-trajectory", "cispo", "reinforce"] {
+        for aggregation in ["sequence-mean", "constant"] {
+            let out = format!("{loss}-{aggregation}");
+            let more = ["--loss", loss, "--aggregation", aggregation, "--loss-length", "20", "--epochs", "4"];
+            let rest = ["--dtype", "f32", "--importance-cap", "2", "--entropy-coefficient", "0.001"];
+            chain.train("model", &out, &[&NO_KL[..], &more, &rest].concat()).unwrap();
+            let after = score(&Model::load(&chain.path(&out), &runtime()).unwrap(), &chain.steps, 0.9);
+            let gains = chain.steps.iter().zip(&after).filter(|(step, _)| !is_failed(step)).map(|(step, after)| {
+                let gain = after.iter().sum::<f32>() - step.sampling_logprobs.iter().sum::<f32>();
+                if step.trajectory_index % 2 == 1 { gain } else { -gain }
+            });
+            assert!(gains.sum::<f32>() > 1.0, "{out}");
+        }
+    }
 }
 
 fn spawn(words: &[String]) -> Child {

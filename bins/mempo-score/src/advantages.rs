@@ -513,6 +513,67 @@ mod tests {
     }
 
     #[test]
+    fn tags_and_tasks_can_be_left_out() {
+        let mut chain = Chain::new();
+        chain.run(SEGMENTS).unwrap();
+        let line = format!("{COMMAND} --credit inside");
+        let error = chain.run(&format!("{line} --out @none")).unwrap_err();
+        assert!(matches!(failure(&error).0, Failure::Usage(..)));
+        chain.run(&format!("{line} --tokenizer @model --out @inside")).unwrap();
+        let builder = chain.builder();
+        for (row, step) in chain.rows::<Advantage>("inside").iter().zip(counted_steps(&chain)) {
+            let ids = &step.completion_ids[row.memory_start.unwrap() as usize..row.memory_end.unwrap() as usize];
+            let inside = builder.tokenizer().decode(ids);
+            assert!(
+                !inside.contains(['<', '>']) && step.completion.contains(&format!("<mem>{inside}</mem>")),
+                "{inside}"
+            );
+        }
+
+        // All trajectories of one task earn the same; a reward that was null becomes 0.
+        for row in chain.trajectories.iter_mut().filter(|row| row.task_id == "task-03") {
+            row.reward = Some(1.0);
+        }
+        chain.write();
+        chain.run(&SEGMENTS.replace("@scores", "@again")).unwrap();
+        let weights = |degenerate: &str| -> Vec<(String, f32)> {
+            let line = COMMAND.replace("@scores", "@again");
+            chain.run(&format!("{line} --degenerate {degenerate} --null-rewards zero --out @{degenerate}")).unwrap();
+            let rows = chain.rows::<Advantage>(degenerate);
+            assert_eq!(rows.len(), chain.steps.len());
+            rows.into_iter().map(|row| (row.task_id, row.loss_weight)).collect()
+        };
+        assert!(weights("keep").iter().all(|(_, weight)| *weight == 1.0));
+        assert!(weights("drop").iter().all(|(task, weight)| (*weight == 0.0) == (task == "task-03")));
+        assert_eq!(chain.summary("drop")["tasks_dropped"], 1);
+        // Two trajectories a task: no memory group reaches the least size of 4.
+        assert!(weights("drop-without-memory").iter().all(|(task, weight)| (*weight == 0.0) == (task == "task-03")));
+    }
+
+    fn counted_steps(chain: &Chain) -> impl Iterator<Item = &Step> {
+        let kept = |step: &&Step| {
+            let mut rows = chain.trajectories.iter();
+            let own = rows.find(|row| (&row.task_id, row.trajectory_index) == (&step.task_id, step.trajectory_index));
+            own.is_some_and(|row| row.reward.is_some())
+        };
+        chain.steps.iter().filter(kept)
+    }
+
+    #[test]
+    fn the_report_says_what_explains_the_rewards() {
+        let chain = Chain::new();
+        chain.run(SEGMENTS).unwrap();
+        chain.run(&format!("{COMMAND} --out @out")).unwrap();
+        let summary = chain.summary("out");
+        let bins = summary["answer_probability_histogram"].as_array().unwrap();
+        let counted: u64 = bins.iter().map(|bin| bin.as_u64().unwrap()).sum();
+        assert_eq!(counted as usize, chain.rows::<Score>("scores").len());
+        let all = summary["memory_reward_explained_by_all"].as_f64().unwrap();
+        let step = summary["memory_reward_explained_by"]["step_index"].as_f64().unwrap();
+        assert!((0.0..=1.0).contains(&all) && step <= all + 1e-12, "{summary}");
+    }
+
+    #[test]
     fn scores_that_do_not_fit_are_refused() {
         let mut chain = Chain::new();
         chain.run(SEGMENTS).unwrap();
