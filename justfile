@@ -2,6 +2,7 @@
 
 mod demo 'pipelines/demo.just'
 mod smollm2 'pipelines/smollm2.just'
+mod study 'pipelines/study.just'
 
 _list:
     @{{ just_executable() }} --list --list-submodules

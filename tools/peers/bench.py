@@ -74,6 +74,20 @@ def jobs(shape, dtype, limits):
         yield (f"score {count + 1} prefixes of {total}", dict(ids=ids(total), prefixes=prefixes, answer=ids(answer)),
                (count + 1) * answer, floor, [("a pass a prefix", "score")])
 
+    # A task's group of trajectories, as `mempo-score segments` asks about it: after every memory, and after the steps before it.
+    group, steps, question, memory, segment, answer = 16, 8, 120, 40, 100, 8
+    start, end = ids(question), ids(answer)
+    memories, prefixes = [], []
+    for _ in range(group):
+        trajectory = ids(segment * steps)
+        memories += [start + ids(memory) + end for _ in range(steps)]
+        prefixes += [start + trajectory[:segment * step] + end for step in range(steps)]
+    distinct = question + group * (steps * (memory + answer) + (steps - 1) * (segment + answer)) + answer
+    floor = (2 * body * distinct + 2 * head * 2 * group * steps * answer) / wide
+    arguments = dict(sequences=memories + prefixes, answer=answer)
+    yield (f"score {2 * group * steps} contexts of a task", arguments, 2 * group * steps * answer, floor,
+           [("each for itself", "contexts"), ("prefix cache", "cached")])
+
     for name, lengths in (("train 8 x 256", [256] * 8), ("train 8 of 32 to 256", [32, 64, 128, 256] * 2)):
         tokens = sum(lengths)
         floor = 6 * (body + head) * tokens / wide
@@ -107,8 +121,8 @@ def bench(engine, shape, dtype):
         if dtype == "f32":
             greedy = {**arguments, "greedy": True, "new": 64} if job == "generate" else arguments
             check(name, ours.do(job, **greedy), peer.do(job, **greedy))
-        if job == "train" and shape != "tiny":
-            # Three training processes of this size are more than 24 GB.
+        if job in ("train", "contexts") and shape != "tiny":
+            # Three training processes of this size are more than 24 GB; a pass a context takes minutes.
             continue
         seconds = {who: [] for who in ["ours"] + [who for who, _ in peers]}
         for _ in range((ROUNDS if shape == "tiny" else 1) + 1):

@@ -9,7 +9,7 @@ import tempfile
 import time
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 LEARNING_RATE = 1e-4
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -44,6 +44,40 @@ def score(model, job):
         ids = torch.tensor([job["ids"][:prefix] + job["answer"]])
         logits = model(ids, logits_to_keep=len(answer) + 1).logits[0, :-1].float()
         found.append(logits.log_softmax(-1).gather(1, answer[:, None])[:, 0].tolist())
+    return {"seconds": time.perf_counter() - start, "logprobs": found}
+
+
+@torch.inference_mode()
+def contexts(model, job):
+    """A forward pass a context."""
+    found = []
+    start = time.perf_counter()
+    for ids in job["sequences"]:
+        answer = torch.tensor(ids[-job["answer"]:])
+        logits = model(torch.tensor([ids]), logits_to_keep=len(answer) + 1).logits[0, :-1].float()
+        found.append(logits.log_softmax(-1).gather(1, answer[:, None])[:, 0].tolist())
+    return {"seconds": time.perf_counter() - start, "logprobs": found}
+
+
+@torch.inference_mode()
+def cached(model, job):
+    """The same in order of their ids, each going on from what it shares with the one before it."""
+    found = [None] * len(job["sequences"])
+    start = time.perf_counter()
+    cache, held = DynamicCache(), []
+    for place in sorted(range(len(found)), key=lambda place: job["sequences"][place]):
+        ids = job["sequences"][place]
+        shared = 0
+        while shared < min(len(held), len(ids) - job["answer"] - 1) and held[shared] == ids[shared]:
+            shared += 1
+        if shared == 0:
+            cache = DynamicCache()
+        elif shared < len(held):
+            cache.crop(shared - len(held))
+        answer = torch.tensor(ids[-job["answer"]:])
+        logits = model(torch.tensor([ids[shared:]]), past_key_values=cache, logits_to_keep=len(answer) + 1).logits[0, :-1]
+        found[place] = logits.float().log_softmax(-1).gather(1, answer[:, None])[:, 0].tolist()
+        held = ids
     return {"seconds": time.perf_counter() - start, "logprobs": found}
 
 
@@ -127,6 +161,10 @@ def main():
                 answer = generate(model, job)
             case "score":
                 answer = score(model, job)
+            case "contexts":
+                answer = contexts(model, job)
+            case "cached":
+                answer = cached(model, job)
             case "train":
                 answer = train(directory, dtype, job)
             case "trl":

@@ -1,8 +1,10 @@
 //! `mempo-rl`: rollouts and advantages -> the next checkpoint.
 //!
 //! One subcommand, [`train`]. Beside it: [`plan`] chooses the trajectories and orders them into optimizer
-//! steps, [`inputs`] checks what is read, [`load`] joins the tables of some of them into training sequences.
+//! steps, [`inputs`] checks what is read, [`alarms`] whether the policy is still one to learn from, [`load`] joins the
+//! tables of some of them into training sequences.
 
+mod alarms;
 mod inputs;
 mod load;
 mod plan;

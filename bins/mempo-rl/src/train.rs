@@ -19,6 +19,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tracing::{info, warn};
 
+use crate::alarms::AlarmOptions;
 use crate::inputs::{Inputs, temperature};
 use crate::load::Source;
 use crate::plan::{PlannedStep, Selection, plan_steps, window};
@@ -80,6 +81,9 @@ pub(crate) struct TrainArguments {
     #[serde(skip)]
     save_every: usize,
     #[command(flatten)]
+    #[serde(skip)]
+    alarms: AlarmOptions,
+    #[command(flatten)]
     pub(crate) policy: PolicyOptions,
     #[command(flatten)]
     optimizer: OptimizerOptions,
@@ -105,6 +109,7 @@ pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     let Some(stage) = Stage::open("mempo-rl", "train", &arguments.stage, arguments, &inputs.list())? else {
         return Ok(());
     };
+    arguments.alarms.check_rollouts(&inputs.rollouts)?;
     let selection = Selection::read(&inputs.rollouts, &inputs.advantages)?;
     if selection.trajectories.is_empty() {
         return Err(anyhow!("{}: no trajectory has advantages", arguments.advantages.display())).bad_input();
@@ -189,6 +194,7 @@ impl<'a> Training<'a> {
                 let learning_rate = learning_rate_at(&self.arguments.optimizer, done as u64, plan.len() as u64);
                 let stats = self.step(done, &content, learning_rate)?;
                 done += 1;
+                self.arguments.alarms.check_step(done, &stats)?;
                 progress.message(format!("loss {:.4}", stats.loss));
                 progress.inc(1);
                 let rewards = selection.members(step).map(|planned| f64::from(planned.reward));

@@ -323,6 +323,32 @@ fn an_update_that_does_not_begin_where_sampling_ended_is_stopped() {
 }
 
 #[test]
+fn a_collapsed_policy_stops_the_training() {
+    let mut chain = Chain::new(2);
+    for (alarm, value, named) in [
+        ("--alarm-truncated", "-1", "task-"),
+        ("--alarm-entropy", "100", "optimizer step 1"),
+        ("--alarm-length", "1000", "/step "),
+    ] {
+        let alarmed = format!("{alarm}={value}");
+        let more = [&NO_KL[..], &["--restart", &alarmed]].concat();
+        let (code, message) = chain.failure("model", &more);
+        assert_eq!(code, 3, "{message}");
+        assert!(message.contains(alarm) && message.contains(named), "{message}");
+    }
+    let (key, repeated) = (chain.steps[2].task_id.clone(), vec![7; 60]);
+    for step in &mut chain.steps {
+        step.sampling_logprobs = vec![-1.0; repeated.len()];
+        step.completion_ids.clone_from(&repeated);
+    }
+    chain.write_rollouts();
+    chain.write_advantages("advantages", 1.0);
+    let (code, message) = chain.failure("model", &[&NO_KL[..], &["--restart"]].concat());
+    assert_eq!(code, 3, "{message}");
+    assert!(message.contains("--alarm-repetition") && message.contains(&key), "{message}");
+}
+
+#[test]
 fn every_loss_learns_what_is_rewarded() {
     let chain = Chain::new(3);
     for loss in ["gspo-step", "gspo-trajectory", "cispo", "reinforce"] {

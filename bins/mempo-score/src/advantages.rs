@@ -261,6 +261,7 @@ impl Estimation<'_> {
             if first.reward.is_none() {
                 self.sums.add("trajectories_without_reward", 1.0);
             }
+            check_finite(chunk).quality()?;
             let instead = (self.arguments.null_rewards == NullRewards::Zero).then_some(0.0);
             let Some(reward) = first.reward.or(instead) else { continue };
             let memories = chunk.iter().filter(|row| row.memory().is_some());
@@ -339,6 +340,18 @@ impl Estimation<'_> {
             _ => segment.start..segment.end,
         }
     }
+}
+
+/// A number that is none would reach every advantage of its group.
+fn check_finite(chunk: &[JoinedRow]) -> anyhow::Result<()> {
+    let bad = |row: &&JoinedRow| {
+        let rewards = [row.reward.map(f64::from), row.memory_reward];
+        rewards.into_iter().flatten().any(|reward| !reward.is_finite())
+    };
+    chunk.iter().find(bad).map_or(Ok(()), |row| {
+        let (key, reward, memory) = (row.key(), row.reward, row.memory_reward);
+        Err(anyhow!("{key}: reward {reward:?}, memory reward {memory:?}: expected finite numbers; score again"))
+    })
 }
 
 fn check_steps(chunk: &[JoinedRow], with_scores: bool) -> anyhow::Result<()> {
@@ -512,6 +525,65 @@ mod tests {
         assert!(matches!(failure(&error).0, Failure::Usage(..)));
     }
 
+    /// `cargo test --release -p mempo-score -- --ignored --nocapture a_million`: a measurement, with the time in the log.
+    #[test]
+    #[ignore = "writes a million rows"]
+    fn a_million_steps() {
+        const STEPS: i32 = 16;
+        let mut chain = Chain::new();
+        let (trajectory, step) = (chain.trajectories[0].clone(), chain.steps[1].clone());
+        (chain.trajectories, chain.steps) = (Vec::new(), Vec::new());
+        let mut scores = Vec::new();
+        for index in 0..1_000_000 / STEPS {
+            let (task_id, trajectory_index) = (format!("task-{:06}", index / 16), index % 16);
+            let reward = Some((index * 7919 % 3 == 0).into());
+            let own = Trajectory {
+                task_id: task_id.clone(),
+                trajectory_index,
+                reward,
+                step_count: STEPS,
+                ..trajectory.clone()
+            };
+            chain.trajectories.push(own);
+            for step_index in 0..STEPS {
+                let key = (task_id.clone(), trajectory_index, step_index);
+                chain.steps.push(Step { task_id: key.0.clone(), trajectory_index, step_index, ..step.clone() });
+                scores
+                    .push(score(key, f64::from(mempo_model::counter_uniform(1, (index * STEPS + step_index) as u64))));
+            }
+        }
+        chain.write();
+        let rollouts = Input::stage("rollouts", &chain.path("rollouts")).unwrap();
+        crate::fixture::write_stage_from(&chain.path("scores"), &json!({}), &[&rollouts], |stage| {
+            crate::fixture::write_table(stage, &scores);
+        });
+        (chain.steps, chain.trajectories) = (Vec::new(), Vec::new());
+        drop(scores);
+        let start = std::time::Instant::now();
+        chain.run(&format!("{COMMAND} --out @out")).unwrap();
+        let seconds = start.elapsed().as_secs_f64();
+        let status = fs_err::read_to_string("/proc/self/status").unwrap();
+        let peak = status.lines().find(|line| line.starts_with("VmHWM"));
+        println!("1,000,000 steps: {seconds:.2} s; peak of the whole test, rows included: {peak:?}");
+        assert_eq!(chain.rows::<Advantage>("out").len(), 1_000_000);
+    }
+
+    fn score((task_id, trajectory_index, step_index): (String, i32, i32), probability: f64) -> Score {
+        Score {
+            task_id,
+            trajectory_index,
+            step_index,
+            answer_logprob: Some(probability.ln()),
+            answer_probability: Some(probability),
+            bias_logprob: None,
+            bias_probability: None,
+            objective_logprobs: Some(vec![probability.ln(); 2]),
+            memory_reward: Some(probability),
+            answer_token_count: 9,
+            truncated: false,
+        }
+    }
+
     #[test]
     fn tags_and_tasks_can_be_left_out() {
         let mut chain = Chain::new();
@@ -629,6 +701,10 @@ mod tests {
         let missing = |rows: &[JoinedRow]| failure(&task(rows).unwrap_err()).1;
         assert!(missing(&[row(0, Some(0), false)]).contains("t/trajectory 0/step 0: `scores` has no row"));
         assert!(missing(&[row(2, None, false)]).contains("t/trajectory 2/step 0: `steps` has 0 rows"));
+        let mut infinite = row(0, Some(0), true);
+        infinite.memory_reward = Some(f64::INFINITY);
+        let error = task(&[infinite]).unwrap_err();
+        assert!(matches!(failure(&error), (Failure::Quality(..), text) if text.contains("t/trajectory 0/step 0")));
         // A memory whose context was past the window has a row without a reward: it earns nothing.
         let found = task(&[row(0, Some(0), true)]).unwrap();
         assert_eq!((found[0].memory_advantage, found[0].memory_end, found[0].loss_weight), (Some(0.0), Some(3), 1.0));

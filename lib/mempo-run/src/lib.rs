@@ -40,6 +40,7 @@ mod output;
 mod progress;
 mod stage;
 mod standard;
+mod tensorboard;
 
 pub use args::{LogArgs, LogFormat, Shard, StageArgs};
 pub use digest::seed_of;

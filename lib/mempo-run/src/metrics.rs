@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: one line an optimizer step, nothing that varies between equal runs.
+//! `metrics.jsonl`: one line an optimizer step, nothing that varies between equal runs; and the same for TensorBoard.
 
 use std::io::Write;
 use std::path::Path;
@@ -9,12 +9,14 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::ResultExt;
+use crate::tensorboard::EventFile;
 
 /// The metrics of a training run: a file of one JSON object an optimizer step, and what it holds.
 #[derive(Debug)]
 pub struct MetricsFile {
     file: File,
     lines: Vec<Value>,
+    events: EventFile,
 }
 
 impl MetricsFile {
@@ -37,13 +39,16 @@ impl MetricsFile {
         }
         let file = OpenOptions::new().create(true).append(true).open(path)?;
         file.set_len(kept.iter().map(|line| line.len() as u64).sum())?;
-        Ok(Self { file, lines })
+        let events = EventFile::create(dir, &lines)?;
+        Ok(Self { file, lines, events })
     }
 
     /// Appends a line. A number that is not finite is written as null.
     pub fn push(&mut self, metric: &impl Serialize) -> anyhow::Result<()> {
         let line = serde_json::to_string(metric)?;
-        self.lines.push(serde_json::from_str(&line)?);
+        let value = serde_json::from_str(&line)?;
+        self.events.push(&value)?;
+        self.lines.push(value);
         self.file.write_all((line + "\n").as_bytes())?;
         Ok(())
     }

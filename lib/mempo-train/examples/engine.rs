@@ -41,6 +41,8 @@ enum Job {
     },
     /// One answer after each of many contexts, each for itself.
     Answers { sequences: Vec<Vec<i32>>, answer: usize, tokens_per_batch: usize },
+    /// The last ids of many contexts that have much in common.
+    Contexts { sequences: Vec<Vec<i32>>, answer: usize },
     /// What the machine can do.
     Limits,
     /// Which kernels attention runs on.
@@ -73,6 +75,7 @@ fn main() -> anyhow::Result<()> {
             Job::Answers { sequences, answer, tokens_per_batch } => {
                 time_answers(&model, sequences, answer, tokens_per_batch)?
             }
+            Job::Contexts { sequences, answer } => time_contexts(&model, sequences, answer)?,
             Job::Limits => limits(&runtime),
             Job::Kernels => attention_kernels(&model),
             Job::Adamw { parameters } => time_adamw(&runtime, parameters)?,
@@ -112,14 +115,28 @@ fn time_scoring(model: &Model, ids: Vec<i32>, prefixes: &[usize], answer: &[i32]
     Ok(json!({ "seconds": start.elapsed().as_secs_f64(), "logprobs": logprobs }))
 }
 
+fn scored(sequences: Vec<Vec<i32>>, answer: usize) -> Vec<ScoredSequence> {
+    let scored = |ids: Vec<i32>| ScoredSequence { targets: ids.len() - answer..ids.len(), ids };
+    sequences.into_iter().map(scored).collect()
+}
+
+fn time_contexts(model: &Model, sequences: Vec<Vec<i32>>, answer: usize) -> anyhow::Result<Value> {
+    let asked: usize = sequences.iter().map(Vec::len).sum();
+    let scored = scored(sequences, answer);
+    let options = ScoreOptions { temperature: 1.0, tokens_per_batch: 16_384 };
+    let start = Instant::now();
+    let (logprobs, computed) = model.shared_logprobs(&scored, &options)?;
+    let seconds = start.elapsed().as_secs_f64();
+    Ok(json!({ "seconds": seconds, "logprobs": logprobs, "asked": asked, "computed": computed }))
+}
+
 fn time_answers(
     model: &Model,
     sequences: Vec<Vec<i32>>,
     answer: usize,
     tokens_per_batch: usize,
 ) -> anyhow::Result<Value> {
-    let scored = |ids: Vec<i32>| ScoredSequence { targets: ids.len() - answer..ids.len(), ids };
-    let scored: Vec<ScoredSequence> = sequences.into_iter().map(scored).collect();
+    let scored = scored(sequences, answer);
     let options = ScoreOptions { temperature: 1.0, tokens_per_batch };
     let start = Instant::now();
     let logprobs = model.completion_logprobs(&scored, &options)?;

@@ -1,0 +1,155 @@
+//! Signs that a policy has collapsed: training on it would make it worse, so it stops and says which trajectories show it.
+
+use std::collections::HashSet;
+
+use anyhow::anyhow;
+use clap::Args;
+use mempo_data::{Step, StopReason, Trajectory, read_rows};
+use mempo_run::{Input, ResultExt};
+use mempo_train::PolicyStats;
+use serde::Serialize;
+
+/// Ids of an n-gram that is looked for again.
+const NGRAM: usize = 4;
+/// Trajectories that a message names.
+const NAMED: usize = 3;
+
+/// When to stop. Defaults are far from what a healthy policy does.
+#[derive(Debug, Clone, Args, Serialize)]
+pub(crate) struct AlarmOptions {
+    /// Stop if a smaller share of trajectories has valid format
+    #[arg(long, value_name = "SHARE", default_value_t = 0.01)]
+    alarm_format: f64,
+    /// Stop if a larger share of completions was cut off at the length limit
+    #[arg(long, value_name = "SHARE", default_value_t = 0.95)]
+    alarm_truncated: f64,
+    /// Stop if on average a larger share of a completion's four-token sequences occurs in it before
+    #[arg(long, value_name = "SHARE", default_value_t = 0.8)]
+    alarm_repetition: f64,
+    /// Stop if completions are shorter on average, in tokens
+    #[arg(long, value_name = "TOKENS", default_value_t = 2.0)]
+    alarm_length: f64,
+    /// Stop if an optimizer step's entropy is lower, in nats
+    #[arg(long, value_name = "NATS", default_value_t = 1e-4)]
+    alarm_entropy: f64,
+    /// Stop if an optimizer step's divergence from the reference policy is larger, in nats
+    #[arg(long, value_name = "NATS", default_value_t = 5.0)]
+    alarm_kl: f64,
+}
+
+/// A mean over trajectories or completions, and those that are worst.
+#[derive(Default)]
+struct Sign {
+    sum: f64,
+    count: f64,
+    /// Worst first.
+    worst: Vec<(f64, String)>,
+}
+
+impl Sign {
+    fn add(&mut self, value: f64, badness: f64, name: impl FnOnce() -> String) {
+        self.sum += value;
+        self.count += 1.0;
+        let place = self.worst.partition_point(|(known, _)| *known >= badness);
+        if place < NAMED {
+            self.worst.insert(place, (badness, name()));
+            self.worst.truncate(NAMED);
+        }
+    }
+
+    fn mean(&self) -> f64 {
+        self.sum / self.count.max(1.0)
+    }
+
+    fn examples(&self) -> String {
+        let names: Vec<&str> = self.worst.iter().map(|(_, name)| name.as_str()).collect();
+        names.join(", ")
+    }
+}
+
+impl AlarmOptions {
+    /// Refuses a rollout that shows a collapse.
+    pub(crate) fn check_rollouts(&self, rollouts: &Input) -> anyhow::Result<()> {
+        let mut format = Sign::default();
+        for row in read_rows::<Trajectory>(&rollouts.table("trajectories")?).bad_input()? {
+            let row = row.bad_input()?;
+            let valid = f64::from(u8::from(row.format_valid));
+            format.add(valid, -valid, || format!("{}/trajectory {}", row.task_id, row.trajectory_index));
+        }
+        let [mut truncated, mut repetition, mut length] = std::array::from_fn(|_| Sign::default());
+        for step in read_rows::<Step>(&rollouts.table("steps")?).bad_input()? {
+            let step = step.bad_input()?;
+            let name = || format!("{}/trajectory {}/step {}", step.task_id, step.trajectory_index, step.step_index);
+            let cut = f64::from(u8::from(step.stop_reason == StopReason::MaxTokens));
+            truncated.add(cut, cut, name);
+            let repeated = repeated_share(&step.completion_ids);
+            repetition.add(repeated, repeated, name);
+            let tokens = step.completion_ids.len() as f64;
+            length.add(tokens, -tokens, name);
+        }
+        let below = |name, sign: &Sign, limit: f64| (sign.mean() < limit).then(|| (name, sign.mean(), sign.examples()));
+        let above = |name, sign: &Sign, limit: f64| (sign.mean() > limit).then(|| (name, sign.mean(), sign.examples()));
+        let alarms = [
+            below("--alarm-format", &format, self.alarm_format),
+            above("--alarm-truncated", &truncated, self.alarm_truncated),
+            above("--alarm-repetition", &repetition, self.alarm_repetition),
+            below("--alarm-length", &length, self.alarm_length),
+        ];
+        match alarms.into_iter().flatten().next() {
+            None => Ok(()),
+            Some((name, mean, examples)) => Err(anyhow!(
+                "{}: {name}: the mean is {mean:.4}: the policy has collapsed, or sampling went wrong; see {examples}",
+                rollouts.dir().display()
+            ))
+            .quality(),
+        }
+    }
+
+    /// Refuses to go on after an optimizer step that shows a collapse.
+    pub(crate) fn check_step(&self, step: usize, stats: &PolicyStats) -> anyhow::Result<()> {
+        let alarm = if stats.entropy < self.alarm_entropy {
+            Some(("--alarm-entropy", stats.entropy))
+        } else {
+            stats.kl.filter(|kl| *kl > self.alarm_kl).map(|kl| ("--alarm-kl", kl))
+        };
+        match alarm {
+            None => Ok(()),
+            Some((name, value)) => Err(anyhow!(
+                "optimizer step {step}: {name}: {value:.4} nats: the policy has collapsed; lower --learning-rate, raise \
+                 --kl-coefficient, or start from an earlier checkpoint"
+            ))
+            .quality(),
+        }
+    }
+}
+
+/// Share of a completion's n-grams that occur in it before.
+fn repeated_share(ids: &[i32]) -> f64 {
+    let mut seen = HashSet::new();
+    let ngrams = ids.windows(NGRAM);
+    let count = ngrams.len().max(1) as f64;
+    ngrams.filter(|ngram| !seen.insert(*ngram)).count() as f64 / count
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn repetition_is_the_share_of_ngrams_seen_before() {
+        assert!(repeated_share(&[1, 2, 3]).abs() < 1e-12);
+        assert!(repeated_share(&[1, 2, 3, 4, 5, 6]).abs() < 1e-12);
+        // 7 7 7 7 seven times: five of six n-grams are old.
+        assert!((repeated_share(&[7; 9]) - 5.0 / 6.0).abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_worst_are_named() {
+        let mut sign = Sign::default();
+        for (badness, name) in [(0.1, "a"), (0.9, "b"), (0.5, "c"), (0.7, "d"), (0.9, "e")] {
+            sign.add(badness, badness, || name.to_owned());
+        }
+        assert_eq!(sign.examples(), "b, e, d");
+        assert!((sign.mean() - 0.62).abs() < 1e-12);
+    }
+}
