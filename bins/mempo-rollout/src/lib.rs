@@ -3,7 +3,7 @@
 //! One file a subcommand. [`compose`] joins questions into tasks of n objectives; [`index`] makes a corpus table and a
 //! BM25 index; [`sample`] lets a checkpoint work on the tasks and records every step; [`show`] prints what it did.
 //! Beside them: [`rows`] reads JSON Lines and Parquet, [`question`] understands question rows, [`local_engine`] puts a
-//! model behind the agent, [`tally`] keeps the books.
+//! model behind the agent, [`stored`] gives states to go on from, [`tally`] keeps the books.
 
 mod compose;
 mod index;
@@ -12,6 +12,7 @@ mod question;
 mod rows;
 mod sample;
 mod show;
+mod stored;
 mod tally;
 
 use clap::{CommandFactory, Parser, Subcommand};

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, anyhow};
 use clap::Args;
-use mempo_agent::{Agent, LimitOptions, SamplingOptions, SearchIndex, Toolbox, Unit, context_policy};
+use mempo_agent::{Agent, LimitOptions, SamplingOptions, SearchIndex, Start, Toolbox, Unit, context_policy};
 use mempo_data::{Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, Stage, StageArgs, seed_of};
@@ -16,6 +16,7 @@ use serde_json::json;
 
 use crate::index::INDEX_FOLDER;
 use crate::local_engine::LocalEngine;
+use crate::stored::Stored;
 use crate::tally::Tally;
 
 /// Let a checkpoint work on tasks, each several times.
@@ -48,6 +49,12 @@ pub(crate) struct SampleArguments {
     #[arg(long, value_name = "NAME|DIR")]
     #[serde(skip)]
     profile: Option<String>,
+    /// Go on from every memory of this rollout, --group-size times from each, instead of starting anew: how often that
+    /// succeeds is what the memory is worth. Trajectories begin with the stored steps; the index of the j-th from step t of
+    /// trajectory i is (i * max_steps + t) * group_size + j
+    #[arg(long, value_name = "DIR")]
+    #[serde(skip)]
+    from: Option<PathBuf>,
     /// Use the first tasks only
     #[arg(long, value_name = "N")]
     max_tasks: Option<NonZeroUsize>,
@@ -89,6 +96,8 @@ struct Inputs {
     search: Input,
     /// The files of a profile that is a folder.
     profile: Option<Input>,
+    /// The rollout to go on from.
+    from: Option<Input>,
 }
 
 impl Inputs {
@@ -100,11 +109,12 @@ impl Inputs {
             model: Input::model("model", &arguments.model)?,
             search: Input::stage("search", &arguments.search)?,
             profile: if profile.is_dir() { Some(Input::files("profile", &files)?) } else { None },
+            from: arguments.from.as_ref().map(|dir| Input::stage("from", dir)).transpose()?,
         })
     }
 
     fn all(&self) -> Vec<&Input> {
-        [&self.tasks, &self.model, &self.search].into_iter().chain(&self.profile).collect()
+        [&self.tasks, &self.model, &self.search].into_iter().chain(&self.profile).chain(&self.from).collect()
     }
 }
 
@@ -146,7 +156,8 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     };
     let interrupted = || stage.check_interrupt().is_err();
     let mut engine = LocalEngine::new(&model, &builder, &arguments.sampling, arguments.concurrency.get(), &interrupted);
-    let sampling = Sampling { arguments: &arguments, stage: &stage, agent: &agent, task_count };
+    let stored = inputs.from.as_ref().map(|from| Stored::read(from, arguments.limits.max_steps)).transpose()?;
+    let sampling = Sampling { arguments: &arguments, stage: &stage, agent: &agent, task_count, stored };
     let tally = sampling.run(&mut engine, &task_files)?;
     let summary = tally.summary();
     tracing::info!("{summary}");
@@ -210,6 +221,7 @@ struct Sampling<'a> {
     stage: &'a Stage,
     agent: &'a Agent<'a>,
     task_count: usize,
+    stored: Option<Stored>,
 }
 
 impl Sampling<'_> {
@@ -218,14 +230,21 @@ impl Sampling<'_> {
         let units = self.stage.shard_range(self.task_count.div_ceil(size));
         let first = units.start * size;
         let count = (units.end * size).min(self.task_count).saturating_sub(first);
-        let planned = (count * self.agent.group_size) as u64;
+        let planned = match self.stored {
+            None => (count * self.agent.group_size) as u64,
+            Some(_) => {
+                let tasks = read_rows::<Task>(task_files).bad_input()?.skip(first).take(count);
+                let starts = tasks.map(|task| Ok(self.starts(&task.bad_input()?).len() as u64));
+                starts.sum::<anyhow::Result<u64>>()?
+            }
+        };
         let progress = self.stage.progress("sample", planned, "trajectories");
         let mut tasks = read_rows::<Task>(task_files).bad_input()?.skip(first).take(count);
         let mut tally = Tally::default();
         for unit in units {
             let tasks: Vec<Task> = tasks.by_ref().take(size).collect::<Result<_, _>>().bad_input()?;
             self.stage.check_interrupt()?;
-            let trajectories = (tasks.len() * self.agent.group_size) as u64;
+            let trajectories = tasks.iter().map(|task| self.starts(task).len() as u64).sum();
             if self.stage.has_part("trajectories", unit) {
                 self.count_part(unit, &mut tally)?;
                 progress.skip(trajectories);
@@ -238,6 +257,14 @@ impl Sampling<'_> {
         Ok(tally)
     }
 
+    fn starts<'t>(&self, task: &'t Task) -> Vec<Start<'t>> {
+        let anew = |index| Start { task, trajectory_index: index as i32, steps: Vec::new() };
+        match &self.stored {
+            Some(stored) => stored.starts(task, self.agent.group_size),
+            None => (0..self.agent.group_size).map(anew).collect(),
+        }
+    }
+
     fn sample_unit(
         &self,
         unit: usize,
@@ -247,7 +274,10 @@ impl Sampling<'_> {
         planned: u64,
     ) -> anyhow::Result<()> {
         let (start, tokens) = (Instant::now(), tally.generated_tokens);
-        let Unit { trajectories, steps } = self.agent.run_unit(engine, tasks).bad_input()?;
+        let Unit { trajectories, steps } = {
+            let starts = tasks.iter().flat_map(|task| self.starts(task)).collect();
+            self.agent.run_from(engine, starts).bad_input()?
+        };
         self.stage.check_interrupt()?;
         for row in &trajectories {
             tally.add(row);

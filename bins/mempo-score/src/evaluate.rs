@@ -166,7 +166,7 @@ fn report(measured: Vec<Measured>, baseline: usize, with_tasks: bool, seed: u64)
 }
 
 /// Writes a file whole or not at all.
-fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
+pub(crate) fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
     let mut name = path.file_name().with_context(|| format!("{}: not a file name", path.display())).usage()?.to_owned();
     name.push(".tmp");
     let temporary = path.with_file_name(name);

@@ -1,7 +1,8 @@
 //! `mempo-score`: rollouts + checkpoint -> answer probabilities, log-probabilities, advantages, evaluation.
 //!
 //! One file a subcommand: [`segments`] asks the model how probable the gold answer is given each memory, [`logprobs`]
-//! scores what was sampled, [`advantages`] turns rewards into what the update needs, [`evaluate`] reports. Beside them,
+//! scores what was sampled, [`advantages`] turns rewards into what the update needs, [`evaluate`] reports, [`credit`] holds
+//! memory rewards to what continuations show. Beside them,
 //! pure: [`probe`] lays out what is scored, [`reward`] turns scores into rows, [`normalise`] centres groups,
 //! [`measure`] and [`bootstrap`] compute figures with intervals, [`report`] renders them. [`rollouts`] reads rollouts
 //! unit by unit, [`query`] is the one place that speaks SQL, [`baseline`] judges answers from a file [`facts`]
@@ -10,6 +11,7 @@
 mod advantages;
 mod baseline;
 mod bootstrap;
+mod credit;
 mod evaluate;
 mod explain;
 mod facts;
@@ -60,6 +62,7 @@ enum Command {
     Logprobs(logprobs::LogprobsArguments),
     Advantages(advantages::AdvantagesArguments),
     Evaluate(evaluate::EvaluateArguments),
+    Credit(credit::CreditArguments),
     Doctor(DoctorArguments),
     #[command(flatten)]
     Standard(StandardCommand),
@@ -73,6 +76,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Logprobs(arguments) => logprobs::run(&arguments),
         Command::Advantages(arguments) => advantages::run(&arguments),
         Command::Evaluate(arguments) => evaluate::run(&arguments),
+        Command::Credit(arguments) => credit::run(&arguments),
         Command::Doctor(arguments) => arguments.run(),
         Command::Standard(command) => command.run(Arguments::command()),
     }

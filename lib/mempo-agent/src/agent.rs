@@ -29,6 +29,16 @@ pub struct Agent<'a> {
     pub seed_of: &'a (dyn Fn(&str, i32, i32) -> u64 + Sync),
 }
 
+/// Where a trajectory starts.
+pub struct Start<'t> {
+    /// What it works on.
+    pub task: &'t Task,
+    /// Its own number among the task's.
+    pub trajectory_index: i32,
+    /// Steps that are taken as done: the next one follows from them.
+    pub steps: Vec<Step>,
+}
+
 /// Rows of some tasks, sorted by key.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Unit {
@@ -42,8 +52,14 @@ impl Agent<'_> {
     /// Attempts each task `group_size` times. What the policy does wrong and what fails around it is in the rows' status;
     /// an `Err` means that a prompt can't be built at all.
     pub fn run_unit(&self, engine: &mut dyn Engine, tasks: &[Task]) -> Result<Unit, Error> {
-        let group = |task| (0..self.group_size as i32).map(move |index| Attempt::new(task, index));
-        let mut attempts: Vec<Attempt<'_>> = tasks.iter().flat_map(group).collect();
+        let start = |task, trajectory_index| Start { task, trajectory_index, steps: Vec::new() };
+        let group = |task| (0..self.group_size as i32).map(move |index| start(task, index));
+        self.run_from(engine, tasks.iter().flat_map(group).collect())
+    }
+
+    /// The same from where each trajectory is to start; the rows begin with the steps that were given.
+    pub fn run_from(&self, engine: &mut dyn Engine, starts: Vec<Start<'_>>) -> Result<Unit, Error> {
+        let mut attempts: Vec<Attempt<'_>> = starts.into_iter().map(Attempt::new).collect();
         let first = self.requests(attempts.iter_mut().enumerate().collect())?;
         let mut unbuilt = None;
         let result = engine.run(first, &mut |finished| {

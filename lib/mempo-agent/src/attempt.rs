@@ -4,7 +4,7 @@ use mempo_data::{Status, Step, StopReason, Task, Trajectory};
 use mempo_text::{ParsedCompletion, ToolCall, parse_continuation};
 
 use crate::outcome::{format_problem, outcome, row_segments};
-use crate::{Agent, Generation, ToolFailure, observation};
+use crate::{Agent, Generation, Start, ToolFailure, observation};
 
 /// One attempt at a task.
 pub(crate) struct Attempt<'t> {
@@ -26,8 +26,10 @@ struct End {
 }
 
 impl<'t> Attempt<'t> {
-    pub(crate) fn new(task: &'t Task, trajectory_index: i32) -> Self {
-        let (steps, prompt_ids, end) = (Vec::new(), Vec::new(), None);
+    pub(crate) fn new(start: Start<'t>) -> Self {
+        let Start { task, trajectory_index, mut steps } = start;
+        steps.iter_mut().for_each(|step| step.trajectory_index = trajectory_index);
+        let (prompt_ids, end) = (Vec::new(), None);
         Self { task, trajectory_index, steps, prompt_ids, end, tags_valid: true, tool_calls: 0, unique_tokens: 0 }
     }
 

@@ -18,7 +18,7 @@ mod toolbox;
 
 use std::path::PathBuf;
 
-pub use agent::{Agent, Unit};
+pub use agent::{Agent, Start, Unit};
 pub use context::{ClosedBook, ContextPolicy, Mempo, React, context_policy};
 pub use engine::{Engine, Generation, Next, Request};
 pub use options::{LimitOptions, SamplingOptions};

@@ -94,6 +94,10 @@ impl<'a> Setting<'a> {
     }
 
     fn run(&self, engine: &mut dyn Engine, tasks: &[Task]) -> Unit {
+        self.with_agent(|agent| agent.run_unit(engine, tasks).unwrap())
+    }
+
+    fn with_agent<T>(&self, work: impl FnOnce(&Agent<'_>) -> T) -> T {
         let seed_of = |task_id: &str, trajectory: i32, step: i32| {
             1000 * u64::from(task_id.as_bytes()[0]) + 10 * trajectory as u64 + step as u64
         };
@@ -107,7 +111,7 @@ impl<'a> Setting<'a> {
             seed: 7,
             seed_of: &seed_of,
         };
-        agent.run_unit(engine, tasks).unwrap()
+        work(&agent)
     }
 
     /// One trajectory whose completions are given; the last is repeated.
@@ -122,6 +126,24 @@ impl<'a> Setting<'a> {
         let mut unit = self.run(&mut engine, &[task("a")]);
         (unit.trajectories.remove(0), unit.steps)
     }
+}
+
+#[test]
+fn a_trajectory_goes_on_from_stored_steps() {
+    let builder = builder("mempo");
+    let setting = Setting::new(&builder);
+    let (_, stored) = setting.play(&[SEARCH, SEARCH, RIGHT]);
+    let script = |_, _, _| Ok((RIGHT.to_owned(), StopReason::StopString));
+    let mut engine = Scripted { builder: &builder, calls: Vec::new(), bytewise: false, script };
+    let task = task("a");
+    let starts = [7, 8].map(|trajectory_index| Start { task: &task, trajectory_index, steps: stored[..2].to_vec() });
+    let unit = setting.with_agent(|agent| agent.run_from(&mut engine, starts.into()).unwrap());
+    assert_eq!(engine.calls, [2], "only the steps after the stored ones are sampled");
+    let keys: Vec<(i32, i32)> = unit.steps.iter().map(|step| (step.trajectory_index, step.step_index)).collect();
+    assert_eq!(keys, [(7, 0), (7, 1), (7, 2), (8, 0), (8, 1), (8, 2)]);
+    assert_eq!(unit.steps[1].completion_ids, stored[1].completion_ids);
+    assert_eq!(unit.steps[2].prompt_ids, stored[2].prompt_ids, "the prompt is that of the stored trajectory");
+    assert!(unit.trajectories.iter().all(|row| row.reward == Some(1.0) && row.step_count == 3));
 }
 
 fn contains(ids: &[i32], part: &[i32]) -> bool {

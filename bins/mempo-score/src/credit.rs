@@ -1,0 +1,249 @@
+//! `mempo-score credit`: how well memory rewards tell what a memory is worth.
+//!
+//! A memory's worth is the share of continuations from it that succeed (`mempo-rollout sample --from`). Rewards and the
+//! advantages made of them are held to it by rank correlation (Spearman, ties at their mean rank): over all memories, and
+//! with each task's mean worth taken off, which is what a group's advantages can know.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, anyhow};
+use clap::{Args, ValueEnum};
+use mempo_data::{Score, Trajectory, read_rows};
+use mempo_run::{Input, ResultExt, print_data, print_table};
+use serde::Serialize;
+
+use crate::evaluate::write_whole;
+use crate::normalise::{MemoryScope, NormaliseOptions, Rewarded, group_advantages};
+
+/// Hold memory rewards to what continuations from the memories show
+///
+/// One row a table of scores and memory scope, best first: rank correlation of the memory advantage with the memory's worth
+/// within tasks, of the memory reward with its worth over all, and how well the last memory's answer probability tells
+/// successful trajectories from others (area under the ROC curve).
+#[derive(Debug, Args)]
+pub(crate) struct CreditArguments {
+    /// The rollout whose memories are judged
+    #[arg(long, value_name = "DIR")]
+    rollouts: PathBuf,
+    /// Output of `mempo-rollout sample --from` that rollout
+    #[arg(long, value_name = "DIR")]
+    continuations: PathBuf,
+    /// Outputs of `mempo-score segments` of the rollout
+    #[arg(long, required = true, num_args = 1.., value_name = "DIR")]
+    scores: Vec<PathBuf>,
+    /// Print JSON instead of a table
+    #[arg(long)]
+    json: bool,
+    /// Also write the JSON to this file
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    #[command(flatten)]
+    normalise: NormaliseOptions,
+}
+
+/// Task, trajectory, step.
+type State = (String, i32, i32);
+
+/// One way to pay memories.
+#[derive(Debug, Serialize)]
+struct Found {
+    scores: String,
+    scope: String,
+    /// Memories with worth and reward.
+    memories: usize,
+    advantage_within_tasks: Option<f64>,
+    reward_over_all: Option<f64>,
+    last_memory_auc: Option<f64>,
+}
+
+/// Reads all tables, correlates, prints.
+pub(crate) fn run(arguments: &CreditArguments) -> anyhow::Result<()> {
+    let rollouts = Input::stage("rollouts", &arguments.rollouts)?;
+    let continuations = Input::stage("continuations", &arguments.continuations)?;
+    let worth = worth_of_states(&continuations, &rollouts)?;
+    let rows = read_rows::<Trajectory>(&rollouts.table("trajectories")?).bad_input()?;
+    let trajectories = rows.collect::<mempo_data::Result<Vec<Trajectory>>>().bad_input()?;
+    let mut found = Vec::new();
+    for dir in &arguments.scores {
+        let scores = Input::stage("scores", dir)?;
+        let rows = read_rows::<Score>(&scores.table("scores")?).bad_input()?;
+        let rows = rows.collect::<mempo_data::Result<Vec<Score>>>().bad_input()?;
+        for scope in [MemoryScope::PerStep, MemoryScope::Pooled, MemoryScope::PerTrajectory] {
+            let options = NormaliseOptions { memory_scope: scope, ..arguments.normalise.clone() };
+            found.push(judge(&label(&scores), &trajectories, &rows, &worth, &options));
+        }
+    }
+    let order = |found: &Found| found.advantage_within_tasks.unwrap_or(f64::NEG_INFINITY);
+    found.sort_by(|a, b| order(b).total_cmp(&order(a)));
+    let json = format!("{}\n", serde_json::to_string_pretty(&found)?);
+    if let Some(path) = &arguments.out {
+        write_whole(path, &json)?;
+    }
+    if arguments.json {
+        print_data(&json)
+    } else {
+        print(&found)
+    }
+    Ok(())
+}
+
+/// Mean reward of the continuations from each state; their indices say which one they are from.
+fn worth_of_states(continuations: &Input, rollouts: &Input) -> anyhow::Result<HashMap<State, f64>> {
+    let dir = continuations.dir().display();
+    let manifest = continuations.manifest().with_context(|| format!("{dir}: no manifest")).bad_input()?;
+    if !manifest.inputs.iter().any(|input| input.name == "from" && input.digest == rollouts.digest()) {
+        let rollouts = rollouts.dir().display();
+        return Err(anyhow!("{dir}: not continuations of {rollouts}: run `mempo-rollout sample --from {rollouts}`"))
+            .bad_input();
+    }
+    let number = |name: &str| {
+        let found = manifest.arguments.get(name).and_then(serde_json::Value::as_i64).filter(|number| *number > 0);
+        found.with_context(|| format!("{dir}: its manifest has no {name}")).bad_input()
+    };
+    let (count, steps) = (number("group_size")? as i32, number("max_steps")? as i32);
+    let mut sums: HashMap<State, (f64, f64)> = HashMap::new();
+    for row in read_rows::<Trajectory>(&continuations.table("trajectories")?).bad_input()? {
+        let row = row.bad_input()?;
+        let Some(reward) = row.reward else { continue };
+        let state = row.trajectory_index / count;
+        let sum = sums.entry((row.task_id, state / steps, state % steps)).or_default();
+        *sum = (sum.0 + f64::from(reward), sum.1 + 1.0);
+    }
+    Ok(sums.into_iter().map(|(state, (sum, count))| (state, sum / count)).collect())
+}
+
+/// Bias, probe and so on, as the scores' manifest has them.
+fn label(scores: &Input) -> String {
+    let argument = |name: &str| {
+        let value = scores.manifest().and_then(|manifest| manifest.arguments.get(name)?.as_str());
+        value.unwrap_or("?").to_owned()
+    };
+    ["bias", "probe", "answer", "difference"].map(argument).join(" ")
+}
+
+fn judge(
+    label: &str,
+    trajectories: &[Trajectory],
+    scores: &[Score],
+    worth: &HashMap<State, f64>,
+    options: &NormaliseOptions,
+) -> Found {
+    let (mut rewards, mut advantages, mut last) = (Vec::new(), Vec::new(), Vec::new());
+    for task in trajectories.chunk_by(|a, b| a.task_id == b.task_id) {
+        let first = scores.partition_point(|row| row.task_id < task[0].task_id);
+        let own: Vec<&Score> = scores[first..].iter().take_while(|row| row.task_id == task[0].task_id).collect();
+        let mut states = Vec::new();
+        let attempts: Vec<Rewarded> = task
+            .iter()
+            .filter_map(|row| {
+                let reward = f64::from(row.reward?);
+                let steps = own.iter().filter(|score| score.trajectory_index == row.trajectory_index);
+                last.extend(
+                    steps.clone().next_back().and_then(|score| Some((score.answer_probability?, reward >= 1.0))),
+                );
+                let memories: Vec<(i32, f64)> =
+                    steps.filter_map(|score| Some((score.step_index, score.memory_reward?))).collect();
+                let state = |step: &(i32, f64)| (row.task_id.clone(), row.trajectory_index, step.0);
+                states.extend(memories.iter().map(state));
+                Some(Rewarded { reward, format_valid: row.format_valid, memories })
+            })
+            .collect();
+        let memory_rewards = attempts.iter().flat_map(|attempt| attempt.memories.iter().map(|memory| memory.1));
+        let found = group_advantages(&attempts, options).memory.concat();
+        let known: Vec<(f64, f64, f64)> = states
+            .iter()
+            .zip(memory_rewards)
+            .zip(found)
+            .filter_map(|((state, reward), advantage)| Some((reward, advantage, *worth.get(state)?)))
+            .collect();
+        let mean = known.iter().map(|(_, _, worth)| worth).sum::<f64>() / known.len().max(1) as f64;
+        rewards.extend(known.iter().map(|(reward, _, worth)| (*reward, *worth)));
+        advantages.extend(known.iter().map(|(_, advantage, worth)| (*advantage, worth - mean)));
+    }
+    Found {
+        scores: label.to_owned(),
+        scope: options.memory_scope.to_possible_value().map_or(String::new(), |value| value.get_name().to_owned()),
+        memories: rewards.len(),
+        advantage_within_tasks: rank_correlation(&advantages),
+        reward_over_all: rank_correlation(&rewards),
+        last_memory_auc: area_under_curve(&last),
+    }
+}
+
+/// Spearman's; none where one side does not vary.
+fn rank_correlation(pairs: &[(f64, f64)]) -> Option<f64> {
+    let left = ranks(&pairs.iter().map(|pair| pair.0).collect::<Vec<_>>());
+    let right = ranks(&pairs.iter().map(|pair| pair.1).collect::<Vec<_>>());
+    let mean = (pairs.len() as f64 + 1.0) / 2.0;
+    let product = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - mean) * (b - mean)).sum::<f64>();
+    let spread = (product(&left, &left) * product(&right, &right)).sqrt();
+    (spread > 0.0).then(|| product(&left, &right) / spread)
+}
+
+/// From 1; equal values share their mean rank.
+fn ranks(values: &[f64]) -> Vec<f64> {
+    let mut order: Vec<usize> = (0..values.len()).collect();
+    order.sort_by(|a, b| values[*a].total_cmp(&values[*b]));
+    let mut ranks = vec![0.0; values.len()];
+    let mut before = 0;
+    for same in order.chunk_by(|a, b| values[*a].total_cmp(&values[*b]).is_eq()) {
+        let rank = before as f64 + (same.len() as f64 + 1.0) / 2.0;
+        same.iter().for_each(|place| ranks[*place] = rank);
+        before += same.len();
+    }
+    ranks
+}
+
+/// Probability that a success has the higher value (Mann-Whitney); none without both kinds.
+fn area_under_curve(values: &[(f64, bool)]) -> Option<f64> {
+    let ranks = ranks(&values.iter().map(|value| value.0).collect::<Vec<_>>());
+    let successes = values.iter().filter(|value| value.1).count() as f64;
+    let failures = values.len() as f64 - successes;
+    let sum: f64 = ranks.iter().zip(values).filter(|(_, value)| value.1).map(|(rank, _)| rank).sum();
+    (successes > 0.0 && failures > 0.0).then(|| (sum - successes * (successes + 1.0) / 2.0) / (successes * failures))
+}
+
+fn print(found: &[Found]) {
+    let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.3}"));
+    let rows: Vec<Vec<String>> = found
+        .iter()
+        .map(|row| {
+            vec![
+                row.scores.clone(),
+                row.scope.clone(),
+                row.memories.to_string(),
+                number(row.advantage_within_tasks),
+                number(row.reward_over_all),
+                number(row.last_memory_auc),
+            ]
+        })
+        .collect();
+    let header =
+        ["bias probe answer difference", "scope", "memories", "advantage, in tasks", "reward, all", "last AUC"];
+    print_table(&header, &rows);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranks_share_ties_and_correlate() {
+        assert_eq!(ranks(&[3.0, 1.0, 3.0, 2.0]), [3.5, 1.0, 3.5, 2.0]);
+        let close = |found: Option<f64>, expected: f64| assert!((found.unwrap() - expected).abs() < 1e-12, "{found:?}");
+        close(rank_correlation(&[(1.0, 10.0), (2.0, 100.0), (3.0, 1000.0)]), 1.0);
+        close(rank_correlation(&[(1.0, 3.0), (2.0, 2.0), (3.0, 1.0)]), -1.0);
+        // 1 - 6 Σd² / (n (n² - 1)) with d = 1, 1, 0, 0.
+        close(rank_correlation(&[(1.0, 2.0), (2.0, 1.0), (3.0, 3.0), (4.0, 4.0)]), 1.0 - 12.0 / 60.0);
+        assert_eq!(rank_correlation(&[(1.0, 1.0), (1.0, 2.0)]), None);
+    }
+
+    #[test]
+    fn the_area_is_the_share_of_pairs_in_order() {
+        let values = [(0.9, true), (0.4, true), (0.5, false), (0.1, false), (0.4, false)];
+        // Of six pairs four are in order, one is a tie.
+        assert!((area_under_curve(&values).unwrap() - (4.5 / 6.0)).abs() < 1e-12);
+        assert_eq!(area_under_curve(&[(0.5, true)]), None);
+    }
+}
