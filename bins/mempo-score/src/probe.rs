@@ -86,6 +86,17 @@ impl TaskProbes {
     }
 }
 
+/// Which of an objective's gold answers is scored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum Alias {
+    /// The first.
+    First,
+    /// The one that is likeliest after the question alone: the form that the judge would write. All contexts of a task
+    /// have the same, so that differences are fair.
+    Likeliest,
+}
+
 /// What decides the contexts.
 #[derive(Debug, Clone, Copy, Args, Serialize)]
 pub(crate) struct ProbeOptions {
@@ -95,6 +106,40 @@ pub(crate) struct ProbeOptions {
     /// Where the memory is shown to the model
     #[arg(long, value_enum, default_value = "memory")]
     pub(crate) probe: ProbeKind,
+    /// Which gold answer of an objective is scored, where it has several
+    #[arg(long, value_enum, default_value = "first")]
+    pub(crate) alias: Alias,
+}
+
+/// Which of an objective's answers is scored, by its place; the first where nothing is said.
+pub(crate) type Chosen = Vec<usize>;
+
+/// A task's answer with one alias an objective, after the question alone.
+pub(crate) struct AliasProbe {
+    /// The objective and the alias that is tried.
+    pub(crate) tried: (usize, usize),
+    pub(crate) probe: Probe,
+    /// The alias's own tokens within the answer.
+    pub(crate) span: Range<usize>,
+}
+
+/// Every alias of every objective that has several, the other objectives having their first.
+pub(crate) fn alias_probes(
+    builder: &PromptBuilder,
+    options: ProbeOptions,
+    task: &Task,
+) -> anyhow::Result<Vec<AliasProbe>> {
+    let mut probes = Vec::new();
+    for (objective, known) in task.objectives.iter().enumerate().filter(|(_, known)| known.answers.len() > 1) {
+        for alias in 0..known.answers.len() {
+            let mut chosen = vec![0; task.objectives.len()];
+            chosen[objective] = alias;
+            let (layout, spans) = Layout::new(builder, options, task, &chosen)?;
+            let probe = layout.probe(layout.question_prompt.clone());
+            probes.push(AliasProbe { tried: (objective, alias), probe, span: spans[objective].clone() });
+        }
+    }
+    Ok(probes)
 }
 
 /// Lays out the probes of a task's memories.
@@ -103,16 +148,9 @@ pub(crate) fn task_probes(
     options: ProbeOptions,
     task: &Task,
     attempts: &[Attempt],
+    chosen: &Chosen,
 ) -> anyhow::Result<TaskProbes> {
-    let canonical = task.objectives.iter().map(|objective| objective.answers.first().map(String::as_str));
-    let canonical = canonical.collect::<Option<Vec<_>>>().unwrap_or_default();
-    let answer = builder.answer_ids(&canonical);
-    if canonical.is_empty() || answer.spans.iter().any(Range::is_empty) {
-        return Err(anyhow!("task {}: an objective has no answer to score: compose the tasks again", task.task_id))
-            .bad_input();
-    }
-    let question_prompt = builder.prompt(&task.question, &[]).bad_input()?;
-    let layout = Layout { builder, options, task, question_prompt, answer: answer.ids };
+    let (layout, spans) = Layout::new(builder, options, task, chosen)?;
     let mut memories = Vec::new();
     for attempt in attempts {
         layout.check_first_prompt(&attempt.steps)?;
@@ -121,7 +159,7 @@ pub(crate) fn task_probes(
         }
     }
     let closed_book = layout.probe(layout.question_prompt.clone());
-    Ok(TaskProbes { task_id: task.task_id.clone(), closed_book, spans: answer.spans, memories })
+    Ok(TaskProbes { task_id: task.task_id.clone(), closed_book, spans, memories })
 }
 
 struct Layout<'a> {
@@ -132,7 +170,28 @@ struct Layout<'a> {
     answer: Vec<i32>,
 }
 
-impl Layout<'_> {
+impl<'a> Layout<'a> {
+    /// Also gives each objective's own tokens within the answer.
+    fn new(
+        builder: &'a PromptBuilder,
+        options: ProbeOptions,
+        task: &'a Task,
+        chosen: &[usize],
+    ) -> anyhow::Result<(Self, Vec<Range<usize>>)> {
+        let answers = task.objectives.iter().enumerate().map(|(place, objective)| {
+            let alias = chosen.get(place).copied().unwrap_or(0);
+            objective.answers.get(alias).map(String::as_str)
+        });
+        let answers = answers.collect::<Option<Vec<_>>>().unwrap_or_default();
+        let answer = builder.answer_ids(&answers);
+        if answers.is_empty() || answer.spans.iter().any(Range::is_empty) {
+            return Err(anyhow!("task {}: an objective has no answer to score: compose the tasks again", task.task_id))
+                .bad_input();
+        }
+        let question_prompt = builder.prompt(&task.question, &[]).bad_input()?;
+        Ok((Self { builder, options, task, question_prompt, answer: answer.ids }, answer.spans))
+    }
+
     /// The context, the answer's opening exactly as the policy writes it, the answer.
     fn probe(&self, mut ids: Vec<i32>) -> Probe {
         ids.extend(self.builder.answer_opening_ids());

@@ -203,7 +203,7 @@ impl Means {
     }
 }
 
-fn mean(logprobs: &[f32]) -> f64 {
+pub(crate) fn mean(logprobs: &[f32]) -> f64 {
     logprobs.iter().map(|&value| f64::from(value)).sum::<f64>() / logprobs.len() as f64
 }
 

@@ -13,8 +13,8 @@ use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::json;
 
-use crate::probe::{ProbeOptions, TaskProbes, task_probes};
-use crate::reward::{RewardOptions, ask, context_rows, score_rows};
+use crate::probe::{Alias, AliasProbe, Chosen, Probe, ProbeOptions, TaskProbes, alias_probes, task_probes};
+use crate::reward::{RewardOptions, ask, context_rows, mean, score_rows};
 use crate::rollouts::{Attempt, Rollouts, TASKS_PER_UNIT};
 use crate::sums::{Sums, read_units, write_unit};
 
@@ -111,7 +111,9 @@ impl<'a> Judge<'a> {
         builder: &PromptBuilder,
         pairs: &[(Task, Vec<Attempt>)],
     ) -> anyhow::Result<()> {
-        let probes = pairs.par_iter().map(|(task, group)| task_probes(builder, self.arguments.probe, task, group));
+        let (options, chosen) = (self.arguments.probe, self.choose_aliases(builder, pairs)?);
+        let probes = pairs.par_iter().zip(&chosen);
+        let probes = probes.map(|((task, group), chosen)| task_probes(builder, options, task, group, chosen));
         let tasks = probes.collect::<anyhow::Result<Vec<TaskProbes>>>()?;
         let window = self.model.config().max_position_embeddings;
         let answers = ask(tasks.iter().flat_map(TaskProbes::probes), window, |sequences| self.logprobs(sequences))?;
@@ -124,6 +126,29 @@ impl<'a> Judge<'a> {
         }
         write_unit(stage, unit, &sums)?;
         stage.write_part("scores", unit, |file| Ok(write_rows(&rows, file).map(drop)?))
+    }
+
+    /// One alias an objective for every task.
+    fn choose_aliases(&self, builder: &PromptBuilder, pairs: &[(Task, Vec<Attempt>)]) -> anyhow::Result<Vec<Chosen>> {
+        let mut chosen = vec![Chosen::new(); pairs.len()];
+        if self.arguments.probe.alias == Alias::First {
+            return Ok(chosen);
+        }
+        for ((task, _), chosen) in pairs.iter().zip(&mut chosen) {
+            let probes = alias_probes(builder, self.arguments.probe, task)?;
+            let sequence = |probe: &Probe| ScoredSequence { ids: probe.ids.clone(), targets: probe.answer() };
+            let sequences: Vec<ScoredSequence> = probes.iter().map(|tried| sequence(&tried.probe)).collect();
+            let (logprobs, _) = self.logprobs(&sequences)?;
+            let mut best = vec![(f64::NEG_INFINITY, 0); task.objectives.len()];
+            for (AliasProbe { tried: (objective, alias), span, .. }, logprobs) in probes.iter().zip(logprobs) {
+                let mean = mean(&logprobs[span.clone()]);
+                if mean > best[*objective].0 {
+                    best[*objective] = (mean, *alias);
+                }
+            }
+            *chosen = best.into_iter().map(|(_, alias)| alias).collect();
+        }
+        Ok(chosen)
     }
 
     /// Log-probabilities of the targets, and the number of tokens that were run for them.
@@ -167,6 +192,7 @@ mod tests {
     use mempo_data::{Context, Score, SegmentKind, Step};
     use mempo_run::Failure;
 
+    use super::mean;
     use crate::fixture::{Chain, TASKS, failure};
 
     const COMMAND: &str = "segments --rollouts @rollouts --tasks @tasks --model @model --dtype f32 --device cpu";
@@ -176,10 +202,6 @@ mod tests {
         let range = memory.start as usize..memory.end as usize;
         let segment = mempo_text::Segment { kind: mempo_text::SegmentKind::Memory, range };
         chain.builder().memory_ids(&step.completion_ids, &segment)
-    }
-
-    fn mean(values: &[f32]) -> f64 {
-        values.iter().map(|&value| f64::from(value)).sum::<f64>() / values.len() as f64
     }
 
     #[track_caller]
@@ -263,6 +285,36 @@ mod tests {
         let closed_book = chain.summary("null")["closed_book_probability_mean"].as_f64();
         let first_steps = null.iter().filter(|row| row.step_index == 0 && row.trajectory_index == 0);
         close(closed_book, first_steps.map(|row| row.bias_probability.unwrap()).sum::<f64>() / TASKS as f64);
+    }
+
+    #[test]
+    fn the_likeliest_alias_is_that_of_the_closed_book() {
+        let mut chain = Chain::new();
+        for task in &mut chain.tasks {
+            let other = task.objectives[0].answers[0].clone();
+            task.objectives[0].answers.truncate(1);
+            task.objectives[1].answers.truncate(1);
+            task.objectives[1].answers.push(other);
+        }
+        chain.write();
+        chain.run(&format!("{COMMAND} --alias likeliest --bias none --explain --out @scores")).unwrap();
+        let (builder, model) = (chain.builder(), chain.model());
+        let contexts = chain.rows::<Context>("scores");
+        let mut places = std::collections::BTreeSet::new();
+        for context in contexts.iter().filter(|context| context.trajectory_index == 0 && context.step_index == 0) {
+            let task = chain.tasks.iter().find(|task| task.task_id == context.task_id).unwrap();
+            let prompt = [builder.prompt(&task.question, &[]).unwrap(), builder.answer_opening_ids()].concat();
+            let tried = task.objectives[1].answers.iter().map(|alias| {
+                let answer = builder.answer_ids(&[&task.objectives[0].answers[0], alias]);
+                let logprobs = Chain::logprobs(&model, &prompt, &answer.ids);
+                (mean(&logprobs[answer.spans[1].clone()]), answer.ids)
+            });
+            let tried: Vec<(f64, Vec<i32>)> = tried.collect();
+            let best = usize::from(tried[1].0 > tried[0].0);
+            assert_eq!(context.answer_ids, tried[best].1, "{}", context.task_id);
+            places.insert(best);
+        }
+        assert_eq!(places.len(), 2, "both aliases are to win somewhere");
     }
 
     #[test]
