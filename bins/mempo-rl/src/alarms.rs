@@ -16,6 +16,7 @@ const NAMED: usize = 3;
 
 /// When to stop. Defaults are far from what a healthy policy does.
 #[derive(Debug, Clone, Args, Serialize)]
+#[expect(clippy::struct_field_names, reason = "fields are flags, and the flags belong together")]
 pub(crate) struct AlarmOptions {
     /// Stop if a smaller share of trajectories has valid format
     #[arg(long, value_name = "SHARE", default_value_t = 0.01)]

@@ -230,13 +230,12 @@ impl Sampling<'_> {
         let units = self.stage.shard_range(self.task_count.div_ceil(size));
         let first = units.start * size;
         let count = (units.end * size).min(self.task_count).saturating_sub(first);
-        let planned = match self.stored {
-            None => (count * self.agent.group_size) as u64,
-            Some(_) => {
-                let tasks = read_rows::<Task>(task_files).bad_input()?.skip(first).take(count);
-                let starts = tasks.map(|task| Ok(self.starts(&task.bad_input()?).len() as u64));
-                starts.sum::<anyhow::Result<u64>>()?
-            }
+        let planned = if self.stored.is_none() {
+            (count * self.agent.group_size) as u64
+        } else {
+            let tasks = read_rows::<Task>(task_files).bad_input()?.skip(first).take(count);
+            let starts = tasks.map(|task| Ok(self.starts(&task.bad_input()?).len() as u64));
+            starts.sum::<anyhow::Result<u64>>()?
         };
         let progress = self.stage.progress("sample", planned, "trajectories");
         let mut tasks = read_rows::<Task>(task_files).bad_input()?.skip(first).take(count);

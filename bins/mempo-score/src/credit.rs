@@ -81,9 +81,9 @@ pub(crate) fn run(arguments: &CreditArguments) -> anyhow::Result<()> {
         write_whole(path, &json)?;
     }
     if arguments.json {
-        print_data(&json)
+        print_data(&json);
     } else {
-        print(&found)
+        print(&found);
     }
     Ok(())
 }
@@ -175,7 +175,7 @@ fn judge(
 fn rank_correlation(pairs: &[(f64, f64)]) -> Option<f64> {
     let left = ranks(&pairs.iter().map(|pair| pair.0).collect::<Vec<_>>());
     let right = ranks(&pairs.iter().map(|pair| pair.1).collect::<Vec<_>>());
-    let mean = (pairs.len() as f64 + 1.0) / 2.0;
+    let mean = f64::midpoint(pairs.len() as f64, 1.0);
     let product = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| (a - mean) * (b - mean)).sum::<f64>();
     let spread = (product(&left, &left) * product(&right, &right)).sqrt();
     (spread > 0.0).then(|| product(&left, &right) / spread)
@@ -188,8 +188,10 @@ fn ranks(values: &[f64]) -> Vec<f64> {
     let mut ranks = vec![0.0; values.len()];
     let mut before = 0;
     for same in order.chunk_by(|a, b| values[*a].total_cmp(&values[*b]).is_eq()) {
-        let rank = before as f64 + (same.len() as f64 + 1.0) / 2.0;
-        same.iter().for_each(|place| ranks[*place] = rank);
+        let rank = before as f64 + f64::midpoint(same.len() as f64, 1.0);
+        for place in same {
+            ranks[*place] = rank;
+        }
         before += same.len();
     }
     ranks

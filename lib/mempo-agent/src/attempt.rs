@@ -28,7 +28,9 @@ struct End {
 impl<'t> Attempt<'t> {
     pub(crate) fn new(start: Start<'t>) -> Self {
         let Start { task, trajectory_index, mut steps } = start;
-        steps.iter_mut().for_each(|step| step.trajectory_index = trajectory_index);
+        for step in &mut steps {
+            step.trajectory_index = trajectory_index;
+        }
         let (prompt_ids, end) = (Vec::new(), None);
         Self { task, trajectory_index, steps, prompt_ids, end, tags_valid: true, tool_calls: 0, unique_tokens: 0 }
     }

@@ -26,7 +26,7 @@ impl EventFile {
         let file = File::create(folder.join("events.out.tfevents.0000000000.mempo"))?;
         let mut events = Self { file };
         // The first record says the version.
-        events.write(&[field(1, &now()), text(3, b"brain.Event:2")].concat())?;
+        events.write(&[field(1, now()), text(3, b"brain.Event:2")].concat())?;
         for line in lines {
             events.push(line)?;
         }
@@ -42,7 +42,7 @@ impl EventFile {
             Some(text(1, &[text(1, name.as_bytes()), [&[(2 << 3) | 5], &number.to_le_bytes()[..]].concat()].concat()))
         };
         let summary: Vec<u8> = numbers.iter().filter_map(scalar).flatten().collect();
-        self.write(&[field(1, &now()), number(2, step), text(5, &summary)].concat())
+        self.write(&[field(1, now()), number(2, step), text(5, &summary)].concat())
     }
 
     fn write(&mut self, event: &[u8]) -> anyhow::Result<()> {
@@ -59,7 +59,7 @@ fn now() -> [u8; 8] {
 }
 
 /// A field of eight bytes.
-fn field(tag: u8, bytes: &[u8; 8]) -> Vec<u8> {
+fn field(tag: u8, bytes: [u8; 8]) -> Vec<u8> {
     [&[(tag << 3) | 1], &bytes[..]].concat()
 }
 
