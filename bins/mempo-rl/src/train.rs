@@ -248,6 +248,9 @@ impl<'a> Training<'a> {
         if stats.skipped {
             warn!("optimizer step {}: the gradient is not finite; the weights were left as they were", done + 1);
         }
+        if let Some(tokens) = self.trainer.micro_batch_that_fits().filter(|tokens| *tokens < budget) {
+            warn!("optimizer step {}: memory ran out; micro-batches of {tokens} tokens fit", done + 1);
+        }
         let seconds = started.elapsed().as_secs_f64();
         self.stage.timing(&json!({ "step": done + 1, "seconds": seconds, "policy_tokens": stats.tokens }));
         Ok(stats)

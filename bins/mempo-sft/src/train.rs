@@ -186,6 +186,10 @@ impl<'a> Training<'a> {
         if stats.skipped {
             warn!("optimizer step {}: the gradient is not finite, the weights stay as they are", done + 1);
         }
+        let budget = self.arguments.tokens_per_micro_batch;
+        if let Some(tokens) = self.trainer.micro_batch_that_fits().filter(|tokens| *tokens < budget) {
+            warn!("optimizer step {}: memory ran out; micro-batches of {tokens} tokens fit", done + 1);
+        }
         let elapsed = start.elapsed().as_secs_f64();
         let measured = (done + 1).is_multiple_of(self.arguments.validate_every) || done + 1 == total_steps;
         let validation_loss = if measured && !self.validation.is_empty() {

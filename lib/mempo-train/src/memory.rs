@@ -23,6 +23,11 @@ impl Default for Room {
 }
 
 impl Room {
+    /// The number of tokens, once memory has run out.
+    pub(crate) fn known(&self) -> Option<usize> {
+        Some(self.tokens.get()).filter(|tokens| *tokens < usize::MAX)
+    }
+
     /// Runs `work` with so many tokens a micro-batch, or half as many as often as memory runs out, and remembers how many
     /// there were. With fewer than `shortest` no micro-batch can get smaller, and the lack of memory is the error.
     pub(crate) fn fit<T>(
@@ -62,9 +67,11 @@ fn without_memory<T>(work: impl FnOnce() -> Result<T, Error>) -> Result<Result<T
     Ok(Err(message.lines().next().unwrap_or_default().chars().take(300).collect()))
 }
 
-/// libtorch says so on the GPU, and in two ways on the CPU.
+/// libtorch says so on the GPU, and in several ways on the CPU; the last two are oneDNN's and the C++ library's.
 fn is_lack_of_memory(message: &str) -> bool {
-    ["out of memory", "can't allocate memory", "not enough memory"].iter().any(|words| message.contains(words))
+    const WORDS: [&str; 5] =
+        ["out of memory", "can't allocate memory", "not enough memory", "could not create a primitive", "bad_alloc"];
+    WORDS.iter().any(|words| message.contains(words))
 }
 
 fn be_silent_when_expected() {
@@ -107,6 +114,7 @@ mod tests {
         assert_eq!(fit(1000).unwrap(), 62);
         assert_eq!(fit(30).unwrap(), 30);
         assert_eq!(tried, [1000, 500, 250, 125, 62, 62, 30]);
+        assert_eq!((room.known(), Room::default().known()), (Some(62), None));
     }
 
     #[test]

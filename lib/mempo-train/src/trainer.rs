@@ -105,6 +105,11 @@ impl Trainer {
         &self.model
     }
 
+    /// Tokens of a micro-batch that memory was found to hold, once it has run out with more.
+    pub fn micro_batch_that_fits(&self) -> Option<usize> {
+        self.room.known()
+    }
+
     /// Optimizer steps taken, over all stages that handed the state on.
     pub fn global_step(&self) -> u64 {
         self.counters.global_step
