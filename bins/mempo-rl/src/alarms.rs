@@ -18,11 +18,11 @@ const NAMED: usize = 3;
 #[derive(Debug, Clone, Args, Serialize)]
 #[expect(clippy::struct_field_names, reason = "fields are flags, and the flags belong together")]
 pub(crate) struct AlarmOptions {
-    /// Stop if a smaller share of trajectories has valid format
-    #[arg(long, value_name = "SHARE", default_value_t = 0.01)]
+    /// Stop if a smaller share of trajectories has valid format; 0 for never, as a policy may have to learn it
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     alarm_format: f64,
-    /// Stop if a larger share of completions was cut off at the length limit
-    #[arg(long, value_name = "SHARE", default_value_t = 0.95)]
+    /// Stop if a larger share of completions was cut off at the length limit; 1 for never
+    #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
     alarm_truncated: f64,
     /// Stop if on average a larger share of a completion's four-token sequences occurs in it before
     #[arg(long, value_name = "SHARE", default_value_t = 0.8)]
