@@ -44,15 +44,12 @@ impl Inputs {
     /// Refuses tables made from other rollouts; and, unless asked for, rollouts of another checkpoint or of a cut
     /// distribution, whose log-probabilities are not those that were sampled from.
     fn check(&self, arguments: &TrainArguments) -> anyhow::Result<()> {
-        for input in std::iter::once(&self.advantages).chain(&self.logprobs) {
-            if recorded(input, "rollouts").is_some_and(|digest| digest != self.rollouts.digest()) {
-                let (dir, rollouts) = (input.dir().display(), self.rollouts.dir().display());
-                return Err(anyhow!("{dir}: made from other rollouts than {rollouts}; make it again")).bad_input();
-            }
+        self.advantages.check_made_from("rollouts", &self.rollouts, "mempo-score advantages")?;
+        if let Some(logprobs) = &self.logprobs {
+            logprobs.check_made_from("rollouts", &self.rollouts, "mempo-score logprobs")?;
         }
         let (rollouts, model) = (self.rollouts.dir().display(), self.model.dir().display());
-        if !arguments.off_policy
-            && recorded(&self.rollouts, "model").is_some_and(|digest| digest != self.model.digest())
+        if !arguments.off_policy && self.rollouts.made_from("model").is_some_and(|digest| digest != self.model.digest())
         {
             return Err(anyhow!(
                 "{rollouts}: sampled from another checkpoint than {model}; give that one, or --off-policy (best with \
@@ -69,7 +66,7 @@ impl Inputs {
             ))
             .bad_input();
         }
-        let scored_by = self.logprobs.as_ref().and_then(|input| Some((input, recorded(input, "model")?)));
+        let scored_by = self.logprobs.as_ref().and_then(|input| Some((input, input.made_from("model")?)));
         if let Some((input, digest)) = scored_by
             && digest != self.model.digest()
         {
@@ -81,7 +78,7 @@ impl Inputs {
 
     /// Whether the reference policy is the model itself, so that the divergence from it starts at 0.
     pub(crate) fn is_own_reference(&self) -> bool {
-        let reference = self.logprobs.as_ref().and_then(|input| recorded(input, "reference"));
+        let reference = self.logprobs.as_ref().and_then(|input| input.made_from("reference"));
         reference == Some(self.model.digest())
     }
 
@@ -102,12 +99,6 @@ impl Inputs {
         }
         Ok(source)
     }
-}
-
-/// Digest of what a stage read under this name.
-fn recorded<'a>(input: &'a Input, name: &str) -> Option<&'a str> {
-    let inputs = &input.manifest()?.inputs;
-    inputs.iter().find(|record| record.name == name).map(|record| record.digest.as_str())
 }
 
 /// Temperature of log-probs: what was sampled greedily is scored at 1.

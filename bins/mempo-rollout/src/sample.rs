@@ -10,7 +10,7 @@ use mempo_agent::{Agent, LimitOptions, SamplingOptions, SearchIndex, Start, Tool
 use mempo_data::{Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, Stage, StageArgs, seed_of};
-use mempo_text::{Profile, PromptBuilder, ToolSpec};
+use mempo_text::{Profile, PromptBuilder, Tokenizer, ToolSpec};
 use serde::Serialize;
 use serde_json::json;
 
@@ -116,6 +116,13 @@ impl Inputs {
     fn all(&self) -> Vec<&Input> {
         [&self.tasks, &self.model, &self.search].into_iter().chain(&self.profile).chain(&self.from).collect()
     }
+
+    /// The trajectories to go on from, if they are to be.
+    fn stored(&self, arguments: &SampleArguments, tokenizer: &Tokenizer) -> anyhow::Result<Option<Stored>> {
+        let Some(from) = &self.from else { return Ok(None) };
+        from.check_made_from("tasks", &self.tasks, "mempo-rollout sample")?;
+        Stored::read(from, tokenizer, arguments.limits.max_steps, arguments.group_size.get()).map(Some)
+    }
 }
 
 impl SampleArguments {
@@ -139,6 +146,7 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     let index = SearchIndex::open(&inputs.search.dir().join(INDEX_FOLDER)).bad_input()?;
     let toolbox = Toolbox::new(index, builder.profile(), arguments.limits.top_k);
     let context = context_policy(&arguments.context).usage()?;
+    let stored = inputs.stored(&arguments, builder.tokenizer())?;
     let model = Model::load(&arguments.model, &arguments.device.resolve().usage()?).bad_input()?;
     let (seed, policy) = (arguments.stage.seed, inputs.model.digest());
     let seed_of = |task_id: &str, trajectory_index: i32, step_index: i32| {
@@ -149,14 +157,12 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
         context: &*context,
         toolbox: &toolbox,
         limits: &arguments.limits,
-        group_size: arguments.group_size.get(),
         policy: policy.to_owned(),
         seed,
         seed_of: &seed_of,
     };
     let interrupted = || stage.check_interrupt().is_err();
     let mut engine = LocalEngine::new(&model, &builder, &arguments.sampling, arguments.concurrency.get(), &interrupted);
-    let stored = inputs.from.as_ref().map(|from| Stored::read(from, arguments.limits.max_steps)).transpose()?;
     let sampling = Sampling { arguments: &arguments, stage: &stage, agent: &agent, task_count, stored };
     let tally = sampling.run(&mut engine, &task_files)?;
     let summary = tally.summary();
@@ -230,13 +236,7 @@ impl Sampling<'_> {
         let units = self.stage.shard_range(self.task_count.div_ceil(size));
         let first = units.start * size;
         let count = (units.end * size).min(self.task_count).saturating_sub(first);
-        let planned = if self.stored.is_none() {
-            (count * self.agent.group_size) as u64
-        } else {
-            let tasks = read_rows::<Task>(task_files).bad_input()?.skip(first).take(count);
-            let starts = tasks.map(|task| Ok(self.starts(&task.bad_input()?).len() as u64));
-            starts.sum::<anyhow::Result<u64>>()?
-        };
+        let planned = self.count_trajectories(read_rows::<Task>(task_files).bad_input()?.skip(first).take(count))?;
         let progress = self.stage.progress("sample", planned, "trajectories");
         let mut tasks = read_rows::<Task>(task_files).bad_input()?.skip(first).take(count);
         let mut tally = Tally::default();
@@ -256,11 +256,15 @@ impl Sampling<'_> {
         Ok(tally)
     }
 
-    fn starts<'t>(&self, task: &'t Task) -> Vec<Start<'t>> {
-        let anew = |index| Start { task, trajectory_index: index as i32, steps: Vec::new() };
+    fn count_trajectories(&self, tasks: impl Iterator<Item = mempo_data::Result<Task>>) -> anyhow::Result<u64> {
+        tasks.map(|task| Ok(self.starts(&task.bad_input()?).len() as u64)).sum()
+    }
+
+    fn starts<'t>(&'t self, task: &'t Task) -> Vec<Start<'t>> {
+        let anew = |index| Start { task, trajectory_index: index, steps: &[] };
         match &self.stored {
-            Some(stored) => stored.starts(task, self.agent.group_size),
-            None => (0..self.agent.group_size).map(anew).collect(),
+            Some(stored) => stored.starts(task),
+            None => (0..self.arguments.group_size.get() as i32).map(anew).collect(),
         }
     }
 
@@ -273,10 +277,8 @@ impl Sampling<'_> {
         planned: u64,
     ) -> anyhow::Result<()> {
         let (start, tokens) = (Instant::now(), tally.generated_tokens);
-        let Unit { trajectories, steps } = {
-            let starts = tasks.iter().flat_map(|task| self.starts(task)).collect();
-            self.agent.run_from(engine, starts).bad_input()?
-        };
+        let starts = tasks.iter().flat_map(|task| self.starts(task)).collect();
+        let Unit { trajectories, steps } = self.agent.run(engine, starts).bad_input()?;
         self.stage.check_interrupt()?;
         for row in &trajectories {
             tally.add(row);

@@ -1,16 +1,20 @@
 //! `mempo-score advantages`: from rewards to what the update needs of every step.
 
+mod joined;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
 
 use anyhow::anyhow;
 use clap::{Args, ValueEnum};
-use mempo_data::{Advantage, Key, write_rows};
+use mempo_data::{Advantage, write_rows};
 use mempo_run::{Input, ResultExt, Stage, StageArgs};
 use mempo_text::Tokenizer;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::{Value, json};
+
+use joined::{JoinedRow, SegmentCells, check_finite, check_steps, joined_rows, next_task};
 
 use crate::explain::Explained;
 use crate::normalise::{GroupAdvantages, GroupState, NormaliseOptions, Rewarded, group_advantages};
@@ -61,7 +65,7 @@ pub(crate) struct AdvantagesArguments {
     #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     rollouts: PathBuf,
-    /// Directory of a finished `mempo-score segments` of the same rollout; needed with `--estimator mempo` alone
+    /// Directory of a finished `mempo-score segments` of the same rollout; only `--estimator mempo` needs it
     #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     scores: Option<PathBuf>,
@@ -101,7 +105,10 @@ pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
         }
     };
     let tokenizer = arguments.inside_of()?;
-    scores.as_ref().map_or(Ok(()), |scores| check_lineage(scores, &rollouts.input)).bad_input()?;
+    if let Some(scores) = &scores {
+        scores.table("scores")?;
+        scores.check_made_from("rollouts", &rollouts.input, "mempo-score segments")?;
+    }
     let inputs: Vec<&Input> = std::iter::once(&rollouts.input).chain(&scores).collect();
     let Some(stage) = Stage::open("mempo-score", "advantages", &arguments.stage, arguments, &inputs)? else {
         return Ok(());
@@ -131,97 +138,6 @@ pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
     let summary = estimation.summary();
     tracing::info!("{summary}");
     stage.finish(&[("advantages", written)], summary)
-}
-
-/// Scores of other rollouts may have the same keys: the manifest says what was scored.
-fn check_lineage(scores: &Input, rollouts: &Input) -> anyhow::Result<()> {
-    scores.table("scores")?;
-    let records = scores.manifest().into_iter().flat_map(|manifest| &manifest.inputs);
-    if records.into_iter().any(|record| record.name == "rollouts" && record.digest == rollouts.digest()) {
-        return Ok(());
-    }
-    let (scores, rollouts) = (scores.dir().display(), rollouts.dir().display());
-    Err(anyhow!("{scores}: not the scores of {rollouts}: run `mempo-score segments --rollouts {rollouts}`"))
-}
-
-/// A step with its trajectory and its score; a trajectory without steps has one row.
-#[derive(Debug, Clone, Deserialize)]
-struct JoinedRow {
-    task_id: String,
-    trajectory_index: i32,
-    step_count: i32,
-    reward: Option<f32>,
-    format_valid: bool,
-    step_index: Option<i32>,
-    segments: Option<Vec<SegmentCells>>,
-    scored: bool,
-    memory_reward: Option<f64>,
-    answer_probability: Option<f64>,
-    observation_length: i64,
-    /// Only where they are needed.
-    completion_ids: Option<Vec<i32>>,
-}
-
-#[derive(Debug, Clone, Deserialize)]
-struct SegmentCells {
-    kind: String,
-    start: i32,
-    end: i32,
-}
-
-impl JoinedRow {
-    fn memory(&self) -> Option<&SegmentCells> {
-        self.segments.iter().flatten().find(|segment| segment.kind == "memory")
-    }
-
-    fn key(&self) -> Key {
-        Key::of_step(&self.task_id, self.trajectory_index, self.step_index.unwrap_or(0))
-    }
-}
-
-fn joined_rows(
-    session: &Session,
-    rollouts: &Rollouts,
-    scores: Option<&Input>,
-    with_ids: bool,
-) -> anyhow::Result<impl Iterator<Item = anyhow::Result<JoinedRow>>> {
-    let step_key = ["task_id", "trajectory_index", "step_index"];
-    session.register("trajectories", &rollouts.input.table("trajectories")?, &step_key[..2])?;
-    session.register("steps", &rollouts.input.table("steps")?, &step_key)?;
-    let (score_columns, score_join) = match scores {
-        Some(scores) => {
-            session.register("scores", &scores.table("scores")?, &step_key)?;
-            ("scores.step_index IS NOT NULL", "LEFT JOIN scores USING (task_id, trajectory_index, step_index)")
-        }
-        None => ("false", ""),
-    };
-    let [memory_reward, answer_probability] = if scores.is_some() {
-        ["scores.memory_reward", "scores.answer_probability"]
-    } else {
-        ["CAST(NULL AS DOUBLE)"; 2]
-    };
-    let completion_ids = if with_ids { "completion_ids" } else { "CAST(NULL AS INT[])" };
-    session.rows(&format!(
-        "SELECT trajectories.task_id, trajectories.trajectory_index, step_count, reward, format_valid,
-             steps.step_index, segments, {score_columns} AS scored, {memory_reward} AS memory_reward,
-             {answer_probability} AS answer_probability, {completion_ids} AS completion_ids,
-             CAST(COALESCE(char_length(observation), 0) AS BIGINT) AS observation_length
-         FROM trajectories LEFT JOIN steps USING (task_id, trajectory_index) {score_join}
-         ORDER BY trajectories.task_id, trajectories.trajectory_index, steps.step_index"
-    ))
-}
-
-type Rows<I> = std::iter::Peekable<I>;
-
-/// The rows of the next task.
-fn next_task(rows: &mut Rows<impl Iterator<Item = anyhow::Result<JoinedRow>>>) -> anyhow::Result<Vec<JoinedRow>> {
-    let mut task: Vec<JoinedRow> = rows.next().transpose()?.into_iter().collect();
-    while let Some(row) = rows
-        .next_if(|row| row.as_ref().map_or(true, |row| task.first().is_some_and(|first| first.task_id == row.task_id)))
-    {
-        task.push(row?);
-    }
-    Ok(task)
 }
 
 impl AdvantagesArguments {
@@ -342,33 +258,6 @@ impl Estimation<'_> {
     }
 }
 
-/// A number that is none would reach every advantage of its group.
-fn check_finite(chunk: &[JoinedRow]) -> anyhow::Result<()> {
-    let bad = |row: &&JoinedRow| {
-        let rewards = [row.reward.map(f64::from), row.memory_reward];
-        rewards.into_iter().flatten().any(|reward| !reward.is_finite())
-    };
-    chunk.iter().find(bad).map_or(Ok(()), |row| {
-        let (key, reward, memory) = (row.key(), row.reward, row.memory_reward);
-        Err(anyhow!("{key}: reward {reward:?}, memory reward {memory:?}: expected finite numbers; score again"))
-    })
-}
-
-fn check_steps(chunk: &[JoinedRow], with_scores: bool) -> anyhow::Result<()> {
-    let first = &chunk[0];
-    let found = chunk.iter().filter(|row| row.step_index.is_some()).count();
-    if found != first.step_count as usize {
-        let (key, expected) = (first.key(), first.step_count);
-        return Err(anyhow!(
-            "{key}: `steps` has {found} rows of the trajectory, which counts {expected}: sample again"
-        ));
-    }
-    let unscored = chunk.iter().find(|row| with_scores && row.memory().is_some() && !row.scored);
-    unscored.map_or(Ok(()), |row| {
-        Err(anyhow!("{}: `scores` has no row for this memory: run `segments` on this rollout again", row.key()))
-    })
-}
-
 fn count_states(attempts: &[Rewarded], found: &GroupAdvantages, sums: &mut Sums) {
     let all = |holds: fn(f64) -> bool| attempts.iter().all(|attempt| holds(attempt.reward));
     sums.add("tasks", 1.0);
@@ -426,289 +315,4 @@ fn counts(sums: &Sums) -> Value {
 }
 
 #[cfg(test)]
-mod tests {
-    use clap::FromArgMatches;
-    use mempo_data::{Row, Score, Step, Trajectory};
-    use mempo_run::Failure;
-
-    use super::*;
-    use crate::fixture::{Chain, failure};
-
-    const COMMAND: &str = "advantages --rollouts @rollouts --scores @scores";
-    const SEGMENTS: &str =
-        "segments --rollouts @rollouts --tasks @tasks --model @model --dtype f32 --device cpu --out @scores";
-
-    /// `(value - mean) / sample std` of every value, written the long way round.
-    fn standardised(values: &[f64]) -> Vec<f64> {
-        let count = values.len() as f64;
-        let pairs = values.iter().flat_map(|a| values.iter().map(move |b| (a - b).powi(2)));
-        let std = (pairs.sum::<f64>() / (2.0 * count * (count - 1.0))).sqrt();
-        let mean = values.iter().sum::<f64>() / count;
-        values.iter().map(|value| (value - mean) / std).collect()
-    }
-
-    #[test]
-    fn the_join_gives_what_brute_force_gives() {
-        let chain = Chain::new();
-        chain.run(SEGMENTS).unwrap();
-        for scope in ["per-step", "pooled"] {
-            chain
-                .run(&format!("{COMMAND} --memory-scope {scope} --min-memory-group 2 --alpha 0.5 --out @{scope}"))
-                .unwrap();
-            let rows = chain.rows::<Advantage>(scope);
-            let mut groups: BTreeMap<(String, i32), Vec<(Key, f64)>> = BTreeMap::new();
-            let counted = |row: &&Trajectory| row.reward.is_some();
-            let kept: Vec<Key> = chain.trajectories.iter().filter(counted).map(Row::key).collect();
-            let is_kept = |task: &str, index| kept.contains(&Key::of_step(task, index, 0));
-            for score in chain.rows::<Score>("scores").iter().filter(|row| is_kept(&row.task_id, row.trajectory_index))
-            {
-                let step = if scope == "pooled" { 0 } else { score.step_index };
-                let group = groups.entry((score.task_id.clone(), step)).or_default();
-                group.push((score.key(), score.memory_reward.unwrap()));
-            }
-            let mut expected: BTreeMap<Key, f64> = BTreeMap::new();
-            for group in groups.into_values().filter(|group| group.len() > 1) {
-                let values: Vec<f64> = group.iter().map(|(_, value)| *value).collect();
-                let same = values.iter().all(|value| value.to_bits() == values[0].to_bits());
-                let found = if same { vec![0.0; values.len()] } else { standardised(&values) };
-                expected.extend(group.into_iter().map(|(key, _)| key).zip(found));
-            }
-            let steps: Vec<&Step> =
-                chain.steps.iter().filter(|row| is_kept(&row.task_id, row.trajectory_index)).collect();
-            assert_eq!(rows.len(), steps.len());
-            for (row, step) in rows.iter().zip(steps) {
-                assert_eq!(row.key(), step.key());
-                let memory = 0.5 * expected.get(&row.key()).copied().unwrap_or(0.0);
-                assert!((f64::from(row.memory_advantage.unwrap()) - memory).abs() < 1e-5, "{}", row.key());
-                assert_eq!(
-                    (row.memory_start, row.memory_end),
-                    (Some(step.segments[0].start), Some(step.segments[0].end))
-                );
-                let task = chain.trajectories.iter().filter(|other| other.task_id == row.task_id);
-                let rewards: Vec<f64> = task.filter(counted).map(|row| f64::from(row.reward.unwrap())).collect();
-                let expected =
-                    if rewards.len() < 2 { 0.0 } else { standardised(&rewards)[row.trajectory_index as usize] };
-                assert!((f64::from(row.trajectory_advantage) - expected).abs() < 1e-6);
-            }
-        }
-        let summary = chain.summary("per-step");
-        assert_eq!(summary["trajectories_without_reward"], 1);
-        assert_eq!(
-            summary["trajectory_groups"]["by_state"],
-            json!({"mixed": 16, "all_zero": 0, "all_one": 0, "all_equal": 0, "too_small": 1})
-        );
-        assert_eq!(summary["memory_groups"]["groups"], 17 * 3);
-    }
-
-    #[test]
-    fn neither_shards_nor_little_memory_change_a_byte() {
-        let chain = Chain::new();
-        chain.run(SEGMENTS).unwrap();
-        for shard in ["0/2", "1/2"] {
-            chain.run(&SEGMENTS.replace("@scores", &format!("@shards --shard {shard}"))).unwrap();
-        }
-        chain.run(&format!("{COMMAND} --out @whole")).unwrap();
-        chain.run(&format!("{COMMAND} --memory-limit-mib 16 --out @little").replace("@scores", "@shards")).unwrap();
-        let bytes = |stage: &str| fs_err::read(chain.path(stage).join("advantages/part-00000.parquet")).unwrap();
-        assert_eq!(bytes("whole"), bytes("little"));
-    }
-
-    #[test]
-    fn grpo_needs_no_scores_and_pays_memories_nothing() {
-        let chain = Chain::new();
-        chain.run("advantages --rollouts @rollouts --estimator grpo --out @grpo").unwrap();
-        let rows = chain.rows::<Advantage>("grpo");
-        assert_eq!(rows.len(), chain.steps.len() - 3);
-        assert!(rows.iter().all(|row| row.memory_advantage.is_none() && row.memory_start.is_none()));
-        assert!((rows[0].trajectory_advantage - 0.5_f32.sqrt()).abs() < 1e-6);
-        let error = chain.run("advantages --rollouts @rollouts --out @mempo").unwrap_err();
-        assert!(matches!(failure(&error).0, Failure::Usage(..)));
-    }
-
-    /// `cargo test --release -p mempo-score -- --ignored --nocapture a_million`: a measurement, with the time in the log.
-    #[test]
-    #[ignore = "writes a million rows"]
-    fn a_million_steps() {
-        const STEPS: i32 = 16;
-        let mut chain = Chain::new();
-        let (trajectory, step) = (chain.trajectories[0].clone(), chain.steps[1].clone());
-        (chain.trajectories, chain.steps) = (Vec::new(), Vec::new());
-        let mut scores = Vec::new();
-        for index in 0..1_000_000 / STEPS {
-            let (task_id, trajectory_index) = (format!("task-{:06}", index / 16), index % 16);
-            let reward = Some((index * 7919 % 3 == 0).into());
-            let own = Trajectory {
-                task_id: task_id.clone(),
-                trajectory_index,
-                reward,
-                step_count: STEPS,
-                ..trajectory.clone()
-            };
-            chain.trajectories.push(own);
-            for step_index in 0..STEPS {
-                let key = (task_id.clone(), trajectory_index, step_index);
-                chain.steps.push(Step { task_id: key.0.clone(), trajectory_index, step_index, ..step.clone() });
-                scores
-                    .push(score(key, f64::from(mempo_model::counter_uniform(1, (index * STEPS + step_index) as u64))));
-            }
-        }
-        chain.write();
-        let rollouts = Input::stage("rollouts", &chain.path("rollouts")).unwrap();
-        crate::fixture::write_stage_from(&chain.path("scores"), &json!({}), &[&rollouts], |stage| {
-            crate::fixture::write_table(stage, &scores);
-        });
-        (chain.steps, chain.trajectories) = (Vec::new(), Vec::new());
-        drop(scores);
-        let start = std::time::Instant::now();
-        chain.run(&format!("{COMMAND} --out @out")).unwrap();
-        let seconds = start.elapsed().as_secs_f64();
-        let status = fs_err::read_to_string("/proc/self/status").unwrap();
-        let peak = status.lines().find(|line| line.starts_with("VmHWM"));
-        tracing::warn!("1,000,000 steps: {seconds:.2} s; peak of the whole test, rows included: {peak:?}");
-        assert_eq!(chain.rows::<Advantage>("out").len(), 1_000_000);
-    }
-
-    fn score((task_id, trajectory_index, step_index): (String, i32, i32), probability: f64) -> Score {
-        Score {
-            task_id,
-            trajectory_index,
-            step_index,
-            answer_logprob: Some(probability.ln()),
-            answer_probability: Some(probability),
-            bias_logprob: None,
-            bias_probability: None,
-            objective_logprobs: Some(vec![probability.ln(); 2]),
-            memory_reward: Some(probability),
-            answer_token_count: 9,
-            truncated: false,
-        }
-    }
-
-    #[test]
-    fn tags_and_tasks_can_be_left_out() {
-        let mut chain = Chain::new();
-        chain.run(SEGMENTS).unwrap();
-        let line = format!("{COMMAND} --credit inside");
-        let error = chain.run(&format!("{line} --out @none")).unwrap_err();
-        assert!(matches!(failure(&error).0, Failure::Usage(..)));
-        chain.run(&format!("{line} --tokenizer @model --out @inside")).unwrap();
-        let builder = chain.builder();
-        for (row, step) in chain.rows::<Advantage>("inside").iter().zip(counted_steps(&chain)) {
-            let ids = &step.completion_ids[row.memory_start.unwrap() as usize..row.memory_end.unwrap() as usize];
-            let inside = builder.tokenizer().decode(ids);
-            assert!(
-                !inside.contains(['<', '>']) && step.completion.contains(&format!("<mem>{inside}</mem>")),
-                "{inside}"
-            );
-        }
-
-        // All trajectories of one task earn the same; a reward that was null becomes 0.
-        for row in chain.trajectories.iter_mut().filter(|row| row.task_id == "task-03") {
-            row.reward = Some(1.0);
-        }
-        chain.write();
-        chain.run(&SEGMENTS.replace("@scores", "@again")).unwrap();
-        let dropped = |degenerate: &str| -> Vec<(String, bool)> {
-            let line = COMMAND.replace("@scores", "@again");
-            chain.run(&format!("{line} --degenerate {degenerate} --null-rewards zero --out @{degenerate}")).unwrap();
-            let rows = chain.rows::<Advantage>(degenerate);
-            assert_eq!(rows.len(), chain.steps.len());
-            let weights = rows.iter().map(|row| row.loss_weight.to_bits());
-            assert!(weights.into_iter().all(|bits| [0.0_f32, 1.0].map(f32::to_bits).contains(&bits)));
-            rows.into_iter().map(|row| (row.task_id, row.loss_weight < 0.5)).collect()
-        };
-        assert!(dropped("keep").iter().all(|(_, dropped)| !dropped));
-        assert!(dropped("drop").iter().all(|(task, dropped)| *dropped == (task == "task-03")));
-        assert_eq!(chain.summary("drop")["tasks_dropped"], 1);
-        // Two trajectories a task: no memory group reaches the least size of 4.
-        assert!(dropped("drop-without-memory").iter().all(|(task, dropped)| *dropped == (task == "task-03")));
-    }
-
-    fn counted_steps(chain: &Chain) -> impl Iterator<Item = &Step> {
-        let kept = |step: &&Step| {
-            let mut rows = chain.trajectories.iter();
-            let own = rows.find(|row| (&row.task_id, row.trajectory_index) == (&step.task_id, step.trajectory_index));
-            own.is_some_and(|row| row.reward.is_some())
-        };
-        chain.steps.iter().filter(kept)
-    }
-
-    #[test]
-    fn the_report_says_what_explains_the_rewards() {
-        let chain = Chain::new();
-        chain.run(SEGMENTS).unwrap();
-        chain.run(&format!("{COMMAND} --out @out")).unwrap();
-        let summary = chain.summary("out");
-        let bins = summary["answer_probability_histogram"].as_array().unwrap();
-        let counted: u64 = bins.iter().map(|bin| bin.as_u64().unwrap()).sum();
-        assert_eq!(counted as usize, chain.rows::<Score>("scores").len());
-        let all = summary["memory_reward_explained_by_all"].as_f64().unwrap();
-        let step = summary["memory_reward_explained_by"]["step_index"].as_f64().unwrap();
-        assert!((0.0..=1.0).contains(&all) && step <= all + 1e-12, "{summary}");
-    }
-
-    #[test]
-    fn scores_that_do_not_fit_are_refused() {
-        let mut chain = Chain::new();
-        chain.run(SEGMENTS).unwrap();
-        chain.run("logprobs --rollouts @rollouts --model @model --dtype f32 --device cpu --out @logprobs").unwrap();
-        let error = chain.run("advantages --rollouts @rollouts --scores @logprobs --out @a").unwrap_err();
-        assert!(matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("scores")), "{error:#}");
-
-        for step in &mut chain.steps {
-            step.trajectory_index += 7;
-        }
-        for trajectory in &mut chain.trajectories {
-            trajectory.trajectory_index += 7;
-        }
-        chain.write();
-        let error = chain.run(&format!("{COMMAND} --out @b")).unwrap_err();
-        assert!(
-            matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("not the scores of")),
-            "{error:#}"
-        );
-    }
-
-    fn arguments() -> AdvantagesArguments {
-        let line = ["advantages", "--rollouts", "r", "--out", "o"];
-        let command = AdvantagesArguments::augment_args(clap::Command::new("advantages"));
-        AdvantagesArguments::from_arg_matches(&command.get_matches_from(line)).unwrap()
-    }
-
-    fn row(trajectory_index: i32, step_index: Option<i32>, scored: bool) -> JoinedRow {
-        let memory = SegmentCells { kind: "memory".to_owned(), start: 1, end: 3 };
-        JoinedRow {
-            task_id: "t".to_owned(),
-            trajectory_index,
-            step_count: 1,
-            reward: Some(0.0),
-            format_valid: true,
-            step_index,
-            segments: step_index.map(|_| vec![memory]),
-            scored,
-            memory_reward: None,
-            answer_probability: None,
-            observation_length: 0,
-            completion_ids: None,
-        }
-    }
-
-    #[test]
-    fn rows_that_are_missing_are_named() {
-        let arguments = arguments();
-        let task = |rows: &[JoinedRow]| {
-            let (sums, explained) = (Sums::default(), Explained::default());
-            Estimation { arguments: &arguments, tokenizer: None, sums, explained }.task(rows)
-        };
-        let missing = |rows: &[JoinedRow]| failure(&task(rows).unwrap_err()).1;
-        assert!(missing(&[row(0, Some(0), false)]).contains("t/trajectory 0/step 0: `scores` has no row"));
-        assert!(missing(&[row(2, None, false)]).contains("t/trajectory 2/step 0: `steps` has 0 rows"));
-        let mut infinite = row(0, Some(0), true);
-        infinite.memory_reward = Some(f64::INFINITY);
-        let error = task(&[infinite]).unwrap_err();
-        assert!(matches!(failure(&error), (Failure::Quality(..), text) if text.contains("t/trajectory 0/step 0")));
-        // A memory whose context was past the window has a row without a reward: it earns nothing.
-        let found = task(&[row(0, Some(0), true)]).unwrap();
-        assert_eq!((found[0].memory_advantage, found[0].memory_end, found[0].loss_weight), (Some(0.0), Some(3), 1.0));
-    }
-}
+mod tests;

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use anyhow::{Context as _, anyhow};
+use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use mempo_data::{Score, Trajectory, read_rows};
 use mempo_run::{Input, ResultExt, print_data, print_table};
@@ -61,12 +61,14 @@ struct Found {
 pub(crate) fn run(arguments: &CreditArguments) -> anyhow::Result<()> {
     let rollouts = Input::stage("rollouts", &arguments.rollouts)?;
     let continuations = Input::stage("continuations", &arguments.continuations)?;
-    let worth = worth_of_states(&continuations, &rollouts)?;
+    continuations.check_made_from("from", &rollouts, "mempo-rollout sample")?;
+    let worth = worth_of_states(&continuations)?;
     let rows = read_rows::<Trajectory>(&rollouts.table("trajectories")?).bad_input()?;
     let trajectories = rows.collect::<mempo_data::Result<Vec<Trajectory>>>().bad_input()?;
     let mut found = Vec::new();
     for dir in &arguments.scores {
         let scores = Input::stage("scores", dir)?;
+        scores.check_made_from("rollouts", &rollouts, "mempo-score segments")?;
         let rows = read_rows::<Score>(&scores.table("scores")?).bad_input()?;
         let rows = rows.collect::<mempo_data::Result<Vec<Score>>>().bad_input()?;
         for scope in [MemoryScope::PerStep, MemoryScope::Pooled, MemoryScope::PerTrajectory] {
@@ -89,14 +91,9 @@ pub(crate) fn run(arguments: &CreditArguments) -> anyhow::Result<()> {
 }
 
 /// Mean reward of the continuations from each state; their indices say which one they are from.
-fn worth_of_states(continuations: &Input, rollouts: &Input) -> anyhow::Result<HashMap<State, f64>> {
+fn worth_of_states(continuations: &Input) -> anyhow::Result<HashMap<State, f64>> {
     let dir = continuations.dir().display();
     let manifest = continuations.manifest().with_context(|| format!("{dir}: no manifest")).bad_input()?;
-    if !manifest.inputs.iter().any(|input| input.name == "from" && input.digest == rollouts.digest()) {
-        let rollouts = rollouts.dir().display();
-        return Err(anyhow!("{dir}: not continuations of {rollouts}: run `mempo-rollout sample --from {rollouts}`"))
-            .bad_input();
-    }
     let number = |name: &str| {
         let found = manifest.arguments.get(name).and_then(serde_json::Value::as_i64).filter(|number| *number > 0);
         found.with_context(|| format!("{dir}: its manifest has no {name}")).bad_input()

@@ -246,22 +246,12 @@ fn make_steps(builder: &PromptBuilder, task: &Task, trajectory_index: i32) -> Ve
 
 /// Writes a finished stage, in place of one that is there.
 fn write_stage(out: &Path, arguments: &serde_json::Value, write: impl FnOnce(&Stage)) {
-    write_stage_from(out, arguments, &[], write);
-}
-
-/// The same, made from some inputs.
-pub(crate) fn write_stage_from(
-    out: &Path,
-    arguments: &serde_json::Value,
-    inputs: &[&Input],
-    write: impl FnOnce(&Stage),
-) {
     let arguments_of_stage = StageArgs { out: out.to_path_buf(), seed: 0, restart: true, shard: None };
-    let stage = Stage::open("test", "test", &arguments_of_stage, arguments, inputs).unwrap().unwrap();
+    let stage = Stage::open("test", "test", &arguments_of_stage, arguments, &[]).unwrap().unwrap();
     write(&stage);
     stage.finish(&[], json!({})).unwrap();
 }
 
-pub(crate) fn write_table<R: Row>(stage: &Stage, rows: &[R]) {
+fn write_table<R: Row>(stage: &Stage, rows: &[R]) {
     stage.write_part(R::TABLE, 0, |file| Ok(write_rows(rows, file).map(drop)?)).unwrap();
 }

@@ -48,8 +48,8 @@ pub(crate) struct RewardOptions {
 pub(crate) struct Answers<'a> {
     places: HashMap<&'a Probe, usize>,
     logprobs: Vec<Vec<f32>>,
-    pub(crate) tokens_asked: u64,
-    pub(crate) tokens_computed: u64,
+    tokens_asked: u64,
+    tokens_computed: u64,
 }
 
 /// Scores each distinct probe of at most `window` ids once; `score` is the model, and says how many tokens it ran.
@@ -71,8 +71,13 @@ pub(crate) fn ask<'a>(
 }
 
 impl Answers<'_> {
-    fn of(&self, probe: &Probe) -> Option<&[f32]> {
+    pub(crate) fn of(&self, probe: &Probe) -> Option<&[f32]> {
         self.places.get(probe).map(|&place| self.logprobs[place].as_slice())
+    }
+
+    pub(crate) fn count_tokens(&self, sums: &mut Sums) {
+        sums.add("tokens_asked", self.tokens_asked as f64);
+        sums.add("tokens_computed", self.tokens_computed as f64);
     }
 }
 
@@ -84,8 +89,7 @@ pub(crate) fn score_rows(
     bias: Bias,
 ) -> anyhow::Result<(Vec<Score>, Sums)> {
     let (mut rows, mut sums) = (Vec::new(), Sums::default());
-    sums.add("tokens_asked", answers.tokens_asked as f64);
-    sums.add("tokens_computed", answers.tokens_computed as f64);
+    answers.count_tokens(&mut sums);
     for task in tasks {
         let key = Key::of_id(&task.task_id);
         let closed_book = answers.of(&task.closed_book);

@@ -14,7 +14,7 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::probe::{Alias, AliasProbe, Chosen, Probe, ProbeOptions, TaskProbes, alias_probes, task_probes};
-use crate::reward::{RewardOptions, ask, context_rows, mean, score_rows};
+use crate::reward::{Answers, RewardOptions, ask, context_rows, mean, score_rows};
 use crate::rollouts::{Attempt, Rollouts, TASKS_PER_UNIT};
 use crate::sums::{Sums, read_units, write_unit};
 
@@ -111,13 +111,14 @@ impl<'a> Judge<'a> {
         builder: &PromptBuilder,
         pairs: &[(Task, Vec<Attempt>)],
     ) -> anyhow::Result<()> {
-        let (options, chosen) = (self.arguments.probe, self.choose_aliases(builder, pairs)?);
+        let options = self.arguments.probe;
+        let (chosen, mut sums) = self.choose_aliases(builder, pairs)?;
         let probes = pairs.par_iter().zip(&chosen);
         let probes = probes.map(|((task, group), chosen)| task_probes(builder, options, task, group, chosen));
         let tasks = probes.collect::<anyhow::Result<Vec<TaskProbes>>>()?;
-        let window = self.model.config().max_position_embeddings;
-        let answers = ask(tasks.iter().flat_map(TaskProbes::probes), window, |sequences| self.logprobs(sequences))?;
-        let (rows, mut sums) = score_rows(&tasks, &answers, self.arguments.reward, self.arguments.probe.bias)?;
+        let answers = self.ask(tasks.iter().flat_map(TaskProbes::probes))?;
+        let (rows, of_rows) = score_rows(&tasks, &answers, self.arguments.reward, options.bias)?;
+        sums.merge(&of_rows);
         sums.add("trajectories", pairs.iter().map(|(_, group)| group.len() as f64).sum());
         if self.arguments.explain {
             let contexts = context_rows(&tasks);
@@ -128,27 +129,26 @@ impl<'a> Judge<'a> {
         stage.write_part("scores", unit, |file| Ok(write_rows(&rows, file).map(drop)?))
     }
 
-    /// One alias an objective for every task.
-    fn choose_aliases(&self, builder: &PromptBuilder, pairs: &[(Task, Vec<Attempt>)]) -> anyhow::Result<Vec<Chosen>> {
-        let mut chosen = vec![Chosen::new(); pairs.len()];
+    /// One alias an objective for every task, and what finding it took.
+    fn choose_aliases(
+        &self,
+        builder: &PromptBuilder,
+        pairs: &[(Task, Vec<Attempt>)],
+    ) -> anyhow::Result<(Vec<Chosen>, Sums)> {
+        let mut sums = Sums::default();
         if self.arguments.probe.alias == Alias::First {
-            return Ok(chosen);
+            return Ok((vec![Chosen::new(); pairs.len()], sums));
         }
-        for ((task, _), chosen) in pairs.iter().zip(&mut chosen) {
-            let probes = alias_probes(builder, self.arguments.probe, task)?;
-            let sequence = |probe: &Probe| ScoredSequence { ids: probe.ids.clone(), targets: probe.answer() };
-            let sequences: Vec<ScoredSequence> = probes.iter().map(|tried| sequence(&tried.probe)).collect();
-            let (logprobs, _) = self.logprobs(&sequences)?;
-            let mut best = vec![(f64::NEG_INFINITY, 0); task.objectives.len()];
-            for (AliasProbe { tried: (objective, alias), span, .. }, logprobs) in probes.iter().zip(logprobs) {
-                let mean = mean(&logprobs[span.clone()]);
-                if mean > best[*objective].0 {
-                    best[*objective] = (mean, *alias);
-                }
-            }
-            *chosen = best.into_iter().map(|(_, alias)| alias).collect();
-        }
-        Ok(chosen)
+        let probes = pairs.par_iter().map(|(task, _)| alias_probes(builder, self.arguments.probe, task));
+        let probes = probes.collect::<anyhow::Result<Vec<Vec<AliasProbe>>>>()?;
+        let answers = self.ask(probes.iter().flatten().map(|tried| &tried.probe))?;
+        answers.count_tokens(&mut sums);
+        let chosen = pairs.iter().zip(&probes).map(|((task, _), probes)| likeliest(task, probes, &answers));
+        Ok((chosen.collect(), sums))
+    }
+
+    fn ask<'p>(&self, probes: impl Iterator<Item = &'p Probe>) -> anyhow::Result<Answers<'p>> {
+        ask(probes, self.model.config().max_position_embeddings, |sequences| self.logprobs(sequences))
     }
 
     /// Log-probabilities of the targets, and the number of tokens that were run for them.
@@ -156,6 +156,18 @@ impl<'a> Judge<'a> {
         let options = ScoreOptions { temperature: 1.0, tokens_per_batch: self.arguments.tokens_per_batch };
         self.model.shared_logprobs(sequences, &options).context("scoring answers").bad_input()
     }
+}
+
+/// Of every objective the alias whose tokens are likeliest.
+fn likeliest(task: &Task, probes: &[AliasProbe], answers: &Answers<'_>) -> Chosen {
+    let mut best = vec![(f64::NEG_INFINITY, 0); task.objectives.len()];
+    for AliasProbe { tried: (objective, alias), probe, span } in probes {
+        let mean = answers.of(probe).map_or(f64::NEG_INFINITY, |logprobs| mean(&logprobs[span.clone()]));
+        if mean > best[*objective].0 {
+            best[*objective] = (mean, *alias);
+        }
+    }
+    best.into_iter().map(|(_, alias)| alias).collect()
 }
 
 fn finish(stage: Stage, units: Range<usize>, explain: bool) -> anyhow::Result<()> {

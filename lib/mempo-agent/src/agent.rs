@@ -19,8 +19,6 @@ pub struct Agent<'a> {
     pub toolbox: &'a Toolbox,
     /// Where a trajectory ends at the latest.
     pub limits: &'a LimitOptions,
-    /// Trajectories a task.
-    pub group_size: usize,
     /// Digest of the checkpoint that samples.
     pub policy: String,
     /// Seed of the run, as rows name it.
@@ -30,13 +28,14 @@ pub struct Agent<'a> {
 }
 
 /// Where a trajectory starts.
+#[derive(Debug, Clone, Copy)]
 pub struct Start<'t> {
     /// What it works on.
     pub task: &'t Task,
     /// Its own number among the task's.
     pub trajectory_index: i32,
     /// Steps that are taken as done: the next one follows from them.
-    pub steps: Vec<Step>,
+    pub steps: &'t [Step],
 }
 
 /// Rows of some tasks, sorted by key.
@@ -49,16 +48,9 @@ pub struct Unit {
 }
 
 impl Agent<'_> {
-    /// Attempts each task `group_size` times. What the policy does wrong and what fails around it is in the rows' status;
-    /// an `Err` means that a prompt can't be built at all.
-    pub fn run_unit(&self, engine: &mut dyn Engine, tasks: &[Task]) -> Result<Unit, Error> {
-        let start = |task, trajectory_index| Start { task, trajectory_index, steps: Vec::new() };
-        let group = |task| (0..self.group_size as i32).map(move |index| start(task, index));
-        self.run_from(engine, tasks.iter().flat_map(group).collect())
-    }
-
-    /// The same from where each trajectory is to start; the rows begin with the steps that were given.
-    pub fn run_from(&self, engine: &mut dyn Engine, starts: Vec<Start<'_>>) -> Result<Unit, Error> {
+    /// Runs trajectories from where each is to start; the rows begin with the steps that were given. What the policy does
+    /// wrong and what fails around it is in the rows' status; an `Err` means that a prompt can't be built at all.
+    pub fn run(&self, engine: &mut dyn Engine, starts: Vec<Start<'_>>) -> Result<Unit, Error> {
         let mut attempts: Vec<Attempt<'_>> = starts.into_iter().map(Attempt::new).collect();
         let first = self.requests(attempts.iter_mut().enumerate().collect())?;
         let mut unbuilt = None;

@@ -27,7 +27,8 @@ struct End {
 
 impl<'t> Attempt<'t> {
     pub(crate) fn new(start: Start<'t>) -> Self {
-        let Start { task, trajectory_index, mut steps } = start;
+        let Start { task, trajectory_index, steps } = start;
+        let mut steps = steps.to_vec();
         for step in &mut steps {
             step.trajectory_index = trajectory_index;
         }

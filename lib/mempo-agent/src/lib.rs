@@ -1,6 +1,6 @@
 //! The step loop of an agent that searches: prompt, completion, tool call, observation, until an answer.
 //!
-//! [`Agent::run_unit`] takes tasks and an [`Engine`] and gives back trajectories and steps, the rows of a rollout. What a
+//! [`Agent::run`] takes tasks and an [`Engine`] and gives back trajectories and steps, the rows of a rollout. What a
 //! step sees of the past is a [`ContextPolicy`]'s choice; what a tool call yields comes from the [`Toolbox`], whose
 //! `search` stands on a [`SearchIndex`]; what an answer is worth says [`outcome`]. This crate knows no model: an engine
 //! takes token ids and returns token ids with their log-probabilities.

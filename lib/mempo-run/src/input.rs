@@ -96,6 +96,22 @@ impl Input {
         self.manifest.as_ref()
     }
 
+    /// The digest of what the stage that wrote the input read under this name.
+    pub fn made_from(&self, name: &str) -> Option<&str> {
+        let inputs = &self.manifest.as_ref()?.inputs;
+        inputs.iter().find(|record| record.name == name).map(|record| record.digest.as_str())
+    }
+
+    /// Refuses what was not made from `source`, which the stage that wrote it read under the name `name`: rows of other
+    /// tables may have the same keys. `stage` is the command that makes it.
+    pub fn check_made_from(&self, name: &str, source: &Input, stage: &str) -> anyhow::Result<()> {
+        if self.made_from(name) == Some(source.digest()) {
+            return Ok(());
+        }
+        let (dir, from) = (self.dir.display(), source.dir.display());
+        Err(anyhow!("{dir}: not made from {from}: run `{stage} --{name} {from}`")).bad_input()
+    }
+
     /// What is written about the input into the run's records.
     pub(crate) fn to_record(&self) -> InputRecord {
         let path = self.dir.display().to_string();

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use crate::error::Error;
 use crate::profile::Profile;
-use crate::segment::{Segment, SegmentKind, bytes_of, cut_at_tags, ids_touching};
+use crate::segment::{Located, Segment, bytes_of, cut_at_tags, ids_touching};
 use crate::template::{ChatTemplate, Message};
 use crate::tokenizer::Tokenizer;
 use crate::tool::ToolSpec;
@@ -131,23 +131,16 @@ impl PromptBuilder {
     /// The ids of exactly `<mem>…</mem>`: where the first or last id of the segment reaches beyond the tags (`><`),
     /// the part of it that belongs to the memory is encoded instead.
     pub fn memory_ids(&self, completion_ids: &[i32], segment: &Segment) -> Vec<i32> {
-        // A `<` that an earlier segment's token took with it is looked for one token back.
-        let first = segment.range.start.saturating_sub(1).min(completion_ids.len());
-        let window = &completion_ids[first..segment.range.end.clamp(first, completion_ids.len())];
-        let (bytes, ends) = bytes_of(&self.tokenizer, window);
-        let tag = SegmentKind::Memory.tag();
-        let start = find(&bytes, format!("<{tag}>").as_bytes()).unwrap_or(0);
-        let closing = format!("</{tag}>");
-        let end = find(&bytes[start..], closing.as_bytes()).map_or(bytes.len(), |at| start + at + closing.len());
-
-        let touching = ids_touching(&ends, &(start..end));
+        let found = Located::new(&self.tokenizer, completion_ids, segment);
+        let Range { start, end } = found.outside;
+        let touching = ids_touching(&found.ends, &found.outside);
         let mut ids = Vec::with_capacity(touching.len() + 2);
         for index in touching {
-            let token = if index == 0 { 0 } else { ends[index - 1] }..ends[index];
+            let token = found.token(index);
             if token.start >= start && token.end <= end {
-                ids.push(window[index]);
+                ids.push(found.ids[index]);
             } else {
-                let part = &bytes[token.start.max(start)..token.end.min(end)];
+                let part = &found.bytes[token.start.max(start)..token.end.min(end)];
                 ids.extend(self.tokenizer.encode_plain(&String::from_utf8_lossy(part)));
             }
         }
@@ -227,8 +220,4 @@ impl PromptBuilder {
             _ => completion_ids,
         }
     }
-}
-
-fn find(bytes: &[u8], part: &[u8]) -> Option<usize> {
-    bytes.windows(part.len()).position(|window| window == part)
 }

@@ -151,19 +151,54 @@ pub(crate) fn bytes_of(tokenizer: &Tokenizer, ids: &[i32]) -> (Vec<u8>, Vec<usiz
 
 /// The ids of a segment that lie wholly between its tags; empty if there are none. An unclosed segment reaches to its end.
 pub fn between_tags(tokenizer: &Tokenizer, completion_ids: &[i32], segment: &Segment) -> Range<usize> {
-    // A `<` that an earlier segment's token took with it is looked for one token back.
-    let first = segment.range.start.saturating_sub(1).min(completion_ids.len());
-    let window = &completion_ids[first..segment.range.end.clamp(first, completion_ids.len())];
-    let (bytes, ends) = bytes_of(tokenizer, window);
-    let (opening, closing) = (format!("<{}>", segment.kind.tag()), format!("</{}>", segment.kind.tag()));
-    let find = |from: usize, tag: &str| bytes[from..].windows(tag.len()).position(|part| part == tag.as_bytes());
-    let start = find(0, &opening).map_or(0, |at| at + opening.len());
-    let end = find(start, &closing).map_or(bytes.len(), |at| start + at);
-    let begins = |index: usize| if index == 0 { 0 } else { ends[index - 1] };
-    let inside: Vec<usize> = (0..window.len()).filter(|index| begins(*index) >= start && ends[*index] <= end).collect();
+    let found = Located::new(tokenizer, completion_ids, segment);
+    let whole = |index: &usize| {
+        let token = found.token(*index);
+        token.start >= found.inside.start && token.end <= found.inside.end
+    };
+    let inside: Vec<usize> = (0..found.ids.len()).filter(whole).collect();
     match (inside.first(), inside.last()) {
-        (Some(from), Some(to)) => first + from..first + to + 1,
+        (Some(from), Some(to)) => found.first + from..found.first + to + 1,
         _ => segment.range.start..segment.range.start,
+    }
+}
+
+/// A segment in the bytes of its completion's ids.
+pub(crate) struct Located<'a> {
+    /// Ids that hold the segment, and what shares a token with it.
+    pub(crate) ids: &'a [i32],
+    /// Their bytes.
+    pub(crate) bytes: Vec<u8>,
+    /// Where each id's bytes end.
+    pub(crate) ends: Vec<usize>,
+    /// The segment's bytes, tags included; unclosed, up to the end.
+    pub(crate) outside: Range<usize>,
+    /// Those between the tags.
+    inside: Range<usize>,
+    /// The place of the first of `ids` in the completion.
+    first: usize,
+}
+
+impl<'a> Located<'a> {
+    pub(crate) fn new(tokenizer: &Tokenizer, completion_ids: &'a [i32], segment: &Segment) -> Self {
+        // A `<` that an earlier segment's token took with it is looked for one token back.
+        let first = segment.range.start.saturating_sub(1).min(completion_ids.len());
+        let ids = &completion_ids[first..segment.range.end.clamp(first, completion_ids.len())];
+        let (bytes, ends) = bytes_of(tokenizer, ids);
+        let (opening, closing) = (format!("<{}>", segment.kind.tag()), format!("</{}>", segment.kind.tag()));
+        let find = |from: usize, tag: &str| {
+            let at = bytes[from..].windows(tag.len()).position(|part| part == tag.as_bytes())?;
+            Some(from + at..from + at + tag.len())
+        };
+        let open = find(0, &opening).unwrap_or(0..0);
+        let close = find(open.end, &closing).unwrap_or(bytes.len()..bytes.len());
+        let (outside, inside) = (open.start..close.end, open.end..close.start);
+        Self { ids, bytes, ends, outside, inside, first }
+    }
+
+    /// The bytes of the `index`-th of `ids`.
+    pub(crate) fn token(&self, index: usize) -> Range<usize> {
+        if index == 0 { 0..self.ends[0] } else { self.ends[index - 1]..self.ends[index] }
     }
 }
 

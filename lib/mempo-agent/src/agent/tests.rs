@@ -94,7 +94,9 @@ impl<'a> Setting<'a> {
     }
 
     fn run(&self, engine: &mut dyn Engine, tasks: &[Task]) -> Unit {
-        self.with_agent(|agent| agent.run_unit(engine, tasks).unwrap())
+        let group =
+            |task| (0..self.group_size as i32).map(move |index| Start { task, trajectory_index: index, steps: &[] });
+        self.with_agent(|agent| agent.run(engine, tasks.iter().flat_map(group).collect()).unwrap())
     }
 
     fn with_agent<T>(&self, work: impl FnOnce(&Agent<'_>) -> T) -> T {
@@ -106,7 +108,6 @@ impl<'a> Setting<'a> {
             context: self.context,
             toolbox: &scripted(self.document),
             limits: &self.limits,
-            group_size: self.group_size,
             policy: "digest".to_owned(),
             seed: 7,
             seed_of: &seed_of,
@@ -136,8 +137,8 @@ fn a_trajectory_goes_on_from_stored_steps() {
     let script = |_, _, _| Ok((RIGHT.to_owned(), StopReason::StopString));
     let mut engine = Scripted { builder: &builder, calls: Vec::new(), bytewise: false, script };
     let task = task("a");
-    let starts = [7, 8].map(|trajectory_index| Start { task: &task, trajectory_index, steps: stored[..2].to_vec() });
-    let unit = setting.with_agent(|agent| agent.run_from(&mut engine, starts.into()).unwrap());
+    let starts = [7, 8].map(|trajectory_index| Start { task: &task, trajectory_index, steps: &stored[..2] });
+    let unit = setting.with_agent(|agent| agent.run(&mut engine, starts.into()).unwrap());
     assert_eq!(engine.calls, [2], "only the steps after the stored ones are sampled");
     let keys: Vec<(i32, i32)> = unit.steps.iter().map(|step| (step.trajectory_index, step.step_index)).collect();
     assert_eq!(keys, [(7, 0), (7, 1), (7, 2), (8, 0), (8, 1), (8, 2)]);

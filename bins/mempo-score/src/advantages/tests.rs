@@ -1,0 +1,216 @@
+use clap::FromArgMatches;
+use mempo_data::{Key, Row, Score, Step, Trajectory};
+use mempo_run::Failure;
+
+use super::*;
+use crate::fixture::{Chain, failure};
+
+const COMMAND: &str = "advantages --rollouts @rollouts --scores @scores";
+const SEGMENTS: &str =
+    "segments --rollouts @rollouts --tasks @tasks --model @model --dtype f32 --device cpu --out @scores";
+
+/// `(value - mean) / sample std` of every value, written the long way round.
+fn standardised(values: &[f64]) -> Vec<f64> {
+    let count = values.len() as f64;
+    let pairs = values.iter().flat_map(|a| values.iter().map(move |b| (a - b).powi(2)));
+    let std = (pairs.sum::<f64>() / (2.0 * count * (count - 1.0))).sqrt();
+    let mean = values.iter().sum::<f64>() / count;
+    values.iter().map(|value| (value - mean) / std).collect()
+}
+
+#[test]
+fn the_join_gives_what_brute_force_gives() {
+    let chain = Chain::new();
+    chain.run(SEGMENTS).unwrap();
+    for scope in ["per-step", "pooled"] {
+        chain
+            .run(&format!("{COMMAND} --memory-scope {scope} --min-memory-group 2 --alpha 0.5 --out @{scope}"))
+            .unwrap();
+        let rows = chain.rows::<Advantage>(scope);
+        let mut groups: BTreeMap<(String, i32), Vec<(Key, f64)>> = BTreeMap::new();
+        let counted = |row: &&Trajectory| row.reward.is_some();
+        let kept: Vec<Key> = chain.trajectories.iter().filter(counted).map(Row::key).collect();
+        let is_kept = |task: &str, index| kept.contains(&Key::of_step(task, index, 0));
+        for score in chain.rows::<Score>("scores").iter().filter(|row| is_kept(&row.task_id, row.trajectory_index)) {
+            let step = if scope == "pooled" { 0 } else { score.step_index };
+            let group = groups.entry((score.task_id.clone(), step)).or_default();
+            group.push((score.key(), score.memory_reward.unwrap()));
+        }
+        let mut expected: BTreeMap<Key, f64> = BTreeMap::new();
+        for group in groups.into_values().filter(|group| group.len() > 1) {
+            let values: Vec<f64> = group.iter().map(|(_, value)| *value).collect();
+            let same = values.iter().all(|value| value.to_bits() == values[0].to_bits());
+            let found = if same { vec![0.0; values.len()] } else { standardised(&values) };
+            expected.extend(group.into_iter().map(|(key, _)| key).zip(found));
+        }
+        let steps: Vec<&Step> = chain.steps.iter().filter(|row| is_kept(&row.task_id, row.trajectory_index)).collect();
+        assert_eq!(rows.len(), steps.len());
+        for (row, step) in rows.iter().zip(steps) {
+            assert_eq!(row.key(), step.key());
+            let memory = 0.5 * expected.get(&row.key()).copied().unwrap_or(0.0);
+            assert!((f64::from(row.memory_advantage.unwrap()) - memory).abs() < 1e-5, "{}", row.key());
+            assert_eq!((row.memory_start, row.memory_end), (Some(step.segments[0].start), Some(step.segments[0].end)));
+            let task = chain.trajectories.iter().filter(|other| other.task_id == row.task_id);
+            let rewards: Vec<f64> = task.filter(counted).map(|row| f64::from(row.reward.unwrap())).collect();
+            let expected = if rewards.len() < 2 { 0.0 } else { standardised(&rewards)[row.trajectory_index as usize] };
+            assert!((f64::from(row.trajectory_advantage) - expected).abs() < 1e-6);
+        }
+    }
+    let summary = chain.summary("per-step");
+    assert_eq!(summary["trajectories_without_reward"], 1);
+    assert_eq!(
+        summary["trajectory_groups"]["by_state"],
+        json!({"mixed": 16, "all_zero": 0, "all_one": 0, "all_equal": 0, "too_small": 1})
+    );
+    assert_eq!(summary["memory_groups"]["groups"], 17 * 3);
+}
+
+#[test]
+fn neither_shards_nor_little_memory_change_a_byte() {
+    let chain = Chain::new();
+    chain.run(SEGMENTS).unwrap();
+    for shard in ["0/2", "1/2"] {
+        chain.run(&SEGMENTS.replace("@scores", &format!("@shards --shard {shard}"))).unwrap();
+    }
+    chain.run(&format!("{COMMAND} --out @whole")).unwrap();
+    chain.run(&format!("{COMMAND} --memory-limit-mib 16 --out @little").replace("@scores", "@shards")).unwrap();
+    let bytes = |stage: &str| fs_err::read(chain.path(stage).join("advantages/part-00000.parquet")).unwrap();
+    assert_eq!(bytes("whole"), bytes("little"));
+}
+
+#[test]
+fn grpo_needs_no_scores_and_pays_memories_nothing() {
+    let chain = Chain::new();
+    chain.run("advantages --rollouts @rollouts --estimator grpo --out @grpo").unwrap();
+    let rows = chain.rows::<Advantage>("grpo");
+    assert_eq!(rows.len(), chain.steps.len() - 3);
+    assert!(rows.iter().all(|row| row.memory_advantage.is_none() && row.memory_start.is_none()));
+    assert!((rows[0].trajectory_advantage - 0.5_f32.sqrt()).abs() < 1e-6);
+    let error = chain.run("advantages --rollouts @rollouts --out @mempo").unwrap_err();
+    assert!(matches!(failure(&error).0, Failure::Usage(..)));
+}
+
+#[test]
+fn tags_and_tasks_can_be_left_out() {
+    let mut chain = Chain::new();
+    chain.run(SEGMENTS).unwrap();
+    let line = format!("{COMMAND} --credit inside");
+    let error = chain.run(&format!("{line} --out @none")).unwrap_err();
+    assert!(matches!(failure(&error).0, Failure::Usage(..)));
+    chain.run(&format!("{line} --tokenizer @model --out @inside")).unwrap();
+    let builder = chain.builder();
+    for (row, step) in chain.rows::<Advantage>("inside").iter().zip(counted_steps(&chain)) {
+        let ids = &step.completion_ids[row.memory_start.unwrap() as usize..row.memory_end.unwrap() as usize];
+        let inside = builder.tokenizer().decode(ids);
+        assert!(!inside.contains(['<', '>']) && step.completion.contains(&format!("<mem>{inside}</mem>")), "{inside}");
+    }
+
+    // All trajectories of one task earn the same; a reward that was null becomes 0.
+    for row in chain.trajectories.iter_mut().filter(|row| row.task_id == "task-03") {
+        row.reward = Some(1.0);
+    }
+    chain.write();
+    chain.run(&SEGMENTS.replace("@scores", "@again")).unwrap();
+    let dropped = |degenerate: &str| -> Vec<(String, bool)> {
+        let line = COMMAND.replace("@scores", "@again");
+        chain.run(&format!("{line} --degenerate {degenerate} --null-rewards zero --out @{degenerate}")).unwrap();
+        let rows = chain.rows::<Advantage>(degenerate);
+        assert_eq!(rows.len(), chain.steps.len());
+        let weights = rows.iter().map(|row| row.loss_weight.to_bits());
+        assert!(weights.into_iter().all(|bits| [0.0_f32, 1.0].map(f32::to_bits).contains(&bits)));
+        rows.into_iter().map(|row| (row.task_id, row.loss_weight < 0.5)).collect()
+    };
+    assert!(dropped("keep").iter().all(|(_, dropped)| !dropped));
+    assert!(dropped("drop").iter().all(|(task, dropped)| *dropped == (task == "task-03")));
+    assert_eq!(chain.summary("drop")["tasks_dropped"], 1);
+    // Two trajectories a task: no memory group reaches the least size of 4.
+    assert!(dropped("drop-without-memory").iter().all(|(task, dropped)| *dropped == (task == "task-03")));
+}
+
+fn counted_steps(chain: &Chain) -> impl Iterator<Item = &Step> {
+    let kept = |step: &&Step| {
+        let mut rows = chain.trajectories.iter();
+        let own = rows.find(|row| (&row.task_id, row.trajectory_index) == (&step.task_id, step.trajectory_index));
+        own.is_some_and(|row| row.reward.is_some())
+    };
+    chain.steps.iter().filter(kept)
+}
+
+#[test]
+fn the_report_says_what_explains_the_rewards() {
+    let chain = Chain::new();
+    chain.run(SEGMENTS).unwrap();
+    chain.run(&format!("{COMMAND} --out @out")).unwrap();
+    let summary = chain.summary("out");
+    let bins = summary["answer_probability_histogram"].as_array().unwrap();
+    let counted: u64 = bins.iter().map(|bin| bin.as_u64().unwrap()).sum();
+    assert_eq!(counted as usize, chain.rows::<Score>("scores").len());
+    let all = summary["memory_reward_explained_by_all"].as_f64().unwrap();
+    let step = summary["memory_reward_explained_by"]["step_index"].as_f64().unwrap();
+    assert!((0.0..=1.0).contains(&all) && step <= all + 1e-12, "{summary}");
+}
+
+#[test]
+fn scores_that_do_not_fit_are_refused() {
+    let mut chain = Chain::new();
+    chain.run(SEGMENTS).unwrap();
+    chain.run("logprobs --rollouts @rollouts --model @model --dtype f32 --device cpu --out @logprobs").unwrap();
+    let error = chain.run("advantages --rollouts @rollouts --scores @logprobs --out @a").unwrap_err();
+    assert!(matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("scores")), "{error:#}");
+
+    for step in &mut chain.steps {
+        step.trajectory_index += 7;
+    }
+    for trajectory in &mut chain.trajectories {
+        trajectory.trajectory_index += 7;
+    }
+    chain.write();
+    let error = chain.run(&format!("{COMMAND} --out @b")).unwrap_err();
+    assert!(
+        matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("not made from")),
+        "{error:#}"
+    );
+}
+
+fn arguments() -> AdvantagesArguments {
+    let line = ["advantages", "--rollouts", "r", "--out", "o"];
+    let command = AdvantagesArguments::augment_args(clap::Command::new("advantages"));
+    AdvantagesArguments::from_arg_matches(&command.get_matches_from(line)).unwrap()
+}
+
+fn row(trajectory_index: i32, step_index: Option<i32>, scored: bool) -> JoinedRow {
+    let memory = SegmentCells { kind: "memory".to_owned(), start: 1, end: 3 };
+    JoinedRow {
+        task_id: "t".to_owned(),
+        trajectory_index,
+        step_count: 1,
+        reward: Some(0.0),
+        format_valid: true,
+        step_index,
+        segments: step_index.map(|_| vec![memory]),
+        scored,
+        memory_reward: None,
+        answer_probability: None,
+        observation_length: 0,
+        completion_ids: None,
+    }
+}
+
+#[test]
+fn rows_that_are_missing_are_named() {
+    let arguments = arguments();
+    let task = |rows: &[JoinedRow]| {
+        let (sums, explained) = (Sums::default(), Explained::default());
+        Estimation { arguments: &arguments, tokenizer: None, sums, explained }.task(rows)
+    };
+    let missing = |rows: &[JoinedRow]| failure(&task(rows).unwrap_err()).1;
+    assert!(missing(&[row(0, Some(0), false)]).contains("t/trajectory 0/step 0: `scores` has no row"));
+    assert!(missing(&[row(2, None, false)]).contains("t/trajectory 2/step 0: `steps` has 0 rows"));
+    let mut infinite = row(0, Some(0), true);
+    infinite.memory_reward = Some(f64::INFINITY);
+    let error = task(&[infinite]).unwrap_err();
+    assert!(matches!(failure(&error), (Failure::Quality(..), text) if text.contains("t/trajectory 0/step 0")));
+    // A memory whose context was past the window has a row without a reward: it earns nothing.
+    let found = task(&[row(0, Some(0), true)]).unwrap();
+    assert_eq!((found[0].memory_advantage, found[0].memory_end, found[0].loss_weight), (Some(0.0), Some(3), 1.0));
+}
