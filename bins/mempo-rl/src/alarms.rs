@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use anyhow::anyhow;
 use clap::Args;
-use mempo_data::{Step, StopReason, Trajectory, read_rows};
+use mempo_data::{SegmentKind, Step, StopReason, Trajectory, read_rows};
 use mempo_run::{Input, ResultExt};
 use mempo_train::PolicyStats;
 use serde::Serialize;
@@ -30,6 +30,16 @@ pub(crate) struct AlarmOptions {
     /// Stop if completions are shorter on average, in tokens
     #[arg(long, value_name = "TOKENS", default_value_t = 2.0)]
     alarm_length: f64,
+    /// Stop if memories are shorter on average, in tokens, tags included; 0 for never
+    #[arg(long, value_name = "TOKENS", default_value_t = 0.0)]
+    alarm_memory_below: f64,
+    /// Stop if memories are longer on average, in tokens, tags included; inf for never
+    #[arg(long, value_name = "TOKENS", default_value_t = f64::INFINITY)]
+    alarm_memory_above: f64,
+    /// Stop if the policy gives the gold answers a larger mean probability without any memory: it knows them by heart, and
+    /// memories are paid for nothing; 1 for never
+    #[arg(long, value_name = "PROBABILITY", default_value_t = 1.0)]
+    alarm_closed_book: f64,
     /// Stop if an optimizer step's entropy is lower, in nats
     #[arg(long, value_name = "NATS", default_value_t = 1e-4)]
     alarm_entropy: f64,
@@ -77,7 +87,7 @@ impl AlarmOptions {
             let valid = f64::from(u8::from(row.format_valid));
             format.add(valid, -valid, || format!("{}/trajectory {}", row.task_id, row.trajectory_index));
         }
-        let [mut truncated, mut repetition, mut length] = std::array::from_fn(|_| Sign::default());
+        let [mut truncated, mut repetition, mut length, mut short, mut long] = std::array::from_fn(|_| Sign::default());
         for step in read_rows::<Step>(&rollouts.table("steps")?).bad_input()? {
             let step = step.bad_input()?;
             let name = || format!("{}/trajectory {}/step {}", step.task_id, step.trajectory_index, step.step_index);
@@ -87,6 +97,11 @@ impl AlarmOptions {
             repetition.add(repeated, repeated, name);
             let tokens = step.completion_ids.len() as f64;
             length.add(tokens, -tokens, name);
+            if let Some(memory) = step.segments.iter().find(|segment| segment.kind == SegmentKind::Memory) {
+                let tokens = f64::from(memory.end - memory.start);
+                short.add(tokens, -tokens, name);
+                long.add(tokens, tokens, name);
+            }
         }
         let below = |name, sign: &Sign, limit: f64| (sign.mean() < limit).then(|| (name, sign.mean(), sign.examples()));
         let above = |name, sign: &Sign, limit: f64| (sign.mean() > limit).then(|| (name, sign.mean(), sign.examples()));
@@ -95,6 +110,8 @@ impl AlarmOptions {
             above("--alarm-truncated", &truncated, self.alarm_truncated),
             above("--alarm-repetition", &repetition, self.alarm_repetition),
             below("--alarm-length", &length, self.alarm_length),
+            below("--alarm-memory-below", &short, self.alarm_memory_below),
+            above("--alarm-memory-above", &long, self.alarm_memory_above),
         ];
         match alarms.into_iter().flatten().next() {
             None => Ok(()),
@@ -104,6 +121,21 @@ impl AlarmOptions {
             ))
             .quality(),
         }
+    }
+
+    /// Refuses advantages whose scores show that the policy knows the answers by heart.
+    pub(crate) fn check_advantages(&self, advantages: &Input) -> anyhow::Result<()> {
+        let summary = advantages.manifest().map(|manifest| &manifest.summary);
+        let known = summary.and_then(|summary| summary["closed_book_probability_mean"].as_f64()).unwrap_or(0.0);
+        if known <= self.alarm_closed_book {
+            return Ok(());
+        }
+        Err(anyhow!(
+            "{}: --alarm-closed-book: without any memory the gold answers have a mean probability of {known:.4}: train on other \
+             tasks, or score with a frozen judge (mempo-score segments --model)",
+            advantages.dir().display()
+        ))
+        .quality()
     }
 
     /// Refuses to go on after an optimizer step that shows a collapse.
@@ -134,6 +166,9 @@ fn repeated_share(ids: &[i32]) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use clap::FromArgMatches;
+    use mempo_run::{Stage, StageArgs, exit_code};
+
     use super::*;
 
     #[test]
@@ -152,5 +187,21 @@ mod tests {
         }
         assert_eq!(sign.examples(), "b, e, d");
         assert!((sign.mean() - 0.62).abs() < 1e-12);
+    }
+
+    #[test]
+    fn answers_known_by_heart_stop_the_training() {
+        let folder = tempfile::tempdir().unwrap();
+        let args = StageArgs { out: folder.path().join("advantages"), seed: 0, restart: false, shard: None };
+        let stage = Stage::open("mempo-score", "advantages", &args, &(), &[]).unwrap().unwrap();
+        stage.finish(&[], serde_json::json!({"closed_book_probability_mean": 0.25})).unwrap();
+        let advantages = Input::stage("advantages", &args.out).unwrap();
+        let options = |line: &str| {
+            let command = AlarmOptions::augment_args(clap::Command::new("alarms"));
+            AlarmOptions::from_arg_matches(&command.get_matches_from(["alarms", line])).unwrap()
+        };
+        options("--alarm-closed-book=0.3").check_advantages(&advantages).unwrap();
+        let error = options("--alarm-closed-book=0.2").check_advantages(&advantages).unwrap_err();
+        assert!(exit_code(&error) == 3 && format!("{error:#}").contains("0.2500"), "{error:#}");
     }
 }

@@ -1,10 +1,11 @@
 //! `mempo-rl`: rollouts and advantages -> the next checkpoint.
 //!
-//! One subcommand, [`train`]. Beside it: [`plan`] chooses the trajectories and orders them into optimizer
+//! Two subcommands: [`train`], and [`history`], which looks back on what it made. Beside them: [`plan`] chooses the trajectories and orders them into optimizer
 //! steps, [`inputs`] checks what is read, [`alarms`] whether the policy is still one to learn from, [`load`] joins the
 //! tables of some of them into training sequences.
 
 mod alarms;
+mod history;
 mod inputs;
 mod load;
 mod plan;
@@ -24,6 +25,10 @@ use mempo_run::{LogArgs, StandardCommand};
 ///   mempo-score logprobs --rollouts rollouts --model ckpt0 --reference sft --out logprobs
 ///   mempo-rl train --rollouts rollouts --advantages advantages --logprobs logprobs --model ckpt0 --out ckpt1
 ///
+/// And over all iterations, with policies compared on tasks kept aside:
+///
+///   mempo-rl history --policies ckpt1 ckpt2 ckpt3 --dev dev1 dev2 dev3
+///
 /// A run that was stopped continues with the same words and ends with the same bytes.
 #[derive(Debug, Parser)]
 #[command(name = "mempo-rl", version, about, long_about, verbatim_doc_comment)]
@@ -38,6 +43,7 @@ pub struct Arguments {
 #[allow(clippy::large_enum_variant, reason = "one value a process")]
 enum Command {
     Train(train::TrainArguments),
+    History(history::HistoryArguments),
     Doctor(DoctorArguments),
     #[command(flatten)]
     Standard(StandardCommand),
@@ -48,6 +54,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
     arguments.log.init();
     match arguments.command {
         Command::Train(arguments) => train::run(&arguments),
+        Command::History(arguments) => history::run(&arguments),
         Command::Doctor(arguments) => arguments.run(),
         Command::Standard(command) => command.run(Arguments::command()),
     }

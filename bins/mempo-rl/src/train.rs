@@ -26,6 +26,8 @@ use crate::plan::{PlannedStep, Selection, plan_steps, window};
 
 const RESUME: &str = "resume";
 const PROGRESS_FILE: &str = "progress.json";
+/// Metrics that are shown at the end.
+const SHOWN: [&str; 7] = ["reward_mean", "loss", "kl", "entropy", "clip_fraction", "ratio_max", "gradient_norm"];
 /// Tokens of the sequences in memory, at about 16 bytes each: half a gibibyte, or one optimizer step if that is more.
 const TOKENS_IN_MEMORY: u64 = 32 << 20;
 
@@ -110,6 +112,7 @@ pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
         return Ok(());
     };
     arguments.alarms.check_rollouts(&inputs.rollouts)?;
+    arguments.alarms.check_advantages(&inputs.advantages)?;
     let selection = Selection::read(&inputs.rollouts, &inputs.advantages)?;
     if selection.trajectories.is_empty() {
         return Err(anyhow!("{}: no trajectory has advantages", arguments.advantages.display())).bad_input();
@@ -241,10 +244,9 @@ impl<'a> Training<'a> {
     fn step(&mut self, done: usize, content: &[PolicyTrajectory], learning_rate: f64) -> anyhow::Result<PolicyStats> {
         let started = Instant::now();
         let (options, budget) = (&self.arguments.policy, self.arguments.tokens_per_micro_batch);
-        let stats = match self.trainer.policy_step(content, options, learning_rate, self.temperature, budget) {
-            Err(error @ mempo_train::Error::NonFinite { .. }) => Err(error).quality()?,
-            other => other.with_context(|| format!("optimizer step {}", done + 1))?,
-        };
+        let stats = self.trainer.policy_step(content, options, learning_rate, self.temperature, budget);
+        let stats = stats.quality_if(mempo_train::Error::is_not_finite);
+        let stats = stats.with_context(|| format!("optimizer step {}", done + 1))?;
         if stats.skipped {
             warn!("optimizer step {}: the gradient is not finite; the weights were left as they were", done + 1);
         }
@@ -270,7 +272,7 @@ impl<'a> Training<'a> {
     fn save(&mut self, done: usize) -> anyhow::Result<()> {
         self.metrics.sync()?;
         self.stage.replace_dir(RESUME, |dir| {
-            self.trainer.save_state(dir)?;
+            self.trainer.save_state(dir).quality_if(mempo_train::Error::is_not_finite)?;
             fs_err::write(dir.join(PROGRESS_FILE), json!({ "steps": done }).to_string())?;
             Ok(())
         })?;
@@ -281,8 +283,10 @@ impl<'a> Training<'a> {
     /// Writes the checkpoint and commits it.
     fn finish(self, selection: &Selection) -> anyhow::Result<()> {
         self.metrics.sync()?;
-        self.trainer.save_checkpoint(&self.arguments.model, self.stage.dir())?;
+        let saved = self.trainer.save_checkpoint(&self.arguments.model, self.stage.dir());
+        saved.quality_if(mempo_train::Error::is_not_finite)?;
         let summary = summary(&self.metrics, selection);
+        self.metrics.show(&SHOWN);
         info!("{summary}");
         let resume = self.stage.dir().join(RESUME);
         self.stage.finish(&[], summary)?;

@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use clap::Parser;
-use mempo_data::{Advantage, Logprobs, Row, Status, Step, StopReason, Trajectory, write_rows};
+use mempo_data::{Advantage, Logprobs, Row, Segment, SegmentKind, Status, Step, StopReason, Trajectory, write_rows};
 use mempo_model::{Config, DeviceOptions, Model, Runtime, ScoreOptions, ScoredSequence};
 use mempo_run::{Input, Manifest, Stage, StageArgs};
 use serde_json::{Value, json};
@@ -61,7 +61,7 @@ fn steps(task: i32, index: i32) -> Vec<Step> {
         prompt_ids: ids(4 + hash([task, index, step_index, -1]) % 9, 10 + step_index),
         completion_ids: ids(3 + hash([task, index, step_index, -2]) % 7, 20 + step_index),
         sampling_logprobs: Vec::new(),
-        segments: Vec::new(),
+        segments: vec![Segment { kind: SegmentKind::Memory, start: 0, end: 2 }],
         completion: String::new(),
         observation: None,
         observation_ids: None,
@@ -329,6 +329,8 @@ fn a_collapsed_policy_stops_the_training() {
         ("--alarm-truncated", "-1", "task-"),
         ("--alarm-entropy", "100", "optimizer step 1"),
         ("--alarm-length", "1000", "/step "),
+        ("--alarm-memory-below", "2.1", "/step "),
+        ("--alarm-memory-above", "1.9", "/step "),
     ] {
         let alarmed = format!("{alarm}={value}");
         let more = [&NO_KL[..], &["--restart", &alarmed]].concat();

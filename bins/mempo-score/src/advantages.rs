@@ -135,7 +135,10 @@ pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
             stage.write_part("advantages", part, |file| Ok(write_rows(&advantages, file).map(drop)?))?;
         }
     }
-    let summary = estimation.summary();
+    let mut summary = estimation.summary();
+    if let Some(manifest) = scores.as_ref().and_then(Input::manifest) {
+        summary["closed_book_probability_mean"] = manifest.summary["closed_book_probability_mean"].clone();
+    }
     tracing::info!("{summary}");
     stage.finish(&[("advantages", written)], summary)
 }

@@ -216,14 +216,13 @@ impl<'a> Training<'a> {
 
     /// Names the examples of a step that failed; numbers that are none stop the stage as a quality gate.
     fn judge(&self, stats: Result<StepStats, mempo_train::Error>, planned: &PlannedStep) -> anyhow::Result<StepStats> {
-        let is_quality = matches!(stats, Err(mempo_train::Error::NonFinite { .. }));
-        let stats = stats.with_context(|| {
+        let stats = stats.quality_if(mempo_train::Error::is_not_finite);
+        stats.with_context(|| {
             let named: Vec<String> =
                 planned.examples.iter().take(4).map(|index| self.dataset.describe(*index)).collect();
             let count = planned.examples.len();
             format!("an optimizer step of {count} examples (mempo-sft show {} …)", named.join("; "))
-        });
-        if is_quality { stats.quality() } else { stats }
+        })
     }
 
     /// Makes the run so far durable.
@@ -231,7 +230,9 @@ impl<'a> Training<'a> {
         let step = self.trainer.global_step();
         if step > self.saved_step {
             self.metrics.sync()?;
-            self.stage.replace_dir(RESUME, |dir| Ok(self.trainer.save_state(dir)?))?;
+            self.stage.replace_dir(RESUME, |dir| {
+                self.trainer.save_state(dir).quality_if(mempo_train::Error::is_not_finite)
+            })?;
             self.saved_step = step;
         }
         Ok(())
@@ -240,7 +241,9 @@ impl<'a> Training<'a> {
     /// Writes the checkpoint and commits it.
     fn finish(self, planned_steps: usize) -> anyhow::Result<()> {
         self.metrics.sync()?;
-        self.trainer.save_checkpoint(&self.arguments.model, self.stage.dir())?;
+        let saved = self.trainer.save_checkpoint(&self.arguments.model, self.stage.dir());
+        saved.quality_if(mempo_train::Error::is_not_finite)?;
+        self.metrics.show(&["loss", "validation_loss", "gradient_norm", "learning_rate"]);
         let summary = summary(&self.metrics, planned_steps);
         info!("{summary}");
         let resume = self.stage.dir().join(RESUME);

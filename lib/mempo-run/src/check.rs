@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use crate::{FileRecord, Manifest, ResultExt, Run, Shard, difference, digest, durable, manifest};
 
-/// The manifest of a finished stage; that of a complete set of shards is theirs together, with paths from `dir`.
-pub(crate) fn finished(dir: &Path) -> anyhow::Result<Manifest> {
+/// The manifest of a finished stage, its files not looked at; that of a complete set of shards is theirs together, with paths from `dir`.
+pub fn finished(dir: &Path) -> anyhow::Result<Manifest> {
     if !dir.is_dir() {
         return Err(anyhow!("{}: no such directory, expected the output of a stage", dir.display())).bad_input();
     }
@@ -115,6 +115,9 @@ fn join(manifests: Vec<(Shard, Manifest)>) -> Option<Manifest> {
 
 /// What a file's record does not allow, if anything. With `deep` its bytes are compared, too, not only its size.
 pub(crate) fn problem(dir: &Path, file: &FileRecord, deep: bool) -> Option<String> {
+    if file.removed {
+        return None;
+    }
     let relative = Path::new(&file.path);
     if !relative.components().all(|part| matches!(part, Component::Normal(_))) {
         return Some(format!("{}: the manifest names a file outside, `{}`", dir.display(), file.path));
@@ -138,7 +141,7 @@ pub(crate) fn problem(dir: &Path, file: &FileRecord, deep: bool) -> Option<Strin
 }
 
 /// Compares every file of a finished directory with its manifest; an error names all that differ.
-pub(crate) fn verify(dir: &Path) -> anyhow::Result<Manifest> {
+pub fn verify(dir: &Path) -> anyhow::Result<Manifest> {
     let manifest = finished(dir)?;
     let mut problems: Vec<String> = manifest.files.iter().filter_map(|file| problem(dir, file, true)).collect();
     problems.extend(strangers(dir, &manifest)?);

@@ -69,15 +69,22 @@ impl Failure {
 
 /// Says what kind of failure an error is. An error that already is a [`Failure`] stays what it is.
 pub trait ResultExt<T> {
+    /// What the result holds if it failed.
+    type Error;
+
     /// An input is missing, damaged or means nothing (exit code 4).
     fn bad_input(self) -> anyhow::Result<T>;
     /// The words of the command do not fit together (exit code 2).
     fn usage(self) -> anyhow::Result<T>;
     /// The result is not good enough to go on with (exit code 3).
     fn quality(self) -> anyhow::Result<T>;
+    /// The same, of those errors that mean it.
+    fn quality_if(self, means_it: impl FnOnce(&Self::Error) -> bool) -> anyhow::Result<T>;
 }
 
 impl<T, E: Into<anyhow::Error>> ResultExt<T> for Result<T, E> {
+    type Error = E;
+
     fn bad_input(self) -> anyhow::Result<T> {
         self.map_err(|error| mark(error.into(), Failure::BadInput))
     }
@@ -88,6 +95,14 @@ impl<T, E: Into<anyhow::Error>> ResultExt<T> for Result<T, E> {
 
     fn quality(self) -> anyhow::Result<T> {
         self.map_err(|error| mark(error.into(), Failure::Quality))
+    }
+
+    fn quality_if(self, means_it: impl FnOnce(&E) -> bool) -> anyhow::Result<T> {
+        self.map_err(|error| {
+            let means_it = means_it(&error);
+            let error = error.into();
+            if means_it { mark(error, Failure::Quality) } else { error }
+        })
     }
 }
 

@@ -51,17 +51,21 @@ impl Input {
         if manifest.is_none() && Run::read(dir)?.is_some() {
             check::finished(dir)?;
         }
+        let files = manifest.iter().flat_map(|manifest| &manifest.files);
+        let removed: Vec<FileRecord> = files.filter(|file| file.removed && matters(&file.path)).cloned().collect();
         let mut paths = Vec::new();
         for entry in fs_err::read_dir(dir).bad_input()? {
             let entry = entry.bad_input()?;
-            if matters(&entry.file_name().to_string_lossy()) && entry.path().is_file() {
+            let name = entry.file_name().to_string_lossy().into_owned();
+            if matters(&name) && entry.path().is_file() && removed.iter().all(|file| file.path != name) {
                 paths.push(entry.path());
             }
         }
-        if !paths.iter().any(|path| is_weights(path)) {
+        let mut records = paths.iter().map(|path| record(path)).collect::<anyhow::Result<Vec<_>>>()?;
+        records.extend(removed);
+        if !records.iter().any(|file| is_weights(Path::new(&file.path))) {
             return Err(anyhow!("{}: no *.safetensors, expected the model's weights", dir.display())).bad_input();
         }
-        let records = paths.iter().map(|path| record(path)).collect::<anyhow::Result<Vec<_>>>()?;
         if let Some(manifest) = &manifest {
             compare(dir, manifest, &records)?;
         }
@@ -112,6 +116,15 @@ impl Input {
         Err(anyhow!("{dir}: not made from {from}: run `{stage} --{name} {from}`")).bad_input()
     }
 
+    /// Refuses a model directory whose weights were removed: its digest is known, but nothing can be made from it.
+    pub(crate) fn refuse_thinned(&self) -> anyhow::Result<()> {
+        let removed = self.manifest.as_ref().and_then(|manifest| manifest.removed(matters));
+        removed.map_or(Ok(()), |file| {
+            Err(anyhow!("{}: {file} was removed to free disk; use a checkpoint that was kept", self.dir.display()))
+                .bad_input()
+        })
+    }
+
     /// What is written about the input into the run's records.
     pub(crate) fn to_record(&self) -> InputRecord {
         let path = self.dir.display().to_string();
@@ -142,7 +155,7 @@ fn part_of<'a>(path: &'a str, table: &str) -> Option<(usize, &'a str, &'a str)> 
 fn record(path: &Path) -> anyhow::Result<FileRecord> {
     let (size, sha256) = digest::of_file(path).bad_input()?;
     let name = path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned();
-    Ok(FileRecord { path: name, size, sha256 })
+    Ok(FileRecord { path: name, size, sha256, removed: false })
 }
 
 fn digest_of(records: &[FileRecord]) -> String {
@@ -170,6 +183,14 @@ fn matters(name: &str) -> bool {
             || name.ends_with(".safetensors.index.json")
             || name.starts_with("tokenizer")
             || name.starts_with("chat_template"))
+}
+
+impl Manifest {
+    /// The digest that [`Input::model`] finds for the model directory that this is the manifest of, nothing read.
+    pub fn model_digest(&self) -> String {
+        let files: Vec<FileRecord> = self.files.iter().filter(|file| matters(&file.path)).cloned().collect();
+        digest_of(&files)
+    }
 }
 
 /// The files that matter against the manifest of the stage that wrote them.

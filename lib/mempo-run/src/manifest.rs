@@ -70,6 +70,9 @@ pub struct FileRecord {
     pub size: u64,
     /// Lower-case hexadecimal SHA-256.
     pub sha256: String,
+    /// Whether it was removed later to free disk.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub removed: bool,
 }
 
 impl Deref for Manifest {

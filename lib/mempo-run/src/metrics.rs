@@ -8,8 +8,9 @@ use fs_err::{File, OpenOptions};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::ResultExt;
+use crate::output::render_table;
 use crate::tensorboard::EventFile;
+use crate::{ResultExt, overview};
 
 /// The metrics of a training run: a file of one JSON object an optimizer step, and what it holds.
 #[derive(Debug)]
@@ -66,6 +67,12 @@ impl MetricsFile {
     /// A value of every line that has it as a number, with the line's index.
     pub fn numbers<'a>(&'a self, name: &'a str) -> impl Iterator<Item = (usize, f64)> + 'a {
         self.lines.iter().enumerate().filter_map(move |(index, line)| Some((index, line[name].as_f64()?)))
+    }
+
+    /// Logs the course of some metrics, on one screen.
+    pub fn show(&self, metrics: &[&str]) {
+        let (header, rows) = overview(&self.lines, metrics);
+        tracing::info!("{} optimizer steps\n{}", self.lines.len(), render_table(&header, &rows));
     }
 
     /// A value of the last line; null if there is none.

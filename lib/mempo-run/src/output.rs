@@ -45,7 +45,7 @@ fn failed() -> std::sync::MutexGuard<'static, Option<io::Error>> {
     FAILED.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
-fn render_table(header: &[&str], rows: &[Vec<String>]) -> String {
+pub(crate) fn render_table(header: &[&str], rows: &[Vec<String>]) -> String {
     let cell = |row: &Vec<String>, column: usize| row.get(column).cloned().unwrap_or_default();
     let columns: Vec<Vec<String>> = header
         .iter()

@@ -52,6 +52,9 @@ impl Stage {
         };
         refuse_place(args, inputs)?;
         let dir = args.shard.map_or_else(|| args.out.clone(), |shard| args.out.join(shard.folder()));
+        if args.restart || !dir.join(manifest::MANIFEST).exists() {
+            inputs.iter().try_for_each(|input| input.refuse_thinned())?;
+        }
         durable::create_folder(&dir).map_err(|error| durable::failed(&dir, &dir, error.into()))?;
         let lock = Lock::acquire(&dir)?;
         let stage = Self { run_id: run.id()?, dir, run, started: Instant::now(), _lock: lock };
@@ -165,7 +168,7 @@ impl Stage {
             durable::sync_folder(folder)?;
         }
         let (size, sha256) = digest::of_file(&file)?;
-        Ok(FileRecord { path, size, sha256 })
+        Ok(FileRecord { path, size, sha256, removed: false })
     }
 
     /// Whether the same work has been committed here; an error if other work has.

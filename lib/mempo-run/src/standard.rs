@@ -33,8 +33,10 @@ impl StandardCommand {
         match self {
             Self::Verify { dir } => {
                 let manifest = check::verify(dir)?;
-                let bytes: u64 = manifest.files.iter().map(|file| file.size).sum();
-                tracing::info!("{}: {} files, {bytes} bytes, as written", dir.display(), manifest.files.len());
+                let (gone, there): (Vec<_>, Vec<_>) = manifest.files.iter().partition(|file| file.removed);
+                let bytes: u64 = there.iter().map(|file| file.size).sum();
+                let removed = if gone.is_empty() { String::new() } else { format!("; {} removed since", gone.len()) };
+                tracing::info!("{}: {} files, {bytes} bytes, as written{removed}", dir.display(), there.len());
             }
             Self::Schema { table } => print_data(&schema(table.as_deref())?),
             Self::Completions { shell } => {

@@ -78,6 +78,12 @@ impl AdamW {
         Ok(norm)
     }
 
+    /// Whether all weights and moments are numbers.
+    pub(crate) fn is_finite(&self) -> bool {
+        let _no_grad = no_grad_guard();
+        [&self.master, &self.first_moment, &self.second_moment].iter().all(|flat| norm(flat).is_finite())
+    }
+
     fn update_block(
         &self,
         update: &mempo_native::AdamW,

@@ -44,6 +44,15 @@ pub enum Error {
         /// The last of them.
         global_step: u64,
     },
+    /// The weights are not finite: nothing was saved.
+    #[error(
+        "the weights are NaN or infinite after optimizer step {global_step}, nothing was saved: lower --learning-rate, or \
+         train with --dtype f32"
+    )]
+    Weights {
+        /// The last optimizer step.
+        global_step: u64,
+    },
     /// A file of the trainer state cannot be used.
     #[error("{}: {problem}", path.display())]
     State {
@@ -67,4 +76,11 @@ pub enum Error {
     /// The model could not be saved.
     #[error(transparent)]
     Model(#[from] mempo_model::Error),
+}
+
+impl Error {
+    /// Whether numbers that are none came up: the model went wrong, not the program.
+    pub fn is_not_finite(&self) -> bool {
+        matches!(self, Self::NonFinite { .. } | Self::Weights { .. })
+    }
 }

@@ -48,8 +48,11 @@ fn buffers(optimizer: &AdamW) -> [(&'static str, &Tensor); 3] {
     ]
 }
 
-/// Writes the state into `dir`, which is made if need be.
+/// Writes the state into `dir`, which is made if need be; refuses weights that are not finite.
 pub(crate) fn save(dir: &Path, layout: &Layout, optimizer: &AdamW, counters: Counters) -> Result<(), Error> {
+    if !optimizer.is_finite() {
+        return Err(Error::Weights { global_step: counters.global_step });
+    }
     fs_err::create_dir_all(dir)?;
     let mut sha256 = BTreeMap::new();
     for (name, flat) in buffers(optimizer) {

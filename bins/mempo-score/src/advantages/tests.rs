@@ -148,6 +148,7 @@ fn the_report_says_what_explains_the_rewards() {
     let all = summary["memory_reward_explained_by_all"].as_f64().unwrap();
     let step = summary["memory_reward_explained_by"]["step_index"].as_f64().unwrap();
     assert!((0.0..=1.0).contains(&all) && step <= all + 1e-12, "{summary}");
+    assert!(summary["closed_book_probability_mean"].is_f64(), "{summary}");
 }
 
 #[test]
@@ -166,10 +167,7 @@ fn scores_that_do_not_fit_are_refused() {
     }
     chain.write();
     let error = chain.run(&format!("{COMMAND} --out @b")).unwrap_err();
-    assert!(
-        matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("not made from")),
-        "{error:#}"
-    );
+    assert!(matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("not made from")), "{error:#}");
 }
 
 fn arguments() -> AdvantagesArguments {

@@ -442,3 +442,15 @@ fn malformed_input_is_refused_by_place() {
     let message = trainer.sft_step(&[first], 1e-3, BUDGET).unwrap_err().to_string();
     assert!(message.contains("sequence 0: its first id is a target"), "{message}");
 }
+
+#[test]
+fn weights_that_are_not_finite_are_not_saved() {
+    let folder = tempfile::tempdir().unwrap();
+    let trainer = trainer(1, true, Kind::Float);
+    trainer.save_state(folder.path()).unwrap();
+    let before = fs_err::read(folder.path().join("state.json")).unwrap();
+    let _ = trainer.optimizer.master.get(5).fill_(f64::INFINITY);
+    let error = trainer.save_state(folder.path()).unwrap_err();
+    assert!(error.is_not_finite() && error.to_string().contains("nothing was saved"), "{error}");
+    assert_eq!(fs_err::read(folder.path().join("state.json")).unwrap(), before);
+}

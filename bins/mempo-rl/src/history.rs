@@ -1,0 +1,334 @@
+//! `mempo-rl history`: how the policy came along over all iterations, which one is best, and which ones to keep.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, anyhow};
+use clap::{Args, ValueEnum};
+use mempo_data::{Trajectory, read_rows};
+use mempo_run::{Input, ResultExt, finished, overview, print_data, print_table, thin, verify};
+use serde_json::{Map, Value, json};
+use tracing::info;
+
+/// Of the policies' own summaries.
+const TRAINED: [&str; 8] = [
+    "optimizer_steps",
+    "global_step",
+    "reward_mean",
+    "clip_fraction_mean",
+    "gradient_norm_mean",
+    "last_loss",
+    "last_kl",
+    "last_entropy",
+];
+/// Shown, where there is any.
+const SHOWN: [&str; 9] = [
+    "reward_mean",
+    "last_kl",
+    "last_entropy",
+    "clip_fraction_mean",
+    "gradient_norm_mean",
+    "dev_f1",
+    "dev_reward",
+    "dev_format_valid",
+    "dev_peak_tokens",
+];
+
+/// Show how a policy came along over its iterations, name the best, and free the disk that old ones take
+///
+/// Prints one row a metric with its course over the iterations: means of each update's own rollout, and of rollouts on
+/// tasks kept aside (`--dev`), which also say which policy is best.
+#[derive(Debug, Args)]
+pub(crate) struct HistoryArguments {
+    /// Outputs of `mempo-rl train`, one an iteration, in any order
+    #[arg(long, required = true, num_args = 1.., value_name = "DIR")]
+    policies: Vec<PathBuf>,
+    /// Outputs of `mempo-rollout sample` with these policies, on tasks that are not trained on
+    #[arg(long, num_args = 1.., value_name = "DIR")]
+    dev: Vec<PathBuf>,
+    /// What makes a policy the best
+    #[arg(long, value_enum, default_value = "f1")]
+    by: By,
+    /// Make this a symbolic link to the best policy
+    #[arg(long, value_name = "LINK", requires = "dev")]
+    link_best: Option<PathBuf>,
+    /// Free disk: the newest policy keeps everything, the best and every N-th keep their weights without the optimizer's state,
+    /// of the others the records stay
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    keep: Option<u64>,
+    /// Print one JSON object an iteration instead of a table
+    #[arg(long)]
+    json: bool,
+}
+
+/// A figure of `--dev`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum By {
+    /// Mean F1
+    F1,
+    /// Mean reward
+    Reward,
+}
+
+impl By {
+    fn column(self) -> &'static str {
+        match self {
+            Self::F1 => "dev_f1",
+            Self::Reward => "dev_reward",
+        }
+    }
+}
+
+/// A policy that an iteration made.
+struct Iteration {
+    dir: PathBuf,
+    global_step: u64,
+    figures: Map<String, Value>,
+}
+
+/// Reads what the stages recorded; the files themselves only where they are removed or counted.
+pub(crate) fn run(arguments: &HistoryArguments) -> anyhow::Result<()> {
+    let mut dev = dev_figures(&arguments.dev)?;
+    let mut iterations = Vec::new();
+    for dir in &arguments.policies {
+        iterations.push(read_iteration(dir, &mut dev)?);
+    }
+    if let Some((dir, _)) = dev.into_values().next() {
+        return Err(anyhow!("{}: sampled from none of the --policies", dir.display())).bad_input();
+    }
+    iterations.sort_by_key(|iteration| iteration.global_step);
+    let best = best(&iterations, arguments.by);
+    show(&iterations, best, arguments);
+    if let (Some(link), Some(best)) = (&arguments.link_best, best) {
+        replace_link(link, &iterations[best].dir)?;
+    }
+    arguments.keep.map_or(Ok(()), |every| thin_out(&iterations, best, every))
+}
+
+fn read_iteration(dir: &Path, dev: &mut HashMap<String, (PathBuf, Value)>) -> anyhow::Result<Iteration> {
+    let manifest = finished(dir)?;
+    if (manifest.program.as_str(), manifest.stage.as_str()) != ("mempo-rl", "train") {
+        let (program, stage) = (&manifest.program, &manifest.stage);
+        return Err(anyhow!("{}: made by `{program} {stage}`, expected `mempo-rl train`", dir.display())).bad_input();
+    }
+    let global_step = manifest.summary["global_step"].as_u64();
+    let global_step = global_step.with_context(|| format!("{}: its manifest has no global_step", dir.display()));
+    let trained = TRAINED.map(|name| (name.to_owned(), manifest.summary[name].clone()));
+    let mut figures = Map::from_iter([("policy".to_owned(), json!(dir))]);
+    figures.extend(trained);
+    if let Some((_, Value::Object(found))) = dev.remove(&manifest.model_digest()) {
+        figures.extend(found);
+    }
+    Ok(Iteration { dir: dir.to_owned(), global_step: global_step.bad_input()?, figures })
+}
+
+/// Means over the trajectories of each rollout, by the digest of the policy it was sampled from.
+fn dev_figures(dirs: &[PathBuf]) -> anyhow::Result<HashMap<String, (PathBuf, Value)>> {
+    let mut figures = HashMap::new();
+    for dir in dirs {
+        let input = Input::stage("dev", dir)?;
+        let policy = input.made_from("model").with_context(|| format!("{}: not a rollout", dir.display()));
+        let policy = policy.bad_input()?.to_owned();
+        let (mut sums, mut count) = ([0.0; 5], 0.0_f64);
+        for row in read_rows::<Trajectory>(&input.table("trajectories")?).bad_input()? {
+            let row = row.bad_input()?;
+            let Some(reward) = row.reward else { continue };
+            let mean = |values: &[f32]| values.iter().sum::<f32>() / values.len().max(1) as f32;
+            let valid = f32::from(u8::from(row.format_valid));
+            let found = [mean(&row.f1), mean(&row.exact_match), reward, valid, row.peak_tokens as f32];
+            sums.iter_mut().zip(found).for_each(|(sum, value)| *sum += f64::from(value));
+            count += 1.0;
+        }
+        let [f1, exact_match, reward, format_valid, peak_tokens] = sums.map(|sum| sum / count.max(1.0));
+        let means = json!({
+            "dev_f1": f1, "dev_exact_match": exact_match, "dev_reward": reward, "dev_format_valid": format_valid,
+            "dev_peak_tokens": peak_tokens, "dev_trajectories": count,
+        });
+        if let Some((other, _)) = figures.insert(policy, (dir.clone(), means)) {
+            let (dir, other) = (dir.display(), other.display());
+            return Err(anyhow!("{dir} and {other} were sampled from the same policy; give one of them")).usage();
+        }
+    }
+    Ok(figures)
+}
+
+/// The place of the policy that did best, the newest of equals.
+fn best(iterations: &[Iteration], by: By) -> Option<usize> {
+    let figure = |iteration: &Iteration| iteration.figures.get(by.column()).and_then(Value::as_f64);
+    let known = iterations.iter().enumerate().filter_map(|(place, iteration)| Some((figure(iteration)?, place)));
+    known.max_by(|a, b| a.0.total_cmp(&b.0).then(a.1.cmp(&b.1))).map(|(_, place)| place)
+}
+
+fn show(iterations: &[Iteration], best: Option<usize>, arguments: &HistoryArguments) {
+    let lines: Vec<Value> = iterations.iter().map(|iteration| Value::Object(iteration.figures.clone())).collect();
+    if arguments.json {
+        lines.iter().for_each(|line| print_data(&format!("{line}\n")));
+    } else {
+        let (header, rows) = overview(&lines, &SHOWN);
+        print_table(&header, &rows);
+    }
+    if let Some(best) = best {
+        let (dir, count, column) = (iterations[best].dir.display(), iterations.len(), arguments.by.column());
+        info!("best by {column}: {dir} ({} of {count}), {}", best + 1, lines[best][column]);
+    }
+}
+
+/// Makes `link` point to the directory, at once and whatever it pointed to before.
+fn replace_link(link: &Path, dir: &Path) -> anyhow::Result<()> {
+    if fs_err::symlink_metadata(link).is_ok_and(|metadata| !metadata.is_symlink()) {
+        return Err(anyhow!("--link-best {}: is there, and no symbolic link", link.display())).usage();
+    }
+    let temporary = link.with_extension("tmp");
+    let _ = fs_err::remove_file(&temporary);
+    fs_err::os::unix::fs::symlink(fs_err::canonicalize(dir)?, &temporary)?;
+    Ok(fs_err::rename(&temporary, link)?)
+}
+
+/// Removes what `--keep` does not keep, once the newest policy is known to be whole.
+fn thin_out(iterations: &[Iteration], best: Option<usize>, every: u64) -> anyhow::Result<()> {
+    let Some((newest, older)) = iterations.split_last() else { return Ok(()) };
+    verify(&newest.dir)?;
+    let mut freed = 0;
+    for (place, iteration) in older.iter().enumerate() {
+        let keeps_weights = Some(place) == best || (place as u64 + 1).is_multiple_of(every);
+        freed += thin(&iteration.dir, |path| is_tensors(path) && !(keeps_weights && is_weights(path)))?;
+    }
+    info!("{:.1} MiB freed", freed as f64 / f64::from(1 << 20));
+    Ok(())
+}
+
+fn is_tensors(path: &str) -> bool {
+    Path::new(path).extension().is_some_and(|extension| extension == "safetensors")
+}
+
+fn is_weights(path: &str) -> bool {
+    !path.contains('/')
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::FromArgMatches;
+    use mempo_data::{Status, write_rows};
+    use mempo_run::{Stage, StageArgs, exit_code};
+
+    use super::*;
+
+    struct Runs(tempfile::TempDir);
+
+    impl Runs {
+        fn path(&self, name: &str) -> PathBuf {
+            self.0.path().join(name)
+        }
+
+        fn stage(&self, name: &str, program: &'static str, stage: &'static str, inputs: &[&Input]) -> Stage {
+            let args = StageArgs { out: self.path(name), seed: 0, restart: false, shard: None };
+            Stage::open(program, stage, &args, &json!({}), inputs).unwrap().unwrap()
+        }
+
+        /// The policy of iteration `number`, and a rollout of it whose trajectories have these F1.
+        fn iteration(&self, number: u64, f1: &[f32]) {
+            let policy = format!("policy-{number}");
+            let stage = self.stage(&policy, "mempo-rl", "train", &[]);
+            for file in ["config.json", "model.safetensors", "trainer/state.json", "trainer/master.safetensors"] {
+                let write = |sink: &mut std::io::BufWriter<std::fs::File>| {
+                    Ok(std::io::Write::write_all(sink, format!("{file} {number}").as_bytes())?)
+                };
+                stage.write_file(file, write).unwrap();
+            }
+            stage.finish(&[], json!({"global_step": 2 * number, "reward_mean": 0.1 * number as f64})).unwrap();
+            let model = Input::model("model", &self.path(&policy)).unwrap();
+            let rows: Vec<Trajectory> = (0..).zip(f1).map(|(index, f1)| trajectory(index, *f1)).collect();
+            let stage = self.stage(&format!("dev-{number}"), "mempo-rollout", "sample", &[&model]);
+            stage.write_part("trajectories", 0, |file| Ok(write_rows(&rows, file).map(drop)?)).unwrap();
+            stage.finish(&[], json!({})).unwrap();
+        }
+
+        fn run(&self, numbers: &[u64], more: &str) -> anyhow::Result<()> {
+            let paths = |kind: &str| numbers.iter().map(|number| self.path(&format!("{kind}-{number}"))).collect();
+            let (policies, dev): (Vec<PathBuf>, Vec<PathBuf>) = (paths("policy"), paths("dev"));
+            let mut words: Vec<std::ffi::OsString> = vec!["history".into(), "--policies".into()];
+            words.extend(policies.into_iter().map(Into::into));
+            words.push("--dev".into());
+            words.extend(dev.into_iter().map(Into::into));
+            words.extend(
+                more.split_whitespace()
+                    .map(|word| word.strip_prefix('@').map_or_else(|| word.into(), |name| self.path(name).into())),
+            );
+            let command = HistoryArguments::augment_args(clap::Command::new("history"));
+            super::run(&HistoryArguments::from_arg_matches(&command.get_matches_from(words)).unwrap())
+        }
+    }
+
+    fn trajectory(trajectory_index: i32, f1: f32) -> Trajectory {
+        Trajectory {
+            task_id: "t".to_owned(),
+            trajectory_index,
+            step_count: 1,
+            status: Status::Ok,
+            answer: None,
+            format_valid: true,
+            exact_match: vec![f1.floor()],
+            f1: vec![f1],
+            reward: Some(f1.floor()),
+            generated_tokens: 1,
+            processed_tokens: 1,
+            unique_tokens: 1,
+            peak_tokens: 1,
+            tool_calls: 0,
+            error: None,
+            policy: String::new(),
+            seed: 0,
+        }
+    }
+
+    #[test]
+    fn the_best_is_linked_and_the_old_are_thinned_out() {
+        let runs = Runs(tempfile::tempdir().unwrap());
+        for (number, f1) in [(1, [0.5, 0.5]), (2, [0.9, 0.9]), (3, [0.4, 0.4]), (4, [0.6, 1.0]), (5, [0.1, 0.1])] {
+            runs.iteration(number, &f1);
+        }
+        runs.run(&[5, 2, 1, 4, 3], "--link-best @best").unwrap();
+        let linked = |name: &str| fs_err::canonicalize(runs.path("best")).unwrap().ends_with(name);
+        assert!(linked("policy-2"));
+        runs.run(&[1, 2, 3, 4, 5], "--link-best @best --by reward --keep 3").unwrap();
+        assert!(linked("policy-4"));
+        let kept = |number: u64| {
+            let policy = runs.path(&format!("policy-{number}"));
+            ["model.safetensors", "trainer/master.safetensors"].map(|file| policy.join(file).exists())
+        };
+        assert_eq!(
+            [1, 2, 3, 4, 5].map(kept),
+            [[false, false], [false, false], [true, false], [true, false], [true, true]]
+        );
+        // What is recorded is enough to look back again.
+        runs.run(&[1, 2, 3, 4, 5], "--keep 3").unwrap();
+        verify(&runs.path("policy-1")).unwrap();
+    }
+
+    #[test]
+    fn nothing_is_removed_while_the_newest_is_damaged() {
+        let runs = Runs(tempfile::tempdir().unwrap());
+        (1..=2).for_each(|number| runs.iteration(number, &[0.5]));
+        fs_err::write(runs.path("policy-2/model.safetensors"), "something else").unwrap();
+        assert_eq!(exit_code(&runs.run(&[1, 2], "--keep 5").unwrap_err()), 4);
+        assert!(runs.path("policy-1/trainer/master.safetensors").exists());
+        let error = runs.run(&[1], "--link-best @policy-1").unwrap_err();
+        assert_eq!(exit_code(&error), 2, "{error:#}");
+    }
+
+    #[test]
+    fn a_rollout_of_another_policy_is_refused() {
+        let runs = Runs(tempfile::tempdir().unwrap());
+        (1..=2).for_each(|number| runs.iteration(number, &[0.5]));
+        let error = super::run(&HistoryArguments {
+            policies: vec![runs.path("policy-1")],
+            dev: vec![runs.path("dev-2")],
+            by: By::F1,
+            link_best: None,
+            keep: None,
+            json: false,
+        });
+        let error = error.unwrap_err();
+        assert!(exit_code(&error) == 4 && format!("{error:#}").contains("none of the --policies"), "{error:#}");
+    }
+}
