@@ -3,6 +3,7 @@
 mod demo 'pipelines/demo.just'
 mod smollm2 'pipelines/smollm2.just'
 mod study 'pipelines/study.just'
+mod mempo-qwen2-5-7b 'pipelines/mempo-qwen2.5-7b.just'
 
 _list:
     @{{ just_executable() }} --list --list-submodules

@@ -162,7 +162,9 @@ fn best(iterations: &[Iteration], by: By) -> Option<usize> {
 fn show(iterations: &[Iteration], best: Option<usize>, arguments: &HistoryArguments) {
     let lines: Vec<Value> = iterations.iter().map(|iteration| Value::Object(iteration.figures.clone())).collect();
     if arguments.json {
-        lines.iter().for_each(|line| print_data(&format!("{line}\n")));
+        for line in &lines {
+            print_data(&format!("{line}\n"));
+        }
     } else {
         let (header, rows) = overview(&lines, &SHOWN);
         print_table(&header, &rows);
@@ -255,7 +257,7 @@ mod tests {
                     .map(|word| word.strip_prefix('@').map_or_else(|| word.into(), |name| self.path(name).into())),
             );
             let command = HistoryArguments::augment_args(clap::Command::new("history"));
-            super::run(&HistoryArguments::from_arg_matches(&command.get_matches_from(words)).unwrap())
+            run(&HistoryArguments::from_arg_matches(&command.get_matches_from(words)).unwrap())
         }
     }
 
@@ -320,7 +322,7 @@ mod tests {
     fn a_rollout_of_another_policy_is_refused() {
         let runs = Runs(tempfile::tempdir().unwrap());
         (1..=2).for_each(|number| runs.iteration(number, &[0.5]));
-        let error = super::run(&HistoryArguments {
+        let error = run(&HistoryArguments {
             policies: vec![runs.path("policy-1")],
             dev: vec![runs.path("dev-2")],
             by: By::F1,

@@ -1,10 +1,11 @@
 //! `mempo-rl`: rollouts and advantages -> the next checkpoint.
 //!
-//! Two subcommands: [`train`], and [`history`], which looks back on what it made. Beside them: [`plan`] chooses the trajectories and orders them into optimizer
+//! Three subcommands: [`forecast`] says what an iteration will take, [`train`] does it, [`history`] looks back. Beside them: [`plan`] chooses the trajectories and orders them into optimizer
 //! steps, [`inputs`] checks what is read, [`alarms`] whether the policy is still one to learn from, [`load`] joins the
 //! tables of some of them into training sequences.
 
 mod alarms;
+mod forecast;
 mod history;
 mod inputs;
 mod load;
@@ -44,6 +45,7 @@ pub struct Arguments {
 enum Command {
     Train(train::TrainArguments),
     History(history::HistoryArguments),
+    Forecast(forecast::ForecastArguments),
     Doctor(DoctorArguments),
     #[command(flatten)]
     Standard(StandardCommand),
@@ -55,6 +57,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
     match arguments.command {
         Command::Train(arguments) => train::run(&arguments),
         Command::History(arguments) => history::run(&arguments),
+        Command::Forecast(arguments) => forecast::run(&arguments),
         Command::Doctor(arguments) => arguments.run(),
         Command::Standard(command) => command.run(Arguments::command()),
     }

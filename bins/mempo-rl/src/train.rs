@@ -10,10 +10,10 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use clap::Args;
 use mempo_model::{DeviceOptions, Model};
-use mempo_run::{MetricsFile, ResultExt, Stage, StageArgs};
+use mempo_run::{Input, MetricsFile, ResultExt, Stage, StageArgs};
 use mempo_train::{
-    MemoryBudget, OptimizerOptions, PolicyOptions, PolicyStats, PolicyTrajectory, Trainer, learning_rate_at,
-    verify_state,
+    MemoryBudget, OptimizerOptions, PolicyOptions, PolicyStats, PolicyTrajectory, Trainer, base_of, learning_rate_at,
+    verify_merged, verify_state,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -160,7 +160,13 @@ impl<'a> Training<'a> {
     /// is one.
     fn open(arguments: &'a TrainArguments, inputs: &Inputs, stage: Stage) -> anyhow::Result<Self> {
         let runtime = arguments.device.resolve().usage()?;
-        let model = Model::load(&arguments.model, &runtime).bad_input()?;
+        let carried = inputs.trainer.as_ref().map(Input::dir);
+        let base = base_of(&arguments.model, carried).bad_input()?;
+        let model = Model::load(&base, &runtime)
+            .with_context(|| {
+                format!("the weights that the trainer state of {} goes on from", arguments.model.display())
+            })
+            .bad_input()?;
         let budget = MemoryBudget::new(model.config(), &runtime, &arguments.optimizer);
         info!("{}", budget.describe(arguments.tokens_per_micro_batch));
         let resume = stage.dir().join(RESUME);
@@ -169,11 +175,16 @@ impl<'a> Training<'a> {
             continued = Some(resume.as_path());
             saved = read_progress(&resume)?;
             info!("continuing after optimizer step {saved}");
-        } else if let Some(trainer) = &inputs.trainer {
-            verify_state(&model, trainer.dir()).bad_input()?;
-            continued = Some(trainer.dir());
+        } else if let Some(state) = carried {
+            if base == arguments.model {
+                verify_state(&model, state).bad_input()?;
+            }
+            continued = Some(state);
         }
-        let trainer = Trainer::new(model, &arguments.optimizer, continued).bad_input()?;
+        let trainer = Trainer::new(model, &arguments.optimizer, &base, continued).bad_input()?;
+        if base != arguments.model && !resume.exists() {
+            verify_merged(&trainer, &arguments.model).bad_input()?;
+        }
         let metrics = MetricsFile::open(stage.dir(), saved as u64)?;
         let (temperature, own_reference) = (temperature(&inputs.rollouts)?, inputs.is_own_reference());
         Ok(Self { arguments, stage, trainer, metrics, temperature, own_reference, saved })

@@ -436,3 +436,28 @@ fn what_cannot_be_learned_from_is_refused_with_advice() {
     assert!(message.contains("rollouts/steps") && message.contains(&key), "{message}");
     assert!(message.contains("sampling_logprobs has"), "{message}");
 }
+
+#[test]
+fn adapters_go_from_iteration_to_iteration() {
+    let chain = Chain::new(3);
+    let lora = [&NO_KL[..], &["--dtype", "f32", "--lora-rank", "2"]].concat();
+    chain.train("model", "one", &lora).unwrap();
+    for file in ["model.safetensors", "adapter/adapter_config.json", "adapter/adapter_model.safetensors"] {
+        assert!(chain.path("one").join(file).is_file(), "{file}");
+    }
+    let off_policy = [&lora[..], &["--off-policy"]].concat();
+    chain.train("one", "two", &off_policy).unwrap();
+    let state = |name: &str| -> Value {
+        let text = fs_err::read_to_string(chain.path(name).join("trainer/state.json")).unwrap();
+        serde_json::from_str(&text).unwrap()
+    };
+    assert_eq!(state("one")["base"], json!(chain.path("model")));
+    assert_eq!(state("two")["base"], state("one")["base"], "adapters of the first base");
+    assert_eq!(state("two")["updates"].as_u64(), state("one")["updates"].as_u64().map(|updates| 2 * updates));
+
+    let (code, message) = chain.failure("one", &[&NO_KL[..], &["--off-policy", "--dtype", "f32"]].concat());
+    assert!(code == 4 && message.contains("give the same --lora-rank"), "{message}");
+    save_model(&chain.path("model"), 5);
+    let (code, message) = chain.failure("one", &[&off_policy[..], &["--restart"]].concat());
+    assert!(code == 4 && message.contains("one of them was replaced"), "{message}");
+}

@@ -150,7 +150,8 @@ impl<'a> Training<'a> {
     ) -> anyhow::Result<Self> {
         let model = Model::load(&arguments.model, runtime).bad_input()?;
         let resume = stage.dir().join(RESUME);
-        let trainer = Trainer::new(model, &arguments.optimizer, resume.exists().then_some(resume.as_path()))?;
+        let trainer =
+            Trainer::new(model, &arguments.optimizer, &arguments.model, resume.exists().then_some(resume.as_path()))?;
         let saved_step = trainer.global_step();
         if saved_step > 0 {
             info!("continuing after optimizer step {saved_step}");

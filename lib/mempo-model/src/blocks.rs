@@ -3,6 +3,7 @@
 use mempo_native::PackedLinear;
 use tch::Tensor;
 
+use crate::adapter::Adapter;
 use crate::builder::Builder;
 use crate::config::Config;
 use crate::kernels::{Kernels, expect};
@@ -37,20 +38,25 @@ pub(crate) struct Linear {
     bias: Option<Tensor>,
     kernels: Kernels,
     packed: Option<PackedLinear>,
+    adapter: Option<Adapter>,
 }
 
 impl Linear {
     /// Of `weight [O, I]` and `bias [O]`.
-    pub(crate) fn new(weight: Tensor, bias: Option<Tensor>, kernels: Kernels) -> Self {
+    pub(crate) fn new(weight: Tensor, bias: Option<Tensor>, kernels: Kernels, adapter: Option<Adapter>) -> Self {
         let packed = kernels.pack(&weight, bias.as_ref());
-        Self { weight, bias, kernels, packed }
+        Self { weight, bias, kernels, packed, adapter }
     }
 
     /// `[.., I] -> [.., O]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        match &self.packed {
+        let product = match &self.packed {
             Some(packed) => expect(packed.forward(x)),
             None => self.kernels.linear(x, &self.weight, self.bias.as_ref()),
+        };
+        match &self.adapter {
+            Some(adapter) => product + adapter.forward(x, self.kernels),
+            None => product,
         }
     }
 }
@@ -59,7 +65,7 @@ impl Linear {
 ///
 /// Their parameters are leaves of their own, under their own names. Where they lie one after the other in memory, as
 /// they do in a model that was loaded, and need no gradient, one matrix product does them all, unless products have to
-/// keep their shape.
+/// keep their shape or a part has an adapter.
 pub(crate) struct Projections {
     /// One a part, or one for all.
     products: Vec<Linear>,
@@ -79,12 +85,18 @@ impl Projections {
         let weights = parameters("weight", &[input]);
         let biases = if bias { parameters("bias", &[]) } else { Vec::new() };
         let kernels = builder.kernels();
-        let joined = if kernels == Kernels::Fixed { (None, None) } else { (joined(&weights), joined(&biases)) };
+        let adapters = parts.iter().map(|(name, _)| builder.adapter(&format!("{prefix}.{name}")));
+        let adapters: Vec<Option<Adapter>> = adapters.collect();
+        let apart = kernels == Kernels::Fixed || adapters.iter().any(Option::is_some);
+        let joined = if apart { (None, None) } else { (joined(&weights), joined(&biases)) };
         let products = match joined {
-            (Some(weight), one_bias) if one_bias.is_some() == bias => vec![Linear::new(weight, one_bias, kernels)],
+            (Some(weight), one_bias) if one_bias.is_some() == bias => {
+                vec![Linear::new(weight, one_bias, kernels, None)]
+            }
             _ => {
                 let mut biases = biases.into_iter();
-                weights.into_iter().map(|weight| Linear::new(weight, biases.next(), kernels)).collect()
+                let parts = weights.into_iter().zip(adapters);
+                parts.map(|(weight, adapter)| Linear::new(weight, biases.next(), kernels, adapter)).collect()
             }
         };
         Self { products, outputs: parts.iter().map(|(_, output)| *output).collect() }

@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::adapter::{Adapter, Adapters};
 use crate::kernels::Kernels;
 
 /// Passed through the constructors of a model; each asks it for its parameters by name and shape.
@@ -9,25 +10,37 @@ pub(crate) struct Builder {
     listed: Vec<(String, Vec<i64>)>,
     tensors: Option<std::vec::IntoIter<Tensor>>,
     kernels: Kernels,
+    adapters: Adapters,
 }
 
 impl Builder {
     /// Lists what `build` asks for, in order.
     pub(crate) fn list<M>(build: impl FnOnce(&mut Self) -> M) -> Vec<(String, Vec<i64>)> {
-        let mut builder = Self { listed: Vec::new(), tensors: None, kernels: Kernels::Fast };
+        let mut builder = Self { listed: Vec::new(), tensors: None, kernels: Kernels::Fast, adapters: Adapters::new() };
         build(&mut builder);
         builder.listed
     }
 
-    /// Builds a model that uses `kernels` from `tensors`, which must be those that `list` gave, in that order.
-    pub(crate) fn build<M>(tensors: Vec<Tensor>, kernels: Kernels, build: impl FnOnce(&mut Self) -> M) -> M {
-        let mut builder = Self { listed: Vec::new(), tensors: Some(tensors.into_iter()), kernels };
+    /// Builds a model that uses `kernels` from `tensors`, which must be those that `list` gave, in that order, and adapters
+    /// of some of its layers.
+    pub(crate) fn build<M>(
+        tensors: Vec<Tensor>,
+        kernels: Kernels,
+        adapters: Adapters,
+        build: impl FnOnce(&mut Self) -> M,
+    ) -> M {
+        let mut builder = Self { listed: Vec::new(), tensors: Some(tensors.into_iter()), kernels, adapters };
         build(&mut builder)
     }
 
     /// How the model is to compute.
     pub(crate) fn kernels(&self) -> Kernels {
         self.kernels
+    }
+
+    /// The adapter of a layer, if it has one.
+    pub(crate) fn adapter(&self, layer: &str) -> Option<Adapter> {
+        self.adapters.get(layer).cloned()
     }
 
     /// The parameter of this name and shape (nothing yet while listing).

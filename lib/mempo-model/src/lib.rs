@@ -7,6 +7,7 @@
 //! Shapes are written as letters: `B` rows of a batch, `T` tokens, `D` hidden size, `H` attention heads, `K` key-value
 //! heads, `d` head size, `V` vocabulary.
 
+mod adapter;
 mod blocks;
 mod branches;
 mod builder;
@@ -31,6 +32,7 @@ mod score;
 mod share;
 mod weights;
 
+pub use adapter::initial_adapter;
 pub use branches::{Branch, Trunk};
 pub use checkpoint::save_checkpoint;
 pub use config::{Config, Family};

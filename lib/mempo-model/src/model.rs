@@ -5,6 +5,7 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::adapter::{Adapters, adapter_shapes};
 use crate::blocks::{Attend, Linear};
 use crate::builder::Builder;
 use crate::config::{Config, Family};
@@ -50,6 +51,14 @@ impl Config {
         let shapes = Builder::list(|builder| decoder(builder, self));
         shapes.iter().map(|(_, shape)| shape.iter().product::<i64>() as u64).sum()
     }
+
+    /// Numbers in adapters of this rank beside the layers whose names end with one of `targets`.
+    pub fn adapter_parameter_count(&self, rank: i64, targets: &[String]) -> u64 {
+        let shapes = Builder::list(|builder| decoder(builder, self));
+        adapter_shapes(shapes.iter().map(|(name, shape)| (name.as_str(), shape.clone())), rank, targets)
+            .map(|(_, shape)| shape.iter().product::<i64>() as u64)
+            .sum()
+    }
 }
 
 /// A decoder-only language model.
@@ -58,6 +67,8 @@ pub struct Model {
     runtime: Runtime,
     pub(crate) parameters: Vec<(String, Tensor)>,
     kernels: Kernels,
+    /// Of some layers, beside their parameters.
+    pub(crate) adapters: Adapters,
     decoder: Box<dyn Decoder + Send>,
     head: Linear,
     rotary: Rotary,
@@ -143,10 +154,12 @@ impl Model {
 
     fn build(config: Config, runtime: &Runtime, parameters: Vec<(String, Tensor)>, kernels: Kernels) -> Self {
         let tensors = parameters.iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
-        let decoder = Builder::build(tensors, kernels, |builder| decoder(builder, &config));
-        let head = Linear::new(decoder.head_weight().shallow_clone(), None, kernels);
+        let adapters = Adapters::new();
+        let decoder = Builder::build(tensors, kernels, adapters.clone(), |builder| decoder(builder, &config));
+        let head = Linear::new(decoder.head_weight().shallow_clone(), None, kernels, None);
         let rotary = Rotary::new(&config, runtime.device);
-        Self { config, runtime: *runtime, parameters, kernels, decoder, head, rotary, packed: OnceCell::new() }
+        let packed = OnceCell::new();
+        Self { config, runtime: *runtime, parameters, kernels, adapters, decoder, head, rotary, packed }
     }
 
     /// The model as it decodes fastest: on a CPU with a second copy of its weights, unless that would be large, or a
@@ -156,7 +169,7 @@ impl Model {
         let pack = || {
             let bytes = |tensor: &Tensor| tensor.numel() * tensor.kind().elt_size_in_bytes();
             let fits = self.parameters.iter().map(|(_, tensor)| bytes(tensor)).sum::<usize>() <= MOST_BYTES;
-            let fixed = self.parameters.iter().all(|(_, tensor)| !tensor.requires_grad());
+            let fixed = self.adapters.is_empty() && self.parameters.iter().all(|(_, tensor)| !tensor.requires_grad());
             let wanted = self.kernels == Kernels::Fast && self.runtime.device == Device::Cpu && fits && fixed;
             wanted.then(|| {
                 let parameters = self.parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone()));
@@ -189,11 +202,18 @@ impl Model {
     /// If their number or a shape differs.
     pub fn bind_parameters(&mut self, tensors: Vec<Tensor>) {
         assert_eq!(tensors.len(), self.parameters.len(), "number of tensors to bind");
-        for ((_, parameter), tensor) in self.parameters.iter_mut().zip(&tensors) {
-            *parameter = tensor.shallow_clone();
+        for ((_, parameter), tensor) in self.parameters.iter_mut().zip(tensors) {
+            *parameter = tensor;
         }
-        self.decoder = Builder::build(tensors, self.kernels, |builder| decoder(builder, &self.config));
-        self.head = Linear::new(self.decoder.head_weight().shallow_clone(), None, self.kernels);
+        self.rebuild();
+    }
+
+    /// Puts the layers together anew from parameters and adapters.
+    pub(crate) fn rebuild(&mut self) {
+        let (adapters, config) = (self.adapters.clone(), &self.config);
+        let tensors = self.parameters.iter().map(|(_, tensor)| tensor.shallow_clone()).collect();
+        self.decoder = Builder::build(tensors, self.kernels, adapters, |builder| decoder(builder, config));
+        self.head = Linear::new(self.decoder.head_weight().shallow_clone(), None, self.kernels, None);
         self.packed = OnceCell::new();
     }
 

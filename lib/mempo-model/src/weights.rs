@@ -153,6 +153,8 @@ fn forget(map: &memmap2::Mmap, part: &[u8]) {
 
 /// A tensor on its way into a file.
 struct Saved<'a> {
+    model: &'a Model,
+    name: &'a str,
     tensor: &'a Tensor,
     kind: Kind,
     shape: Vec<usize>,
@@ -172,7 +174,8 @@ impl View for Saved<'_> {
     }
 
     fn data(&self) -> Cow<'_, [u8]> {
-        let tensor = self.tensor.detach().to_device(Device::Cpu).to_kind(self.kind).contiguous();
+        let tensor =
+            self.model.merged(self.name, self.tensor).detach().to_device(Device::Cpu).to_kind(self.kind).contiguous();
         let mut bytes = vec![0; self.data_len()];
         tensor.copy_data_u8(&mut bytes, tensor.numel());
         bytes.into()
@@ -185,7 +188,7 @@ impl View for Saved<'_> {
 
 impl Model {
     /// Writes the weights as `dtype` (`Float`, `BFloat16` or `Half`) under Hugging Face's names into `dir`:
-    /// `model.safetensors`, or shards of up to 5 GB and their index. A tied head is left out.
+    /// `model.safetensors`, or shards of up to 5 GB and their index. A tied head is left out, adapters are merged.
     pub fn save_weights(&self, dir: &Path, dtype: Kind) -> Result<(), Error> {
         self.save_shards(dir, dtype, SHARD_BYTES)
     }
@@ -200,7 +203,7 @@ impl Model {
         let mut room = 0;
         for (name, tensor) in self.parameters() {
             let shape = tensor.size().iter().map(|size| *size as usize).collect();
-            let saved = Saved { tensor, kind: dtype, shape };
+            let saved = Saved { model: self, name, tensor, kind: dtype, shape };
             let bytes = saved.data_len();
             if shards.is_empty() || bytes > room {
                 shards.push(Vec::new());

@@ -11,7 +11,7 @@ use mempo_model::{
     Branch, DeviceOptions, GenerateOptions, GenerateRequest, Model, Runtime, ScoreOptions, ScoredSequence, Trunk,
     generate_each,
 };
-use mempo_train::{OptimizerOptions, Schedule, StateDtype, TrainSequence, Trainer};
+use mempo_train::{LoraOptions, OptimizerOptions, Schedule, StateDtype, TrainSequence, Trainer};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Cuda, Device, Kind, Tensor};
@@ -162,8 +162,9 @@ fn time_training(
         max_grad_norm: 1.0,
         optimizer_dtype: if small { StateDtype::Bf16 } else { StateDtype::F32 },
         recompute: small,
+        lora: LoraOptions::NONE,
     };
-    let mut trainer = Trainer::new(Model::load(dir, runtime)?, &options, None)?;
+    let mut trainer = Trainer::new(Model::load(dir, runtime)?, &options, Path::new(""), None)?;
     let sequence = |ids: Vec<i32>| TrainSequence { targets: (0..ids.len()).map(|place| place > 0).collect(), ids };
     let sequences: Vec<TrainSequence> = sequences.into_iter().map(sequence).collect();
     let (mut seconds, mut losses) = (Vec::new(), Vec::new());

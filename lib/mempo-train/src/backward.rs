@@ -12,14 +12,16 @@ use crate::head::{Chunk, Coefficients, Head};
 
 /// A model and the place where its gradient is summed.
 pub(crate) struct Backward<'a> {
-    /// Whose parameters are leaves of autograd.
+    /// The model, `leaves` included.
     pub(crate) model: &'a Model,
-    /// Where each parameter's gradient lies.
+    /// What is trained, as leaves of autograd.
+    pub(crate) leaves: &'a [Tensor],
+    /// Where each leaf's gradient lies.
     pub(crate) layout: &'a Layout,
     /// Flat fp32 buffer that is added to.
     pub(crate) gradient: &'a Tensor,
-    /// Position of the head's weight among the parameters.
-    pub(crate) head_slot: usize,
+    /// Position of the head's weight among the leaves, if it is trained.
+    pub(crate) head_slot: Option<usize>,
     /// How sequences lie in a micro-batch.
     pub(crate) arrangement: Arrangement,
     /// What a micro-batch costs beside its tokens, in tokens.
@@ -111,14 +113,14 @@ impl Backward<'_> {
             temperature: pass.temperature,
             entropy: pass.entropy,
         };
-        let mut head_gradient_vd = self.layout.slots[self.head_slot].view(self.gradient);
-        head.backward(hidden_rd, &batch.targets_r, &mut head_gradient_vd, &mut |chunk| {
+        let mut head_gradient_vd = self.head_slot.map(|slot| self.layout.slots[slot].view(self.gradient));
+        head.backward(hidden_rd, &batch.targets_r, head_gradient_vd.as_mut(), &mut |chunk| {
             let columns_ck = batch.columns_rk.narrow(0, chunk.rows.start, chunk.rows.end - chunk.rows.start);
             loss(chunk, &columns_ck)
         })
     }
 
-    /// From the gradient of `output`: adds that of the parameters `of`, and gives that of `input` (or anything, where
+    /// From the gradient of `output`: adds that of the leaves `of`, and gives that of `input` (or anything, where
     /// there is none).
     fn propagate(
         &self,
@@ -129,9 +131,12 @@ impl Backward<'_> {
     ) -> Result<Tensor, Error> {
         // The gradient of this number by the output is what was asked for; the number itself means nothing.
         let carrier = (output * gradient).sum(Kind::Float);
-        let chosen = || self.layout.slots.iter().zip(self.model.parameters()).filter(|(slot, _)| of(&slot.name));
-        let mut leaves: Vec<&Tensor> = chosen().map(|(_, (_, tensor))| tensor).collect();
+        let chosen = || self.layout.slots.iter().zip(self.leaves).filter(|(slot, _)| of(&slot.name));
+        let mut leaves: Vec<&Tensor> = chosen().map(|(_, leaf)| leaf).collect();
         leaves.extend(input);
+        if leaves.is_empty() {
+            return Ok(Tensor::default());
+        }
         let mut gradients = Tensor::f_run_backward(&[carrier], &leaves, false, false)?;
         let by_input = if input.is_some() { gradients.pop().unwrap_or_default() } else { Tensor::default() };
         for ((slot, _), gradient) in chosen().zip(gradients) {

@@ -9,7 +9,7 @@ use crate::{OptimizerOptions, StateDtype};
 pub struct MemoryBudget {
     /// The model's own weights, where they are not the master weights themselves.
     pub weights: u64,
-    /// fp32 master weights.
+    /// fp32 master copies of what is trained.
     pub master: u64,
     /// Gradient of the running optimizer step.
     pub gradient: u64,
@@ -25,11 +25,14 @@ impl MemoryBudget {
         let parameters = config.parameter_count();
         let state = if options.optimizer_dtype == StateDtype::F32 { 4 } else { 2 };
         let width = if runtime.is_f32() { 4 } else { 2 };
+        let adapters = options.lora.parameter_count(config);
+        let trained = adapters.unwrap_or(parameters);
+        let is_own_master = runtime.is_f32() && adapters.is_none();
         Self {
-            weights: if runtime.is_f32() { 0 } else { width * parameters },
-            master: 4 * parameters,
-            gradient: state * parameters,
-            moments: 2 * state * parameters,
+            weights: if is_own_master { 0 } else { width * parameters },
+            master: 4 * trained,
+            gradient: state * trained,
+            moments: 2 * state * trained,
             activations_per_token: width * kept_elements(config, options.recompute),
         }
     }

@@ -66,12 +66,12 @@ impl Head<'_> {
     }
 
     /// Gradient `[R, D]` (in the hidden states' type) of a loss by `hidden_rd`; that by the head's weight is added to
-    /// `weight_gradient_vd` (fp32). `coefficients` is asked once a chunk for the loss's derivatives.
+    /// `weight_gradient_vd` (fp32), if it is wanted. `coefficients` is asked once a chunk for the loss's derivatives.
     pub(crate) fn backward(
         &self,
         hidden_rd: &Tensor,
         targets_r: &Tensor,
-        weight_gradient_vd: &mut Tensor,
+        mut weight_gradient_vd: Option<&mut Tensor>,
         coefficients: &mut dyn FnMut(&Chunk) -> Coefficients,
     ) -> Tensor {
         let _no_grad = no_grad_guard();
@@ -97,8 +97,10 @@ impl Head<'_> {
             }
             let residual_cv = residual_cv.to_kind(kind);
             parts.push((self.runtime.linear(&residual_cv, &self.weight_vd.tr()) * &scale_c1).to_kind(kind));
-            let scaled_cd = (&part_cd * &scale_c1).to_kind(kind);
-            add_product(weight_gradient_vd, &residual_cv.tr(), &scaled_cd);
+            if let Some(weight_gradient_vd) = weight_gradient_vd.as_deref_mut() {
+                let scaled_cd = (&part_cd * &scale_c1).to_kind(kind);
+                add_product(weight_gradient_vd, &residual_cv.tr(), &scaled_cd);
+            }
         }
         Tensor::cat(&parts, 0)
     }
@@ -188,7 +190,7 @@ mod tests {
         let head = Head { weight_vd: &weight, runtime: &Runtime::cpu(kind), temperature, entropy: true };
         let mut found_weight = Tensor::zeros([vocabulary, 16], (Kind::Float, Device::Cpu));
         let (mut found_logprobs, mut found_entropies) = (Vec::new(), Vec::new());
-        let found_hidden = head.backward(&hidden, &case.targets, &mut found_weight, &mut |chunk| {
+        let found_hidden = head.backward(&hidden, &case.targets, Some(&mut found_weight), &mut |chunk| {
             found_logprobs.push(chunk.logprobs_c.shallow_clone());
             found_entropies.push(chunk.entropies_c.as_ref().unwrap().shallow_clone());
             let weights = case.weights.narrow(0, chunk.rows.start, chunk.rows.end - chunk.rows.start);
@@ -229,7 +231,7 @@ mod tests {
         let head = Head { weight_vd: &weight, runtime: &runtime, temperature: 1.0, entropy: false };
         let mut gradient = Tensor::zeros([2, 1], (Kind::Float, Device::Cpu));
         let targets = Tensor::from_slice(&[0_i64]);
-        let _ = head.backward(&hidden, &targets, &mut gradient, &mut |chunk| Coefficients {
+        let _ = head.backward(&hidden, &targets, Some(&mut gradient), &mut |chunk| Coefficients {
             logprob: chunk.logprobs_c.ones_like(),
             entropy: None,
         });

@@ -8,6 +8,7 @@
 //! - `head`: log-probabilities and the gradient of any loss that depends on them, in closed form and in chunks of rows;
 //! - `policy`: the clipped ratio, the KL term and their derivative per token;
 //! - `adamw`: AdamW over flat fp32 buffers; `flat` lays the parameters out in them;
+//! - `lora`: low-rank adapters, which take the place of the weights in all of this;
 //! - `state`: the fp32 master weights and moments as files, from which training continues bit for bit.
 //!
 //! The denominator of the loss is computed over the whole optimizer step before it is cut, so the gradient does
@@ -20,6 +21,7 @@ mod budget;
 mod error;
 mod flat;
 mod head;
+mod lora;
 mod memory;
 mod options;
 mod policy;
@@ -35,6 +37,7 @@ mod testing;
 
 pub use budget::MemoryBudget;
 pub use error::Error;
+pub use lora::{LoraOptions, base_of, verify_merged};
 pub use options::{
     Aggregation, KlEstimator, Loss, OptimizerOptions, PolicyOptions, Schedule, StateDtype, learning_rate_at,
 };

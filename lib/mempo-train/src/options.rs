@@ -6,7 +6,7 @@ use clap::{Args, ValueEnum};
 use serde::Serialize;
 use tch::Kind;
 
-use crate::Error;
+use crate::{Error, LoraOptions};
 
 /// AdamW, its schedule, and what training keeps in memory. Defaults are those of reinforcement learning; a program with other defaults changes
 /// them on its command (`mut_arg`).
@@ -43,6 +43,10 @@ pub struct OptimizerOptions {
     /// third more time
     #[arg(long)]
     pub recompute: bool,
+    /// Adapters instead of all weights.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub lora: LoraOptions,
 }
 
 /// Number format of gradient and moments.

@@ -4,7 +4,7 @@
 //! written last and holds the counters and the digest of each other file.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use mempo_model::Model;
 use serde::{Deserialize, Serialize};
@@ -37,6 +37,9 @@ struct StateFile {
     #[serde(flatten)]
     counters: Counters,
     updates: u64,
+    /// The model that the parameters are adapters of; none if they are the model's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    base: Option<PathBuf>,
     sha256: BTreeMap<String, String>,
 }
 
@@ -49,7 +52,13 @@ fn buffers(optimizer: &AdamW) -> [(&'static str, &Tensor); 3] {
 }
 
 /// Writes the state into `dir`, which is made if need be; refuses weights that are not finite.
-pub(crate) fn save(dir: &Path, layout: &Layout, optimizer: &AdamW, counters: Counters) -> Result<(), Error> {
+pub(crate) fn save(
+    dir: &Path,
+    layout: &Layout,
+    optimizer: &AdamW,
+    counters: Counters,
+    base: Option<&Path>,
+) -> Result<(), Error> {
     if !optimizer.is_finite() {
         return Err(Error::Weights { global_step: counters.global_step });
     }
@@ -60,7 +69,8 @@ pub(crate) fn save(dir: &Path, layout: &Layout, optimizer: &AdamW, counters: Cou
             layout.slots.iter().map(|slot| (slot.name.as_str(), slot.view(flat))).collect();
         sha256.insert(name.to_owned(), write_tensors(&dir.join(name), &tensors)?);
     }
-    let state = StateFile { format: FORMAT, counters, updates: optimizer.updates, sha256 };
+    let base = base.map(std::path::absolute).transpose()?;
+    let state = StateFile { format: FORMAT, counters, updates: optimizer.updates, base, sha256 };
     let path = dir.join(STATE_FILE);
     let mut text = serde_json::to_vec_pretty(&state)
         .map_err(|error| Error::State { path: path.clone(), problem: error.to_string() })?;
@@ -70,9 +80,17 @@ pub(crate) fn save(dir: &Path, layout: &Layout, optimizer: &AdamW, counters: Cou
     Ok(())
 }
 
-/// Reads the state in `dir` into the buffers, checking names, shapes and digests.
-pub(crate) fn load(dir: &Path, layout: &Layout, optimizer: &mut AdamW) -> Result<Counters, Error> {
+/// Reads the state in `dir`, of `adapters` or of all weights, into the buffers, checking names, shapes and digests.
+pub(crate) fn load(dir: &Path, layout: &Layout, optimizer: &mut AdamW, adapters: bool) -> Result<Counters, Error> {
     let state = read_state_file(dir)?;
+    if state.base.is_some() != adapters {
+        let (found, asked) = if adapters { ("all weights", "adapters") } else { ("adapters", "all weights") };
+        let problem = format!(
+            "the state of {found}, but {asked} are to be trained: give the same --lora-rank as before, or start with new \
+             optimizer state (mempo-rl train --fresh-optimizer)"
+        );
+        return Err(Error::State { path: dir.join(STATE_FILE), problem });
+    }
     for (name, flat) in buffers(optimizer) {
         let path = dir.join(name);
         let mut missing: BTreeSet<&str> = layout.slots.iter().map(|slot| slot.name.as_str()).collect();
@@ -96,6 +114,11 @@ pub(crate) fn load(dir: &Path, layout: &Layout, optimizer: &mut AdamW) -> Result
     }
     optimizer.updates = state.updates;
     Ok(state.counters)
+}
+
+/// The model that the state's parameters are adapters of; none if they are a model's own.
+pub(crate) fn state_base(dir: &Path) -> Result<Option<PathBuf>, Error> {
+    Ok(read_state_file(dir)?.base)
 }
 
 /// Refuses a state in `dir` that was not saved together with the weights of `model`, as when the weights of a

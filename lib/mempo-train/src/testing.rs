@@ -4,8 +4,8 @@ use mempo_model::{Config, Model, Runtime};
 use tch::Kind;
 
 use crate::{
-    Aggregation, KlEstimator, Loss, OptimizerOptions, PolicyOptions, PolicySequence, PolicyTrajectory, Schedule,
-    StateDtype, TrainSequence,
+    Aggregation, KlEstimator, LoraOptions, Loss, OptimizerOptions, PolicyOptions, PolicySequence, PolicyTrajectory,
+    Schedule, StateDtype, TrainSequence,
 };
 
 pub(crate) const VOCABULARY: i32 = 41;
@@ -22,6 +22,7 @@ pub(crate) fn optimizer_options() -> OptimizerOptions {
         max_grad_norm: 1.0,
         optimizer_dtype: StateDtype::F32,
         recompute: false,
+        lora: LoraOptions::NONE,
     }
 }
 

@@ -2,15 +2,16 @@
 
 use std::path::Path;
 
-use mempo_model::Model;
+use mempo_model::{Model, initial_adapter};
 use serde::Serialize;
 use tch::{Kind, Tensor, no_grad_guard};
 
 use crate::adamw::AdamW;
 use crate::backward::{Backward, Pass, target_hidden};
 use crate::batch::{Arrangement, MicroBatch, Sequence, micro_batch_overhead};
-use crate::flat::Layout;
+use crate::flat::{Layout, Slot};
 use crate::head::{Coefficients, Head};
+use crate::lora::Adapters;
 use crate::memory::Room;
 use crate::policy::{PolicyStats, PolicySums, PolicyTrajectory, check_ids, set_sequence_ratios, weighted_sequences};
 use crate::state::{self, Counters};
@@ -49,14 +50,17 @@ pub struct StepStats {
 /// model's are the rounded copy, so that no update is too small to count. In f32 the two are the same memory.
 pub struct Trainer {
     model: Model,
+    /// What is trained: the model's parameters, or adapters beside them.
     layout: Layout,
-    head_slot: usize,
+    leaves: Vec<Tensor>,
+    adapters: Option<Adapters>,
+    head_slot: Option<usize>,
     arrangement: Arrangement,
     /// What a micro-batch costs beside its tokens, in tokens.
     overhead: usize,
     /// Tokens of a micro-batch that memory was found to hold.
     room: Room,
-    /// All of the model's parameters, flat, in the compute type.
+    /// The leaves, flat, in the compute type.
     weights: Tensor,
     optimizer: AdamW,
     options: OptimizerOptions,
@@ -65,30 +69,48 @@ pub struct Trainer {
 
 impl Trainer {
     /// Takes over a model. With the folder of a `state` training continues from that state, master weights
-    /// included; without one it starts from the model's weights.
-    pub fn new(mut model: Model, options: &OptimizerOptions, state: Option<&Path>) -> Result<Self, Error> {
+    /// included; without one it starts from the model's weights. Adapters remember `base`, where the model is from.
+    pub fn new(mut model: Model, options: &OptimizerOptions, base: &Path, state: Option<&Path>) -> Result<Self, Error> {
         options.check()?;
         let _no_grad = no_grad_guard();
-        let layout = Layout::new(model.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.size())));
+        let adapters = options.lora.adapters(base);
         let (device, kind) = (model.head_weight().device(), model.head_weight().kind());
+        let layout = match &adapters {
+            None => Layout::new(model.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.size()))),
+            Some(adapters) => Layout::new(model.adapter_shapes(adapters.rank, &adapters.targets)?.into_iter()),
+        };
         let mut optimizer = AdamW::new(&layout, device, options.optimizer_dtype.kind());
-        for (slot, (_, tensor)) in layout.slots.iter().zip(model.parameters()) {
-            slot.view(&optimizer.master).copy_(tensor);
+        for (place, slot) in layout.slots.iter().enumerate() {
+            let mut master = slot.view(&optimizer.master);
+            match &adapters {
+                None => master.copy_(&model.parameters()[place].1),
+                Some(_) => master.copy_(&initial_adapter(&slot.name, &slot.shape)),
+            }
         }
-        let counters = state.map(|dir| state::load(dir, &layout, &mut optimizer)).transpose()?.unwrap_or_default();
+        let counters = state.map(|dir| state::load(dir, &layout, &mut optimizer, adapters.is_some()));
+        let counters = counters.transpose()?.unwrap_or_default();
         let weights = optimizer.master.to_kind(kind);
-        let leaves = layout.slots.iter().map(|slot| slot.view(&weights).detach().set_requires_grad(true)).collect();
-        model.bind_parameters(leaves);
+        let leaf = |slot: &Slot| slot.view(&weights).detach().set_requires_grad(true);
+        let leaves: Vec<Tensor> = layout.slots.iter().map(leaf).collect();
+        let shared = || leaves.iter().map(Tensor::shallow_clone);
+        match &adapters {
+            None => model.bind_parameters(shared().collect()),
+            Some(adapters) => {
+                let names = layout.slots.iter().map(|slot| slot.name.clone());
+                model.bind_adapters(names.zip(shared()).collect(), adapters.scale());
+            }
+        }
+        // Input embeddings are the head of a model that has no other.
         let head = |name: &str| layout.slots.iter().position(|slot| slot.name == name);
-        let head_slot = head("lm_head.weight")
-            .or_else(|| head("model.embed_tokens.weight"))
-            .expect("every model has input embeddings, which are its head if it has no other");
+        let head_slot = head("lm_head.weight").or_else(|| head("model.embed_tokens.weight"));
         let overhead = micro_batch_overhead(model.config().parameter_count(), device);
         let arrangement = Arrangement::of(device);
         let room = Room::default();
         Ok(Self {
             model,
             layout,
+            leaves,
+            adapters,
             head_slot,
             arrangement,
             overhead,
@@ -212,13 +234,17 @@ impl Trainer {
 
     /// Writes the state from which [`Trainer::new`] continues bit for bit.
     pub fn save_state(&self, dir: &Path) -> Result<(), Error> {
-        state::save(dir, &self.layout, &self.optimizer, self.counters)
+        let base = self.adapters.as_ref().map(|adapters| adapters.base.as_path());
+        state::save(dir, &self.layout, &self.optimizer, self.counters, base)
     }
 
     /// Writes a complete Hugging Face model directory, the files beside the weights taken from `source_dir`,
-    /// and the state in its `trainer/`.
+    /// and the state in its `trainer/`. Adapters are merged into the weights, and in `adapter/` by themselves.
     pub fn save_checkpoint(&self, source_dir: &Path, out_dir: &Path) -> Result<(), Error> {
         self.save_state(&out_dir.join("trainer"))?;
+        if let Some(adapters) = &self.adapters {
+            adapters.save(&out_dir.join("adapter"), &self.layout, &self.optimizer.master)?;
+        }
         Ok(mempo_model::save_checkpoint(&self.model, source_dir, out_dir)?)
     }
 
@@ -263,6 +289,7 @@ impl Trainer {
     fn backward(&self) -> Backward<'_> {
         Backward {
             model: &self.model,
+            leaves: &self.leaves,
             layout: &self.layout,
             gradient: &self.optimizer.gradient,
             head_slot: self.head_slot,
