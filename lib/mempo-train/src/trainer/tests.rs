@@ -1,6 +1,7 @@
 //! The whole trainer against autograd, against itself cut differently, and against itself stopped and continued.
 
 mod adapters;
+mod repacking;
 
 use tch::{Kind, Tensor};
 
@@ -147,37 +148,6 @@ fn packed_sequences_have_the_gradient_of_padded_ones() {
             assert_close(&found, &expected, 1e-5);
             assert!((packed.loss - stats.loss).abs() < 1e-6 && packed.tokens == stats.tokens);
         }
-    }
-}
-
-/// Cuts each step's completion in two sequences: the same tokens after the same ids before them.
-fn split(trajectory: &PolicyTrajectory) -> PolicyTrajectory {
-    let halves = |step: &PolicySequence| {
-        let middle = step.completion_ids.len() / 2;
-        let part = |range: std::ops::Range<usize>| PolicySequence {
-            prompt_ids: [step.prompt_ids.as_slice(), &step.completion_ids[..range.start]].concat(),
-            completion_ids: step.completion_ids[range.clone()].to_vec(),
-            old_logprobs: step.old_logprobs[range.clone()].to_vec(),
-            reference_logprobs: step.reference_logprobs.as_ref().map(|all| all[range.clone()].to_vec()),
-            sampling_logprobs: None,
-            advantages: step.advantages[range].to_vec(),
-            loss_weight: step.loss_weight,
-        };
-        [part(middle..step.completion_ids.len()), part(0..middle)]
-    };
-    PolicyTrajectory { steps: trajectory.steps.iter().flat_map(halves).collect() }
-}
-
-#[test]
-fn splitting_steps_changes_nothing() {
-    let mut trainer = trainer(3, true, Kind::Float);
-    let trajectories = trajectories(8, 8);
-    let pieces: Vec<PolicyTrajectory> = trajectories.iter().map(split).collect();
-    for aggregation in [Aggregation::TrajectoryMean, Aggregation::TokenMean] {
-        let options = PolicyOptions { aggregation, ..policy_options() };
-        let (expected, _) = policy_gradient(&mut trainer, &trajectories, &options, BUDGET);
-        let (found, _) = policy_gradient(&mut trainer, &pieces, &options, BUDGET);
-        assert_close(&found, &expected, 1e-5);
     }
 }
 
