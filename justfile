@@ -45,3 +45,9 @@ bench *shapes: (setup "python")
 bench-gpu *shapes: (setup "python") (setup "cuda")
     cargo build --locked --release --package mempo-train --example engine
     .tools/python/bin/python tools/peers/gpu.py target/release/examples/engine {{ shapes }}
+
+# time of `mempo-score advantages` for a million steps (the first call builds DataFusion optimised: 20 minutes)
+bench-advantages profile="release":
+    cargo build --locked --profile {{ profile }} --package mempo-score --bin mempo-score --example rows
+    target/{{ if profile == 'dev' { 'debug' } else { profile } }}/examples/rows target/tmp/rows
+    time target/{{ if profile == 'dev' { 'debug' } else { profile } }}/mempo-score advantages --rollouts target/tmp/rows/rollouts --scores target/tmp/rows/scores --restart --out target/tmp/rows/advantages

@@ -125,15 +125,24 @@ impl AlarmOptions {
 
     /// Refuses advantages whose scores show that the policy knows the answers by heart.
     pub(crate) fn check_advantages(&self, advantages: &Input) -> anyhow::Result<()> {
-        let summary = advantages.manifest().map(|manifest| &manifest.summary);
-        let known = summary.and_then(|summary| summary["closed_book_probability_mean"].as_f64()).unwrap_or(0.0);
+        if self.alarm_closed_book >= 1.0 {
+            return Ok(());
+        }
+        let known = advantages.manifest().and_then(|manifest| manifest.summary_number("closed_book_probability_mean"));
+        let dir = advantages.dir().display();
+        let Some(known) = known else {
+            return Err(anyhow!(
+                "{dir}: --alarm-closed-book: it does not say how probable answers are without a memory: \
+                                give `mempo-score advantages` the --scores of `mempo-score segments`"
+            ))
+            .usage();
+        };
         if known <= self.alarm_closed_book {
             return Ok(());
         }
         Err(anyhow!(
-            "{}: --alarm-closed-book: without any memory the gold answers have a mean probability of {known:.4}: train on other \
+            "{dir}: --alarm-closed-book: without any memory the gold answers have a mean probability of {known:.4}: train on other \
              tasks, or score with a frozen judge (mempo-score segments --model)",
-            advantages.dir().display()
         ))
         .quality()
     }

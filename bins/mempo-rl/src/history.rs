@@ -1,14 +1,15 @@
 //! `mempo-rl history`: how the policy came along over all iterations, which one is best, and which ones to keep.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 use mempo_data::{Trajectory, read_rows};
-use mempo_run::{Input, ResultExt, finished, overview, print_data, print_table, thin, verify};
+use mempo_run::{Input, Manifest, ResultExt, Run, finished, overview, print_data, print_table, thin, verify};
+use mempo_train::base_of;
 use serde_json::{Map, Value, json};
-use tracing::info;
+use tracing::{info, warn};
 
 /// Of the policies' own summaries.
 const TRAINED: [&str; 8] = [
@@ -52,8 +53,8 @@ pub(crate) struct HistoryArguments {
     /// Make this a symbolic link to the best policy
     #[arg(long, value_name = "LINK", requires = "dev")]
     link_best: Option<PathBuf>,
-    /// Free disk: the newest policy keeps everything, the best and every N-th keep their weights without the optimizer's state,
-    /// of the others the records stay
+    /// Free disk: the newest policy keeps everything; the best on --dev, every N-th, and the base of adapters keep their weights
+    /// without the optimizer's state; of the others the records stay
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     keep: Option<u64>,
     /// Print one JSON object an iteration instead of a table
@@ -82,30 +83,40 @@ impl By {
 /// A policy that an iteration made.
 struct Iteration {
     dir: PathBuf,
+    manifest: Manifest,
     global_step: u64,
     figures: Map<String, Value>,
 }
 
 /// Reads what the stages recorded; the files themselves only where they are removed or counted.
 pub(crate) fn run(arguments: &HistoryArguments) -> anyhow::Result<()> {
-    let mut dev = dev_figures(&arguments.dev)?;
+    let dev = dev_figures(&arguments.dev)?;
     let mut iterations = Vec::new();
     for dir in &arguments.policies {
-        iterations.push(read_iteration(dir, &mut dev)?);
+        iterations.extend(read_iteration(dir, &dev)?);
     }
-    if let Some((dir, _)) = dev.into_values().next() {
+    let policies: HashSet<String> = iterations.iter().map(|iteration| iteration.manifest.model_digest()).collect();
+    if let Some((_, (dir, _))) = dev.iter().find(|(policy, _)| !policies.contains(*policy)) {
         return Err(anyhow!("{}: sampled from none of the --policies", dir.display())).bad_input();
+    }
+    let mut seen = HashSet::new();
+    if let Some(twice) = iterations.iter().find(|iteration| !seen.insert(&iteration.dir)) {
+        return Err(anyhow!("--policies: {} is named twice", twice.dir.display())).usage();
     }
     iterations.sort_by_key(|iteration| iteration.global_step);
     let best = best(&iterations, arguments.by);
     show(&iterations, best, arguments);
     if let (Some(link), Some(best)) = (&arguments.link_best, best) {
-        replace_link(link, &iterations[best].dir)?;
+        link_to(link, &iterations[best])?;
     }
     arguments.keep.map_or(Ok(()), |every| thin_out(&iterations, best, every))
 }
 
-fn read_iteration(dir: &Path, dev: &mut HashMap<String, (PathBuf, Value)>) -> anyhow::Result<Iteration> {
+/// What a finished stage recorded; none of one that is still at work.
+fn read_iteration(dir: &Path, dev: &HashMap<String, (PathBuf, Value)>) -> anyhow::Result<Option<Iteration>> {
+    if !is_finished(dir)? {
+        return Ok(None);
+    }
     let manifest = finished(dir)?;
     if (manifest.program.as_str(), manifest.stage.as_str()) != ("mempo-rl", "train") {
         let (program, stage) = (&manifest.program, &manifest.stage);
@@ -116,40 +127,64 @@ fn read_iteration(dir: &Path, dev: &mut HashMap<String, (PathBuf, Value)>) -> an
     let trained = TRAINED.map(|name| (name.to_owned(), manifest.summary[name].clone()));
     let mut figures = Map::from_iter([("policy".to_owned(), json!(dir))]);
     figures.extend(trained);
-    if let Some((_, Value::Object(found))) = dev.remove(&manifest.model_digest()) {
-        figures.extend(found);
+    if let Some((_, Value::Object(found))) = dev.get(&manifest.model_digest()) {
+        figures.extend(found.clone());
     }
-    Ok(Iteration { dir: dir.to_owned(), global_step: global_step.bad_input()?, figures })
+    let dir = fs_err::canonicalize(dir)?;
+    Ok(Some(Iteration { dir, global_step: global_step.bad_input()?, manifest, figures }))
+}
+
+/// Whether a stage has ended; one that has begun and not ended is left out with a warning.
+fn is_finished(dir: &Path) -> anyhow::Result<bool> {
+    let has_begun = Run::read(dir)?.is_some() && !dir.join("manifest.json").exists();
+    if has_begun {
+        warn!("{}: not finished yet; left out", dir.display());
+    }
+    Ok(!has_begun)
 }
 
 /// Means over the trajectories of each rollout, by the digest of the policy it was sampled from.
 fn dev_figures(dirs: &[PathBuf]) -> anyhow::Result<HashMap<String, (PathBuf, Value)>> {
-    let mut figures = HashMap::new();
+    let mut figures: HashMap<String, (PathBuf, Value)> = HashMap::new();
+    let mut first: Option<Input> = None;
     for dir in dirs {
+        if !is_finished(dir)? {
+            continue;
+        }
         let input = Input::stage("dev", dir)?;
         let policy = input.made_from("model").with_context(|| format!("{}: not a rollout", dir.display()));
         let policy = policy.bad_input()?.to_owned();
-        let (mut sums, mut count) = ([0.0; 5], 0.0_f64);
-        for row in read_rows::<Trajectory>(&input.table("trajectories")?).bad_input()? {
-            let row = row.bad_input()?;
-            let Some(reward) = row.reward else { continue };
-            let mean = |values: &[f32]| values.iter().sum::<f32>() / values.len().max(1) as f32;
-            let valid = f32::from(u8::from(row.format_valid));
-            let found = [mean(&row.f1), mean(&row.exact_match), reward, valid, row.peak_tokens as f32];
-            sums.iter_mut().zip(found).for_each(|(sum, value)| *sum += f64::from(value));
-            count += 1.0;
+        if let Some(other) = first.as_ref().filter(|first| first.made_from("tasks") != input.made_from("tasks")) {
+            let (dir, other) = (dir.display(), other.dir().display());
+            return Err(anyhow!("{dir} and {other} are rollouts on other tasks: they cannot be compared")).bad_input();
         }
-        let [f1, exact_match, reward, format_valid, peak_tokens] = sums.map(|sum| sum / count.max(1.0));
-        let means = json!({
-            "dev_f1": f1, "dev_exact_match": exact_match, "dev_reward": reward, "dev_format_valid": format_valid,
-            "dev_peak_tokens": peak_tokens, "dev_trajectories": count,
-        });
+        let means = means(&input)?;
+        first.get_or_insert(input);
         if let Some((other, _)) = figures.insert(policy, (dir.clone(), means)) {
             let (dir, other) = (dir.display(), other.display());
             return Err(anyhow!("{dir} and {other} were sampled from the same policy; give one of them")).usage();
         }
     }
     Ok(figures)
+}
+
+/// Of the trajectories that have a reward.
+fn means(rollouts: &Input) -> anyhow::Result<Value> {
+    let (mut sums, mut count) = ([0.0; 5], 0.0_f64);
+    for row in read_rows::<Trajectory>(&rollouts.table("trajectories")?).bad_input()? {
+        let row = row.bad_input()?;
+        let Some(reward) = row.reward else { continue };
+        let mean = |values: &[f32]| values.iter().sum::<f32>() / values.len().max(1) as f32;
+        let valid = f32::from(u8::from(row.format_valid));
+        let found = [mean(&row.f1), mean(&row.exact_match), reward, valid, row.peak_tokens as f32];
+        sums.iter_mut().zip(found).for_each(|(sum, value)| *sum += f64::from(value));
+        count += 1.0;
+    }
+    let [f1, exact_match, reward, format_valid, peak_tokens] = sums.map(|sum| (count > 0.0).then_some(sum / count));
+    Ok(json!({
+        "dev_f1": f1, "dev_exact_match": exact_match, "dev_reward": reward, "dev_format_valid": format_valid,
+        "dev_peak_tokens": peak_tokens, "dev_trajectories": count,
+    }))
 }
 
 /// The place of the policy that did best, the newest of equals.
@@ -175,36 +210,54 @@ fn show(iterations: &[Iteration], best: Option<usize>, arguments: &HistoryArgume
     }
 }
 
-/// Makes `link` point to the directory, at once and whatever it pointed to before.
-fn replace_link(link: &Path, dir: &Path) -> anyhow::Result<()> {
+/// Makes `link` point to a policy that has weights, at once and whatever it pointed to before.
+fn link_to(link: &Path, policy: &Iteration) -> anyhow::Result<()> {
+    if let Some(file) = policy.manifest.removed(|path| !path.contains('/')) {
+        let dir = policy.dir.display();
+        return Err(anyhow!("{dir}: the best policy, but its {file} was removed to free disk")).bad_input();
+    }
     if fs_err::symlink_metadata(link).is_ok_and(|metadata| !metadata.is_symlink()) {
         return Err(anyhow!("--link-best {}: is there, and no symbolic link", link.display())).usage();
     }
-    let temporary = link.with_extension("tmp");
-    let _ = fs_err::remove_file(&temporary);
-    fs_err::os::unix::fs::symlink(fs_err::canonicalize(dir)?, &temporary)?;
-    Ok(fs_err::rename(&temporary, link)?)
+    let mut temporary = link.as_os_str().to_owned();
+    temporary.push(format!(".tmp-{}", std::process::id()));
+    fs_err::os::unix::fs::symlink(&policy.dir, &temporary)?;
+    Ok(fs_err::rename(temporary, link)?)
 }
 
 /// Removes what `--keep` does not keep, once the newest policy is known to be whole.
 fn thin_out(iterations: &[Iteration], best: Option<usize>, every: u64) -> anyhow::Result<()> {
     let Some((newest, older)) = iterations.split_last() else { return Ok(()) };
+    check_line(iterations)?;
     verify(&newest.dir)?;
+    let state = newest.dir.join("trainer");
+    let base = base_of(&state).bad_input()?.map(fs_err::canonicalize).transpose()?;
     let mut freed = 0;
     for (place, iteration) in older.iter().enumerate() {
-        let keeps_weights = Some(place) == best || (place as u64 + 1).is_multiple_of(every);
-        freed += thin(&iteration.dir, |path| is_tensors(path) && !(keeps_weights && is_weights(path)))?;
+        let is_kept = Some(place) == best
+            || (place as u64 + 1).is_multiple_of(every)
+            || base.as_ref().is_some_and(|base| *base == iteration.dir);
+        let is_tensors = |path: &str| Path::new(path).extension().is_some_and(|extension| extension == "safetensors");
+        freed += thin(&iteration.dir, |path| is_tensors(path) && (!is_kept || path.starts_with("trainer/")))?;
     }
     info!("{:.1} MiB freed", freed as f64 / f64::from(1 << 20));
     Ok(())
 }
 
-fn is_tensors(path: &str) -> bool {
-    Path::new(path).extension().is_some_and(|extension| extension == "safetensors")
-}
-
-fn is_weights(path: &str) -> bool {
-    !path.contains('/')
+/// Refuses to judge by age where each policy was not made from the one before it: steps count anew with a new optimizer.
+fn check_line(iterations: &[Iteration]) -> anyhow::Result<()> {
+    for pair in iterations.windows(2) {
+        let from =
+            pair[1].manifest.inputs.iter().find(|input| input.name == "model").map(|input| input.digest.as_str());
+        if from != Some(pair[0].manifest.model_digest().as_str()) {
+            let (older, newer) = (pair[0].dir.display(), pair[1].dir.display());
+            return Err(anyhow!(
+                "--keep: {newer} was not made from {older}; give policies that were, one after the other"
+            ))
+            .usage();
+        }
+    }
+    Ok(())
 }
 
 #[cfg(test)]
@@ -230,13 +283,22 @@ mod tests {
         /// The policy of iteration `number`, and a rollout of it whose trajectories have these F1.
         fn iteration(&self, number: u64, f1: &[f32]) {
             let policy = format!("policy-{number}");
-            let stage = self.stage(&policy, "mempo-rl", "train", &[]);
-            for file in ["config.json", "model.safetensors", "trainer/state.json", "trainer/master.safetensors"] {
-                let write = |sink: &mut std::io::BufWriter<std::fs::File>| {
-                    Ok(std::io::Write::write_all(sink, format!("{file} {number}").as_bytes())?)
-                };
-                stage.write_file(file, write).unwrap();
+            let before = self.path(&format!("policy-{}", number - 1));
+            let before = before.exists().then(|| Input::model("model", &before).unwrap());
+            let stage = self.stage(&policy, "mempo-rl", "train", &before.iter().collect::<Vec<_>>());
+            let write = |file: &str, text: String| {
+                stage.write_file(file, |sink| Ok(std::io::Write::write_all(sink, text.as_bytes())?)).unwrap();
+            };
+            for file in ["config.json", "model.safetensors", "trainer/master.safetensors", "adapter/a.safetensors"] {
+                write(file, format!("{file} {number}"));
             }
+            // Adapters of the first policy.
+            let adapters = json!({"rank": 1, "alpha": 1.0, "targets": [], "base": self.path("policy-1")});
+            let counts = json!({
+                "format": 1, "global_step": 0, "skipped_steps": 0, "consecutive_skipped": 0, "updates": 0,
+                "adapters": adapters, "sha256": {},
+            });
+            write("trainer/state.json", counts.to_string());
             stage.finish(&[], json!({"global_step": 2 * number, "reward_mean": 0.1 * number as f64})).unwrap();
             let model = Input::model("model", &self.path(&policy)).unwrap();
             let rows: Vec<Trajectory> = (0..).zip(f1).map(|(index, f1)| trajectory(index, *f1)).collect();
@@ -296,26 +358,56 @@ mod tests {
         assert!(linked("policy-4"));
         let kept = |number: u64| {
             let policy = runs.path(&format!("policy-{number}"));
-            ["model.safetensors", "trainer/master.safetensors"].map(|file| policy.join(file).exists())
+            let files = ["model.safetensors", "adapter/a.safetensors", "trainer/master.safetensors"];
+            files.map(|file| u8::from(policy.join(file).exists()))
         };
-        assert_eq!(
-            [1, 2, 3, 4, 5].map(kept),
-            [[false, false], [false, false], [true, false], [true, false], [true, true]]
-        );
+        // The base of the adapters, none, every third, the best, the newest.
+        assert_eq!([1, 2, 3, 4, 5].map(kept), [[1, 1, 0], [0, 0, 0], [1, 1, 0], [1, 1, 0], [1, 1, 1]]);
+        let error = runs.run(&[1, 2, 3, 4, 5], "--link-best @best").unwrap_err();
+        assert!(exit_code(&error) == 4 && format!("{error:#}").contains("model.safetensors was removed"), "{error:#}");
+        assert!(linked("policy-4"));
         // What is recorded is enough to look back again.
         runs.run(&[1, 2, 3, 4, 5], "--keep 3").unwrap();
         verify(&runs.path("policy-1")).unwrap();
     }
 
     #[test]
-    fn nothing_is_removed_while_the_newest_is_damaged() {
+    fn what_cannot_be_judged_is_refused_before_anything_is_removed() {
+        let runs = Runs(tempfile::tempdir().unwrap());
+        (1..=3).for_each(|number| runs.iteration(number, &[0.5]));
+        let refused = |numbers: &[u64], more: &str, code: u8, named: &str| {
+            let error = runs.run(numbers, more).unwrap_err();
+            assert!(exit_code(&error) == code && format!("{error:#}").contains(named), "{error:#}");
+        };
+        refused(&[1], "--link-best @policy-1", 2, "no symbolic link");
+        refused(&[1, 3], "--keep 5", 2, "was not made from");
+        fs_err::write(runs.path("policy-3/model.safetensors"), "something else").unwrap();
+        refused(&[1, 2, 3], "--keep 5", 4, "damaged");
+        assert!(runs.path("policy-1/trainer/master.safetensors").exists());
+        fs_err::os::unix::fs::symlink(runs.path("policy-2"), runs.path("policy-4")).unwrap();
+        fs_err::os::unix::fs::symlink(runs.path("dev-2"), runs.path("dev-4")).unwrap();
+        refused(&[4, 2], "--keep 5", 2, "sampled from the same policy");
+    }
+
+    #[test]
+    fn a_policy_that_is_named_twice_is_refused_and_an_unfinished_one_left_out() {
         let runs = Runs(tempfile::tempdir().unwrap());
         (1..=2).for_each(|number| runs.iteration(number, &[0.5]));
-        fs_err::write(runs.path("policy-2/model.safetensors"), "something else").unwrap();
-        assert_eq!(exit_code(&runs.run(&[1, 2], "--keep 5").unwrap_err()), 4);
-        assert!(runs.path("policy-1/trainer/master.safetensors").exists());
-        let error = runs.run(&[1], "--link-best @policy-1").unwrap_err();
-        assert_eq!(exit_code(&error), 2, "{error:#}");
+        let arguments = |policies: &[&str]| HistoryArguments {
+            policies: policies.iter().map(|name| runs.path(name)).collect(),
+            dev: Vec::new(),
+            by: By::F1,
+            link_best: None,
+            keep: Some(9),
+            json: false,
+        };
+        fs_err::os::unix::fs::symlink(runs.path("policy-2"), runs.path("link")).unwrap();
+        let error = run(&arguments(&["policy-1", "policy-2", "link"])).unwrap_err();
+        assert!(exit_code(&error) == 2 && format!("{error:#}").contains("named twice"), "{error:#}");
+        drop(runs.stage("begun", "mempo-rl", "train", &[]));
+        run(&arguments(&["policy-1", "policy-2", "begun"])).unwrap();
+        assert!(!runs.path("policy-1/trainer/master.safetensors").exists());
+        assert!(runs.path("policy-2/trainer/master.safetensors").exists());
     }
 
     #[test]

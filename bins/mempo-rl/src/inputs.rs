@@ -3,7 +3,7 @@
 use anyhow::anyhow;
 use mempo_model::Config;
 use mempo_run::{Input, ResultExt};
-use mempo_train::STATE_FILE;
+use mempo_train::{STATE_FILE, base_of};
 use tracing::warn;
 
 use crate::load::Source;
@@ -17,12 +17,15 @@ pub(crate) struct Inputs {
     pub(crate) model: Input,
     /// The optimizer state that is carried on.
     pub(crate) trainer: Option<Input>,
+    /// The model that it has adapters of.
+    pub(crate) base: Option<Input>,
 }
 
 impl Inputs {
     pub(crate) fn open(arguments: &TrainArguments) -> anyhow::Result<Self> {
         let state = arguments.model.join("trainer").join(STATE_FILE);
         let carried = !arguments.fresh_optimizer && state.is_file();
+        let base = if carried { base_of(&arguments.model.join("trainer")).bad_input()? } else { None };
         let logprobs = arguments.logprobs.as_deref();
         let inputs = Self {
             rollouts: Input::stage("rollouts", &arguments.rollouts)?,
@@ -31,14 +34,16 @@ impl Inputs {
             model: Input::model("model", &arguments.model)?,
             // It holds the digests of the other files of the state.
             trainer: carried.then(|| Input::files("trainer", &[state])).transpose()?,
+            base: base.map(|dir| Input::model("base", &dir)).transpose()?,
         };
         inputs.check(arguments)?;
+        arguments.optimizer.lora.check(&Config::load(&arguments.model).bad_input()?).usage()?;
         Ok(inputs)
     }
 
     pub(crate) fn list(&self) -> Vec<&Input> {
         let required = [&self.rollouts, &self.advantages, &self.model];
-        required.into_iter().chain(&self.logprobs).chain(&self.trainer).collect()
+        required.into_iter().chain(&self.logprobs).chain(&self.trainer).chain(&self.base).collect()
     }
 
     /// Refuses tables made from other rollouts; and, unless asked for, rollouts of another checkpoint or of a cut
@@ -49,6 +54,13 @@ impl Inputs {
             logprobs.check_made_from("rollouts", &self.rollouts, "mempo-score logprobs")?;
         }
         let (rollouts, model) = (self.rollouts.dir().display(), self.model.dir().display());
+        let removed = self.model.manifest().and_then(|manifest| manifest.removed(|path| path.starts_with("trainer/")));
+        if let (Some(file), Some(_)) = (removed, &self.trainer) {
+            return Err(anyhow!(
+                "{model}: {file} was removed to free disk; give --fresh-optimizer, or another checkpoint"
+            ))
+            .usage();
+        }
         if !arguments.off_policy && self.rollouts.made_from("model").is_some_and(|digest| digest != self.model.digest())
         {
             return Err(anyhow!(

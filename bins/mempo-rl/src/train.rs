@@ -10,9 +10,9 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use clap::Args;
 use mempo_model::{DeviceOptions, Model};
-use mempo_run::{Input, MetricsFile, ResultExt, Stage, StageArgs};
+use mempo_run::{MetricsFile, ResultExt, Stage, StageArgs};
 use mempo_train::{
-    MemoryBudget, OptimizerOptions, PolicyOptions, PolicyStats, PolicyTrajectory, Trainer, base_of, learning_rate_at,
+    Beginning, MemoryBudget, OptimizerOptions, PolicyOptions, PolicyStats, PolicyTrajectory, Trainer, learning_rate_at,
     verify_merged, verify_state,
 };
 use serde::Serialize;
@@ -88,7 +88,7 @@ pub(crate) struct TrainArguments {
     #[command(flatten)]
     pub(crate) policy: PolicyOptions,
     #[command(flatten)]
-    optimizer: OptimizerOptions,
+    pub(crate) optimizer: OptimizerOptions,
     #[command(flatten)]
     device: DeviceOptions,
     #[command(flatten)]
@@ -160,29 +160,26 @@ impl<'a> Training<'a> {
     /// is one.
     fn open(arguments: &'a TrainArguments, inputs: &Inputs, stage: Stage) -> anyhow::Result<Self> {
         let runtime = arguments.device.resolve().usage()?;
-        let carried = inputs.trainer.as_ref().map(Input::dir);
-        let base = base_of(&arguments.model, carried).bad_input()?;
-        let model = Model::load(&base, &runtime)
-            .with_context(|| {
-                format!("the weights that the trainer state of {} goes on from", arguments.model.display())
-            })
-            .bad_input()?;
+        let base = fs_err::canonicalize(inputs.base.as_ref().unwrap_or(&inputs.model).dir())?;
+        let model = Model::load(&base, &runtime).bad_input()?;
         let budget = MemoryBudget::new(model.config(), &runtime, &arguments.optimizer);
         info!("{}", budget.describe(arguments.tokens_per_micro_batch));
         let resume = stage.dir().join(RESUME);
-        let (mut continued, mut saved) = (None, 0);
+        let (mut state, mut saved) = (None, 0);
         if resume.exists() {
-            continued = Some(resume.as_path());
+            state = Some(resume.as_path());
             saved = read_progress(&resume)?;
             info!("continuing after optimizer step {saved}");
-        } else if let Some(state) = carried {
-            if base == arguments.model {
-                verify_state(&model, state).bad_input()?;
-            }
-            continued = Some(state);
+        } else if let Some(trainer) = &inputs.trainer {
+            state = Some(trainer.dir());
         }
-        let trainer = Trainer::new(model, &arguments.optimizer, &base, continued).bad_input()?;
-        if base != arguments.model && !resume.exists() {
+        let is_fresh_of_all = !resume.exists() && inputs.base.is_none();
+        if let Some(state) = state.filter(|_| is_fresh_of_all) {
+            verify_state(&model, state).bad_input()?;
+        }
+        let beginning = Beginning { base: &base, seed: stage.seed(&["lora"]), state };
+        let trainer = Trainer::new(model, &arguments.optimizer, &beginning).bad_input()?;
+        if inputs.base.is_some() && !resume.exists() {
             verify_merged(&trainer, &arguments.model).bad_input()?;
         }
         let metrics = MetricsFile::open(stage.dir(), saved as u64)?;
@@ -246,7 +243,7 @@ impl<'a> Training<'a> {
         Err(anyhow!(
             "--check-identity: before any update the ratio is {ratio} on average (at most {most}) and the divergence from the \
              model itself {kl}, expected 1 and 0 to {tolerance}: give log-probs of this model in this --dtype, or \
-             --deterministic to all stages"
+             --deterministic to all stages (adapters that were merged for sampling are off by the rounding)"
         ))
         .quality()
     }

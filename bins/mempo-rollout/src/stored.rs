@@ -48,7 +48,8 @@ impl Stored {
 
     fn check(&self, step: &Step, tokenizer: &Tokenizer) -> anyhow::Result<()> {
         let (key, index) = (step.key(), step.trajectory_index);
-        let after = usize::try_from(index).ok().and_then(|index| (index + 1).checked_mul(self.max_steps * self.count));
+        let after = || (index as usize + 1).checked_mul(self.max_steps)?.checked_mul(self.count);
+        let after = if index < 0 { None } else { after() };
         if after.is_none_or(|after| i32::try_from(after).is_err()) {
             return Err(anyhow!(
                 "{key}: expected a trajectory index of 0 or more, and (index + 1) * --max-steps * --group-size below 2^31"

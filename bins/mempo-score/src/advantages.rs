@@ -137,7 +137,7 @@ pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
     }
     let mut summary = estimation.summary();
     if let Some(manifest) = scores.as_ref().and_then(Input::manifest) {
-        summary["closed_book_probability_mean"] = manifest.summary["closed_book_probability_mean"].clone();
+        summary["closed_book_probability_mean"] = json!(manifest.summary_number("closed_book_probability_mean"));
     }
     tracing::info!("{summary}");
     stage.finish(&[("advantages", written)], summary)

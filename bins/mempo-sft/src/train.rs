@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use mempo_model::{Config, DeviceOptions, Model, Runtime};
 use mempo_run::{Input, MetricsFile, Progress, ResultExt, Stage, StageArgs};
-use mempo_train::{MemoryBudget, OptimizerOptions, StepStats, TrainSequence, Trainer, learning_rate_at};
+use mempo_train::{Beginning, MemoryBudget, OptimizerOptions, StepStats, TrainSequence, Trainer, learning_rate_at};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tracing::{info, warn};
@@ -84,9 +84,10 @@ pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     let validation = stages(arguments.validation.as_slice(), "validation")?;
     let model = Input::model("model", &arguments.model)?;
     let inputs: Vec<&Input> = examples.iter().chain(&validation).chain([&model]).collect();
+    let config = Config::load(&arguments.model).bad_input()?;
+    arguments.optimizer.lora.check(&config).usage()?;
     let Some(stage) = Stage::open("mempo-sft", "train", &arguments.stage, arguments, &inputs)? else { return Ok(()) };
 
-    let config = Config::load(&arguments.model).bad_input()?;
     let limits =
         ModelLimits { vocabulary_size: config.vocab_size as usize, max_tokens: config.max_position_embeddings };
     let dataset = Dataset::read(&examples, limits)?;
@@ -150,8 +151,10 @@ impl<'a> Training<'a> {
     ) -> anyhow::Result<Self> {
         let model = Model::load(&arguments.model, runtime).bad_input()?;
         let resume = stage.dir().join(RESUME);
-        let trainer =
-            Trainer::new(model, &arguments.optimizer, &arguments.model, resume.exists().then_some(resume.as_path()))?;
+        let state = resume.exists().then_some(resume.as_path());
+        let base = fs_err::canonicalize(&arguments.model)?;
+        let beginning = Beginning { base: &base, seed: stage.seed(&["lora"]), state };
+        let trainer = Trainer::new(model, &arguments.optimizer, &beginning)?;
         let saved_step = trainer.global_step();
         if saved_step > 0 {
             info!("continuing after optimizer step {saved_step}");

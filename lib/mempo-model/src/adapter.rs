@@ -7,7 +7,7 @@ use sha2::{Digest, Sha256};
 use tch::{Kind, Tensor};
 
 use crate::kernels::Kernels;
-use crate::{Error, Model, random};
+use crate::{Model, random};
 
 /// Adapters by the name of their layer, as `model.layers.0.self_attn.q_proj`.
 pub(crate) type Adapters = HashMap<String, Adapter>;
@@ -37,9 +37,13 @@ impl Adapter {
 
     /// The layer's weight with the adapter in it, fp32 on the CPU.
     pub(crate) fn merged(&self, weight: &Tensor) -> Tensor {
-        let plain = |tensor: &Tensor| tensor.detach().to_device(tch::Device::Cpu).to_kind(Kind::Float);
         plain(weight) + plain(&self.up).matmul(&plain(&self.down)) * self.scale
     }
+}
+
+/// In fp32 on the CPU.
+fn plain(tensor: &Tensor) -> Tensor {
+    tensor.detach().to_device(tch::Device::Cpu).to_kind(Kind::Float)
 }
 
 const DOWN: &str = "lora_A.weight";
@@ -53,7 +57,10 @@ pub(crate) fn adapter_shapes<'a>(
 ) -> impl Iterator<Item = (String, Vec<i64>)> {
     let layers = parameters.filter_map(|(name, shape)| Some((name.strip_suffix(".weight")?, shape)));
     let chosen = layers.filter(|(layer, shape)| {
-        shape.len() == 2 && layer.rsplit('.').next().is_some_and(|own| targets.iter().any(|target| target == own))
+        // Embeddings and head are matrices too, but no linear layers of the body.
+        shape.len() == 2
+            && layer.starts_with("model.layers.")
+            && layer.rsplit('.').next().is_some_and(|own| targets.iter().any(|target| target == own))
     });
     chosen.flat_map(move |(layer, shape)| {
         [(format!("{layer}.{DOWN}"), vec![rank, shape[1]]), (format!("{layer}.{UP}"), vec![shape[0], rank])]
@@ -62,17 +69,9 @@ pub(crate) fn adapter_shapes<'a>(
 
 impl Model {
     /// Names and shapes of the adapters' matrices, two a layer whose name ends with one of `targets`.
-    ///
-    /// # Errors
-    /// If a target is no linear layer of the model.
-    pub fn adapter_shapes(&self, rank: i64, targets: &[String]) -> Result<Vec<(String, Vec<i64>)>, Error> {
-        let parameters = || self.parameters.iter().map(|(name, weight)| (name.as_str(), weight.size()));
-        for target in targets {
-            if adapter_shapes(parameters(), rank, std::slice::from_ref(target)).next().is_none() {
-                return Err(Error::Options(format!("--lora-targets: the model has no linear layer `{target}`")));
-            }
-        }
-        Ok(adapter_shapes(parameters(), rank, targets).collect())
+    pub fn adapter_shapes(&self, rank: i64, targets: &[String]) -> Vec<(String, Vec<i64>)> {
+        let parameters = self.parameters.iter().map(|(name, weight)| (name.as_str(), weight.size()));
+        adapter_shapes(parameters, rank, targets).collect()
     }
 
     /// Puts adapters of these matrices, as [`Model::adapter_shapes`] lists them, beside the model's layers; its own
@@ -99,26 +98,27 @@ impl Model {
         adapter.map_or_else(|| parameter.shallow_clone(), |adapter| adapter.merged(parameter))
     }
 
-    /// The name of the first parameter whose saved value is not, up to rounding to bf16, that of `other`.
+    /// The name of the first parameter whose saved value is not, up to rounding of it and of what was added to bf16, that of
+    /// `other`.
     pub fn first_other_than(&self, other: &Self) -> Option<String> {
         let _guard = tch::no_grad_guard();
-        let plain = |tensor: Tensor| tensor.detach().to_device(tch::Device::Cpu).to_kind(Kind::Float);
         let pairs = self.parameters.iter().zip(&other.parameters);
         let mut differing = pairs.filter(|((name, mine), (_, theirs))| {
-            let (mine, theirs) = (plain(self.merged(name, mine)), plain(theirs.shallow_clone()));
-            mine.size() != theirs.size() || !mine.allclose(&theirs, 0.01, 1e-6, false)
+            let (own, merged, theirs) = (plain(mine), plain(&self.merged(name, mine)), plain(theirs));
+            let tolerance = (own.abs() + (&merged - &own).abs()) * 0.01 + 1e-6;
+            merged.size() != theirs.size() || (merged - theirs).abs().gt_tensor(&tolerance).any().int64_value(&[]) != 0
         });
         differing.next().map(|((name, _), _)| name.clone())
     }
 }
 
 /// What a matrix of an adapter begins as: `A` normal, with the spread that PEFT's uniform numbers have, `B` zero, so that
-/// the layer begins as it was. The numbers are a function of the name alone.
-pub fn initial_adapter(name: &str, shape: &[i64]) -> Tensor {
+/// the layer begins as it was. The numbers are a function of the seed and the name.
+pub fn initial_adapter(seed: u64, name: &str, shape: &[i64]) -> Tensor {
     if !name.ends_with(DOWN) {
         return Tensor::zeros(shape, (Kind::Float, tch::Device::Cpu));
     }
-    let digest = Sha256::digest(name.as_bytes());
+    let digest = Sha256::new().chain_update(seed.to_le_bytes()).chain_update(name.as_bytes()).finalize();
     let key = u64::from_le_bytes(digest[..8].try_into().expect("a digest has 32 bytes"));
     let spread = (1.0 / (3.0 * shape[1] as f32)).sqrt();
     let values: Vec<f32> =

@@ -68,7 +68,9 @@ struct Linear : Function<Linear> {
     Tensor by_bias;
     if (ctx->saved_data["bias"].toBool()) by_bias = gradient.sum(0);
     const Tensor by_x = linear_by_blocks(gradient, saved[1].t(), std::nullopt, ctx->saved_data["block"].toInt());
-    return {by_x, gradient.t().mm(saved[0]), by_bias, Tensor()};
+    Tensor by_weight;
+    if (ctx->needs_input_grad(1)) by_weight = gradient.t().mm(saved[0]);
+    return {by_x, by_weight, by_bias, Tensor()};
   }
 };
 

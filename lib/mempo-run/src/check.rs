@@ -1,6 +1,6 @@
 //! Finished directories: finding the manifest, or those of all shards, and comparing the files with it.
 
-use std::path::{Component, Path};
+use std::path::{Component, Path, PathBuf};
 
 use anyhow::anyhow;
 use serde_json::Value;
@@ -113,16 +113,24 @@ fn join(manifests: Vec<(Shard, Manifest)>) -> Option<Manifest> {
     Some(all)
 }
 
+/// Where a file of a manifest is, which must not lead out of the directory.
+pub(crate) fn inside(dir: &Path, file: &FileRecord) -> anyhow::Result<PathBuf> {
+    let relative = Path::new(&file.path);
+    if relative.components().all(|part| matches!(part, Component::Normal(_))) {
+        return Ok(dir.join(relative));
+    }
+    Err(anyhow!("{}: the manifest names a file outside, `{}`", dir.display(), file.path)).bad_input()
+}
+
 /// What a file's record does not allow, if anything. With `deep` its bytes are compared, too, not only its size.
 pub(crate) fn problem(dir: &Path, file: &FileRecord, deep: bool) -> Option<String> {
     if file.removed {
         return None;
     }
-    let relative = Path::new(&file.path);
-    if !relative.components().all(|part| matches!(part, Component::Normal(_))) {
-        return Some(format!("{}: the manifest names a file outside, `{}`", dir.display(), file.path));
-    }
-    let path = dir.join(relative);
+    let path = match inside(dir, file) {
+        Ok(path) => path,
+        Err(error) => return Some(error.to_string()),
+    };
     let size = match fs_err::metadata(&path) {
         Ok(metadata) => metadata.len(),
         Err(error) => return Some(error.to_string()),

@@ -94,7 +94,7 @@ impl Run {
     }
 
     /// The run that is recorded in a directory, if there is one.
-    pub(crate) fn read(dir: &Path) -> anyhow::Result<Option<Self>> {
+    pub fn read(dir: &Path) -> anyhow::Result<Option<Self>> {
         let path = dir.join(RUN);
         let Some(text) = read_if_there(&path)? else {
             return Ok(None);
@@ -118,6 +118,13 @@ const SEAL: &str = ",\n  \"manifest_sha256\": \"";
 const END: &str = "\"\n}\n";
 
 impl Manifest {
+    /// A number of the summary; of shards, the mean of theirs.
+    pub fn summary_number(&self, name: &str) -> Option<f64> {
+        let Value::Array(shards) = &self.summary else { return self.summary[name].as_f64() };
+        let numbers = shards.iter().map(|summary| summary[name].as_f64()).collect::<Option<Vec<f64>>>()?;
+        Some(numbers.iter().sum::<f64>() / numbers.len() as f64)
+    }
+
     /// A directory's manifest, if there is one.
     pub(crate) fn read(dir: &Path) -> anyhow::Result<Option<Self>> {
         let path = dir.join(MANIFEST);

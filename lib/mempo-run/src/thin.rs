@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::{Manifest, durable, lock::Lock};
+use crate::{Manifest, check, durable, lock::Lock};
 
 /// Removes files of a finished directory and marks them so in its manifest; returns the bytes that were freed.
 ///
@@ -20,10 +20,14 @@ pub fn thin(dir: &Path, is_unneeded: impl Fn(&str) -> bool) -> anyhow::Result<u6
         manifest.write(dir)?;
     }
     let mut freed = 0;
-    for path in manifest.files.iter().filter(|file| file.removed).map(|file| dir.join(&file.path)) {
-        if let Ok(metadata) = fs_err::metadata(&path) {
-            fs_err::remove_file(&path).map_err(failed)?;
-            freed += metadata.len();
+    for file in manifest.files.iter().filter(|file| file.removed) {
+        let path = check::inside(dir, file)?;
+        match fs_err::remove_file(path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            result => {
+                result.map_err(failed)?;
+                freed += file.size;
+            }
         }
     }
     Ok(freed)
@@ -31,7 +35,7 @@ pub fn thin(dir: &Path, is_unneeded: impl Fn(&str) -> bool) -> anyhow::Result<u6
 
 impl Manifest {
     /// The first of some files that was removed, if one was.
-    pub(crate) fn removed(&self, is_meant: impl Fn(&str) -> bool) -> Option<&str> {
+    pub fn removed(&self, is_meant: impl Fn(&str) -> bool) -> Option<&str> {
         self.files.iter().find(|file| file.removed && is_meant(&file.path)).map(|file| file.path.as_str())
     }
 }

@@ -11,7 +11,7 @@ use mempo_model::{
     Branch, DeviceOptions, GenerateOptions, GenerateRequest, Model, Runtime, ScoreOptions, ScoredSequence, Trunk,
     generate_each,
 };
-use mempo_train::{LoraOptions, OptimizerOptions, Schedule, StateDtype, TrainSequence, Trainer};
+use mempo_train::{Beginning, LoraOptions, OptimizerOptions, Schedule, StateDtype, TrainSequence, Trainer};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Cuda, Device, Kind, Tensor};
@@ -164,7 +164,8 @@ fn time_training(
         recompute: small,
         lora: LoraOptions::NONE,
     };
-    let mut trainer = Trainer::new(Model::load(dir, runtime)?, &options, Path::new(""), None)?;
+    let mut trainer =
+        Trainer::new(Model::load(dir, runtime)?, &options, &Beginning { base: Path::new(""), seed: 0, state: None })?;
     let sequence = |ids: Vec<i32>| TrainSequence { targets: (0..ids.len()).map(|place| place > 0).collect(), ids };
     let sequences: Vec<TrainSequence> = sequences.into_iter().map(sequence).collect();
     let (mut seconds, mut losses) = (Vec::new(), Vec::new());

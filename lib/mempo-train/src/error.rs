@@ -53,6 +53,12 @@ pub enum Error {
         /// The last optimizer step.
         global_step: u64,
     },
+    /// Adapters were asked for that the model has no place for.
+    #[error("--lora-targets: the model's layers have no linear layer `{target}`; q_proj and down_proj are two of them")]
+    Adapters {
+        /// What was given.
+        target: String,
+    },
     /// A file of the trainer state cannot be used.
     #[error("{}: {problem}", path.display())]
     State {

@@ -43,4 +43,4 @@ pub use options::{
 };
 pub use policy::{PolicySequence, PolicyStats, PolicyTrajectory};
 pub use state::{STATE_FILE, verify_state};
-pub use trainer::{StepStats, TrainSequence, Trainer};
+pub use trainer::{Beginning, StepStats, TrainSequence, Trainer};

@@ -8,12 +8,12 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use mempo_model::{Config, Model, Runtime};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use tch::Tensor;
 
 use crate::flat::Layout;
-use crate::state::state_base;
+use crate::state::state_adapters;
 use crate::tensors::write_tensors;
 use crate::{Error, Trainer};
 
@@ -45,6 +45,17 @@ impl LoraOptions {
     /// Train all weights.
     pub const NONE: Self = Self { lora_rank: None, lora_alpha: None, lora_targets: Vec::new() };
 
+    /// Refuses values that make no sense for a model of this config.
+    pub fn check(&self, config: &Config) -> Result<(), Error> {
+        let Some(adapters) = self.adapters(Path::new("")) else { return Ok(()) };
+        if !(adapters.alpha > 0.0 && adapters.alpha.is_finite()) {
+            let expected = "must be a number above 0";
+            return Err(Error::Option { option: "lora-alpha", value: adapters.alpha, expected });
+        }
+        let is_none = |target: &&String| config.adapter_parameter_count(1, std::slice::from_ref(*target)) == 0;
+        adapters.targets.iter().find(is_none).map_or(Ok(()), |target| Err(Error::Adapters { target: target.clone() }))
+    }
+
     /// The adapters that are asked for, of the model at `base`.
     pub(crate) fn adapters(&self, base: &Path) -> Option<Adapters> {
         const ALL: [&str; 7] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
@@ -55,24 +66,36 @@ impl LoraOptions {
         Some(Adapters { rank, alpha, targets, base: base.to_owned() })
     }
 
-    /// Trained numbers of a model of this config, if adapters are trained.
+    /// Trained numbers beside a model of this config, if adapters are trained.
     pub fn parameter_count(&self, config: &Config) -> Option<u64> {
         let adapters = self.adapters(Path::new(""))?;
         Some(config.adapter_parameter_count(adapters.rank, &adapters.targets))
     }
 }
 
-/// Adapters in training.
-#[derive(Debug, Clone)]
+/// Adapters in training, as the trainer state has them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Adapters {
     pub(crate) rank: i64,
     alpha: f64,
     pub(crate) targets: Vec<String>,
     /// Directory of the model they are adapters of.
-    pub(crate) base: PathBuf,
+    base: PathBuf,
 }
 
 impl Adapters {
+    /// Why these are not those of a trainer state, if they aren't; the base may have moved.
+    pub(crate) fn difference(&self, state: &Self) -> Option<String> {
+        let same = Self { base: self.base.clone(), ..state.clone() } == *self;
+        let Self { rank, alpha, targets, .. } = state;
+        (!same).then(|| {
+            let targets = targets.join(",");
+            format!(
+                "it was trained with --lora-rank {rank} --lora-alpha {alpha} --lora-targets {targets}; give the same"
+            )
+        })
+    }
+
     /// What their product is multiplied by.
     pub(crate) fn scale(&self) -> f64 {
         self.alpha / self.rank as f64
@@ -100,11 +123,9 @@ impl Adapters {
     }
 }
 
-/// The directory whose weights training goes on from: `model` itself, or, where the trainer state that came with it is
-/// that of adapters, the model that they are adapters of.
-pub fn base_of(model: &Path, state: Option<&Path>) -> Result<PathBuf, Error> {
-    let base = state.map(state_base).transpose()?.flatten();
-    Ok(base.unwrap_or_else(|| model.to_owned()))
+/// The model that the adapters of a trainer state are adapters of; none if the state is of all weights.
+pub fn base_of(state: &Path) -> Result<Option<PathBuf>, Error> {
+    Ok(state_adapters(state)?.map(|adapters| adapters.base))
 }
 
 /// Refuses adapters that do not make the weights at `checkpoint` of their base, as when one of the two was replaced.

@@ -9,7 +9,7 @@ use tch::{Kind, Tensor};
 
 use crate::head::Chunk;
 use crate::policy::{PolicySums, set_sequence_ratios, weighted_sequences};
-use crate::testing::{optimizer_options, policy_options};
+use crate::testing::{fresh, optimizer_options, policy_options};
 use crate::{
     Aggregation, KlEstimator, Loss, OptimizerOptions, PolicyOptions, PolicySequence, PolicyTrajectory, Trainer,
 };
@@ -137,7 +137,7 @@ fn a_whole_update_is_that_of_the_reference() {
     };
     let before = model();
     for tokens_per_micro_batch in [1, 1000] {
-        let mut trainer = Trainer::new(model(), &optimizer, Path::new(""), None).unwrap();
+        let mut trainer = Trainer::new(model(), &optimizer, &fresh()).unwrap();
         let (options, temperature) = (options(given), number(&given["temperature"]));
         let rate = optimizer.learning_rate;
         let stats = trainer.policy_step(&content, &options, rate, temperature, tokens_per_micro_batch).unwrap();

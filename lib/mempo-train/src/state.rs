@@ -4,7 +4,7 @@
 //! written last and holds the counters and the digest of each other file.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use mempo_model::Model;
 use serde::{Deserialize, Serialize};
@@ -13,6 +13,7 @@ use tch::{Kind, Tensor};
 use crate::Error;
 use crate::adamw::AdamW;
 use crate::flat::Layout;
+use crate::lora::Adapters;
 use crate::tensors::{read_tensors, write_tensors};
 
 /// Name of the file that holds the counters and the digests of the others: its content stands for the whole state.
@@ -37,9 +38,9 @@ struct StateFile {
     #[serde(flatten)]
     counters: Counters,
     updates: u64,
-    /// The model that the parameters are adapters of; none if they are the model's own.
+    /// If the parameters are those of adapters, which.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    base: Option<PathBuf>,
+    adapters: Option<Adapters>,
     sha256: BTreeMap<String, String>,
 }
 
@@ -57,7 +58,7 @@ pub(crate) fn save(
     layout: &Layout,
     optimizer: &AdamW,
     counters: Counters,
-    base: Option<&Path>,
+    adapters: Option<&Adapters>,
 ) -> Result<(), Error> {
     if !optimizer.is_finite() {
         return Err(Error::Weights { global_step: counters.global_step });
@@ -69,8 +70,8 @@ pub(crate) fn save(
             layout.slots.iter().map(|slot| (slot.name.as_str(), slot.view(flat))).collect();
         sha256.insert(name.to_owned(), write_tensors(&dir.join(name), &tensors)?);
     }
-    let base = base.map(std::path::absolute).transpose()?;
-    let state = StateFile { format: FORMAT, counters, updates: optimizer.updates, base, sha256 };
+    let adapters = adapters.cloned();
+    let state = StateFile { format: FORMAT, counters, updates: optimizer.updates, adapters, sha256 };
     let path = dir.join(STATE_FILE);
     let mut text = serde_json::to_vec_pretty(&state)
         .map_err(|error| Error::State { path: path.clone(), problem: error.to_string() })?;
@@ -81,15 +82,22 @@ pub(crate) fn save(
 }
 
 /// Reads the state in `dir`, of `adapters` or of all weights, into the buffers, checking names, shapes and digests.
-pub(crate) fn load(dir: &Path, layout: &Layout, optimizer: &mut AdamW, adapters: bool) -> Result<Counters, Error> {
+pub(crate) fn load(
+    dir: &Path,
+    layout: &Layout,
+    optimizer: &mut AdamW,
+    adapters: Option<&Adapters>,
+) -> Result<Counters, Error> {
     let state = read_state_file(dir)?;
-    if state.base.is_some() != adapters {
-        let (found, asked) = if adapters { ("all weights", "adapters") } else { ("adapters", "all weights") };
-        let problem = format!(
-            "the state of {found}, but {asked} are to be trained: give the same --lora-rank as before, or start with new \
-             optimizer state (mempo-rl train --fresh-optimizer)"
-        );
-        return Err(Error::State { path: dir.join(STATE_FILE), problem });
+    let problem = match (&state.adapters, adapters) {
+        (None, None) => None,
+        (Some(state), Some(asked)) => asked.difference(state),
+        (None, Some(_)) => Some("all of the model's weights were trained; leave --lora-rank out".to_owned()),
+        (Some(_), None) => Some("adapters were trained; give the same --lora-rank".to_owned()),
+    };
+    if let Some(problem) = problem {
+        let advice = "or start with new optimizer state (mempo-rl train --fresh-optimizer)";
+        return Err(Error::State { path: dir.join(STATE_FILE), problem: format!("{problem}, {advice}") });
     }
     for (name, flat) in buffers(optimizer) {
         let path = dir.join(name);
@@ -116,9 +124,9 @@ pub(crate) fn load(dir: &Path, layout: &Layout, optimizer: &mut AdamW, adapters:
     Ok(state.counters)
 }
 
-/// The model that the state's parameters are adapters of; none if they are a model's own.
-pub(crate) fn state_base(dir: &Path) -> Result<Option<PathBuf>, Error> {
-    Ok(read_state_file(dir)?.base)
+/// The adapters whose state this is, if it is one of adapters.
+pub(crate) fn state_adapters(dir: &Path) -> Result<Option<Adapters>, Error> {
+    Ok(read_state_file(dir)?.adapters)
 }
 
 /// Refuses a state in `dir` that was not saved together with the weights of `model`, as when the weights of a

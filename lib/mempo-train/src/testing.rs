@@ -1,11 +1,13 @@
 //! Small models and inputs for the tests.
 
+use std::path::Path;
+
 use mempo_model::{Config, Model, Runtime};
 use tch::Kind;
 
 use crate::{
-    Aggregation, KlEstimator, LoraOptions, Loss, OptimizerOptions, PolicyOptions, PolicySequence, PolicyTrajectory,
-    Schedule, StateDtype, TrainSequence,
+    Aggregation, Beginning, KlEstimator, LoraOptions, Loss, OptimizerOptions, PolicyOptions, PolicySequence,
+    PolicyTrajectory, Schedule, StateDtype, TrainSequence,
 };
 
 pub(crate) const VOCABULARY: i32 = 41;
@@ -24,6 +26,10 @@ pub(crate) fn optimizer_options() -> OptimizerOptions {
         recompute: false,
         lora: LoraOptions::NONE,
     }
+}
+
+pub(crate) fn fresh() -> Beginning<'static> {
+    Beginning { base: Path::new("base"), seed: 0, state: None }
 }
 
 pub(crate) fn policy_options() -> PolicyOptions {

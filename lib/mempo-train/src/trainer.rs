@@ -44,6 +44,17 @@ pub struct StepStats {
     pub skipped: bool,
 }
 
+/// What training begins with beside a model.
+#[derive(Debug, Clone, Copy)]
+pub struct Beginning<'a> {
+    /// The directory that the model is from, which adapters remember.
+    pub base: &'a Path,
+    /// Seed of fresh adapters.
+    pub seed: u64,
+    /// The folder of a state, from which training continues, master weights included.
+    pub state: Option<&'a Path>,
+}
+
 /// A model in training.
 ///
 /// The model computes in its own type (bf16 or f32); the optimizer works on fp32 master weights, of which the
@@ -68,26 +79,27 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// Takes over a model. With the folder of a `state` training continues from that state, master weights
-    /// included; without one it starts from the model's weights. Adapters remember `base`, where the model is from.
-    pub fn new(mut model: Model, options: &OptimizerOptions, base: &Path, state: Option<&Path>) -> Result<Self, Error> {
+    /// Takes over a model as `beginning` says.
+    pub fn new(mut model: Model, options: &OptimizerOptions, beginning: &Beginning<'_>) -> Result<Self, Error> {
         options.check()?;
+        options.lora.check(model.config())?;
+        let &Beginning { base, seed, state } = beginning;
         let _no_grad = no_grad_guard();
         let adapters = options.lora.adapters(base);
         let (device, kind) = (model.head_weight().device(), model.head_weight().kind());
         let layout = match &adapters {
             None => Layout::new(model.parameters().iter().map(|(name, tensor)| (name.clone(), tensor.size()))),
-            Some(adapters) => Layout::new(model.adapter_shapes(adapters.rank, &adapters.targets)?.into_iter()),
+            Some(adapters) => Layout::new(model.adapter_shapes(adapters.rank, &adapters.targets).into_iter()),
         };
         let mut optimizer = AdamW::new(&layout, device, options.optimizer_dtype.kind());
         for (place, slot) in layout.slots.iter().enumerate() {
             let mut master = slot.view(&optimizer.master);
             match &adapters {
                 None => master.copy_(&model.parameters()[place].1),
-                Some(_) => master.copy_(&initial_adapter(&slot.name, &slot.shape)),
+                Some(_) => master.copy_(&initial_adapter(seed, &slot.name, &slot.shape)),
             }
         }
-        let counters = state.map(|dir| state::load(dir, &layout, &mut optimizer, adapters.is_some()));
+        let counters = state.map(|dir| state::load(dir, &layout, &mut optimizer, adapters.as_ref()));
         let counters = counters.transpose()?.unwrap_or_default();
         let weights = optimizer.master.to_kind(kind);
         let leaf = |slot: &Slot| slot.view(&weights).detach().set_requires_grad(true);
@@ -234,8 +246,7 @@ impl Trainer {
 
     /// Writes the state from which [`Trainer::new`] continues bit for bit.
     pub fn save_state(&self, dir: &Path) -> Result<(), Error> {
-        let base = self.adapters.as_ref().map(|adapters| adapters.base.as_path());
-        state::save(dir, &self.layout, &self.optimizer, self.counters, base)
+        state::save(dir, &self.layout, &self.optimizer, self.counters, self.adapters.as_ref())
     }
 
     /// Writes a complete Hugging Face model directory, the files beside the weights taken from `source_dir`,

@@ -6,13 +6,13 @@ mod repacking;
 use tch::{Kind, Tensor};
 
 use super::*;
-use crate::testing::{Numbers, config, model, optimizer_options, policy_options, train_sequences, trajectories};
+use crate::testing::{Numbers, config, fresh, model, optimizer_options, policy_options, train_sequences, trajectories};
 use crate::{Aggregation, PolicySequence, verify_state};
 
 const BUDGET: usize = 64;
 
 fn trainer(seed: u64, tied: bool, kind: Kind) -> Trainer {
-    Trainer::new(model(seed, tied, kind), &optimizer_options(), Path::new(""), None).unwrap()
+    Trainer::new(model(seed, tied, kind), &optimizer_options(), &fresh()).unwrap()
 }
 
 /// The accumulated gradient, parameter after parameter; cleared.
@@ -139,7 +139,7 @@ fn the_cut_into_micro_batches_changes_nothing() {
 fn packed_sequences_have_the_gradient_of_padded_ones() {
     for recompute in [false, true] {
         let options = OptimizerOptions { recompute, ..optimizer_options() };
-        let mut trainer = Trainer::new(model(2, true, Kind::Float), &options, Path::new(""), None).unwrap();
+        let mut trainer = Trainer::new(model(2, true, Kind::Float), &options, &fresh()).unwrap();
         let trajectories = trajectories(8, 6);
         let (expected, stats) = policy_gradient(&mut trainer, &trajectories, &policy_options(), BUDGET);
         trainer.arrangement = Arrangement::Packed;
@@ -272,7 +272,7 @@ fn deterministic_training_depends_neither_on_micro_batches_nor_on_threads() {
             let model = Model::initialise(serde_json::from_value(config.clone()).unwrap(), 8, &runtime).unwrap();
             let trajectories = long_trajectories(&model);
             let options = OptimizerOptions { recompute, ..optimizer_options() };
-            let mut trainer = Trainer::new(model, &options, Path::new(""), None).unwrap();
+            let mut trainer = Trainer::new(model, &options, &fresh()).unwrap();
             let options = PolicyOptions { kl_coefficient: 0.0, ..policy_options() };
             let stats: Vec<PolicyStats> =
                 (0..2).map(|_| trainer.policy_step(&trajectories, &options, 1e-3, 0.8, budget).unwrap()).collect();
@@ -309,7 +309,8 @@ fn a_saved_state_continues_bit_for_bit() {
         let other = model(99, true, kind);
         let message = verify_state(&other, folder.path()).unwrap_err().to_string();
         assert!(message.contains("master.safetensors") && message.contains("--fresh-optimizer"), "{message}");
-        let mut continued = Trainer::new(other, &optimizer_options(), Path::new(""), Some(folder.path())).unwrap();
+        let mut continued =
+            Trainer::new(other, &optimizer_options(), &Beginning { state: Some(folder.path()), ..fresh() }).unwrap();
         assert_eq!(continued.global_step(), 2);
         for number in [2, 3] {
             step(&mut straight, number);
@@ -327,8 +328,7 @@ fn a_damaged_or_foreign_state_is_refused_by_file() {
     let error = |tied| match Trainer::new(
         model(7, tied, Kind::Float),
         &optimizer_options(),
-        Path::new(""),
-        Some(folder.path()),
+        &Beginning { state: Some(folder.path()), ..fresh() },
     ) {
         Ok(_) => panic!("accepted"),
         Err(error) => error.to_string(),

@@ -23,7 +23,7 @@ fn adapters_get_the_gradient_of_the_merged_weights() {
     let content = trajectories(4, 17);
     for (tied, recompute) in [(true, false), (false, true)] {
         let options = adapter_options(recompute);
-        let mut trainer = Trainer::new(model(3, tied, Kind::Float), &options, Path::new("base"), None).unwrap();
+        let mut trainer = Trainer::new(model(3, tied, Kind::Float), &options, &fresh()).unwrap();
         assert!(trainer.model().first_other_than(&model(3, tied, Kind::Float)).is_none(), "they begin as nothing");
         for _ in 0..5 {
             trainer.policy_step(&content, &policy_options(), 0.05, 0.8, BUDGET).unwrap();
@@ -39,7 +39,7 @@ fn adapters_get_the_gradient_of_the_merged_weights() {
         );
         assert!(trainer.model().first_other_than(&merged).is_none());
 
-        let mut full = Trainer::new(merged, &optimizer_options(), Path::new(""), None).unwrap();
+        let mut full = Trainer::new(merged, &optimizer_options(), &fresh()).unwrap();
         let (by_weight, full_stats) = policy_gradient(&mut full, &content, &policy_options(), BUDGET);
         let (by_adapter, stats) = policy_gradient(&mut trainer, &content, &policy_options(), BUDGET);
         assert!((stats.loss - full_stats.loss).abs() < 1e-5 * full_stats.loss.abs().max(1.0));
@@ -65,7 +65,7 @@ fn adapters_continue_bit_for_bit_and_only_as_adapters() {
         trainer.policy_step(&content, &policy_options(), 0.05, 1.0, BUDGET).unwrap();
     };
     let new = |options: &OptimizerOptions, state| {
-        Trainer::new(model(4, true, Kind::BFloat16), options, Path::new("base"), state)
+        Trainer::new(model(4, true, Kind::BFloat16), options, &Beginning { state, ..fresh() })
     };
     let mut straight = new(&adapter_options(false), None).unwrap();
     step(&mut straight);
@@ -75,11 +75,19 @@ fn adapters_continue_bit_for_bit_and_only_as_adapters() {
     step(&mut continued);
     assert_eq!(weights(&continued), weights(&straight));
     assert_eq!(continued.global_step(), 2);
-    assert_eq!(base_of(Path::new("checkpoint"), Some(folder.path())).unwrap(), std::path::absolute("base").unwrap());
-    let error = new(&optimizer_options(), Some(folder.path())).err().unwrap().to_string();
-    assert!(error.contains("the state of adapters, but all weights are to be trained"), "{error}");
-
-    let lora = LoraOptions { lora_targets: vec!["p_proj".to_owned()], ..adapter_options(false).lora };
-    let error = new(&OptimizerOptions { lora, ..optimizer_options() }, None).err().unwrap().to_string();
-    assert!(error.contains("no linear layer `p_proj`"), "{error}");
+    assert_eq!(base_of(folder.path()).unwrap(), Some("base".into()));
+    let with = |change: &dyn Fn(&mut LoraOptions)| {
+        let mut options = adapter_options(false);
+        change(&mut options.lora);
+        new(&options, Some(folder.path())).err().unwrap().to_string()
+    };
+    let error = with(&|lora| *lora = LoraOptions::NONE);
+    assert!(error.contains("adapters were trained; give the same --lora-rank"), "{error}");
+    let error = with(&|lora| lora.lora_alpha = Some(9.0));
+    assert!(error.contains("it was trained with --lora-rank 3 --lora-alpha 4.5 --lora-targets q_proj,"), "{error}");
+    for nowhere in ["p_proj", "lm_head", "embed_tokens"] {
+        let error = with(&|lora| lora.lora_targets = vec![nowhere.to_owned()]);
+        assert!(error.contains(&format!("no linear layer `{nowhere}`")), "{error}");
+    }
+    assert!(with(&|lora| lora.lora_alpha = Some(0.0)).contains("--lora-alpha is 0"));
 }
