@@ -165,19 +165,19 @@ impl<'a> Training<'a> {
         let budget = MemoryBudget::new(model.config(), &runtime, &arguments.optimizer);
         info!("{}", budget.describe(arguments.tokens_per_micro_batch));
         let resume = stage.dir().join(RESUME);
-        let (mut state, mut saved) = (None, 0);
+        let (mut continued, mut saved) = (None, 0);
         if resume.exists() {
-            state = Some(resume.as_path());
+            continued = Some(resume.as_path());
             saved = read_progress(&resume)?;
             info!("continuing after optimizer step {saved}");
         } else if let Some(trainer) = &inputs.trainer {
-            state = Some(trainer.dir());
+            continued = Some(trainer.dir());
         }
         let is_fresh_of_all = !resume.exists() && inputs.base.is_none();
-        if let Some(state) = state.filter(|_| is_fresh_of_all) {
-            verify_state(&model, state).bad_input()?;
+        if let Some(trainer) = continued.filter(|_| is_fresh_of_all) {
+            verify_state(&model, trainer).bad_input()?;
         }
-        let beginning = Beginning { base: &base, seed: stage.seed(&["lora"]), state };
+        let beginning = Beginning { base: &base, seed: stage.seed(&["lora"]), state: continued };
         let trainer = Trainer::new(model, &arguments.optimizer, &beginning).bad_input()?;
         if inputs.base.is_some() && !resume.exists() {
             verify_merged(&trainer, &arguments.model).bad_input()?;

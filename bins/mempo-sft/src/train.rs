@@ -151,9 +151,9 @@ impl<'a> Training<'a> {
     ) -> anyhow::Result<Self> {
         let model = Model::load(&arguments.model, runtime).bad_input()?;
         let resume = stage.dir().join(RESUME);
-        let state = resume.exists().then_some(resume.as_path());
+        let continued = resume.exists().then_some(resume.as_path());
         let base = fs_err::canonicalize(&arguments.model)?;
-        let beginning = Beginning { base: &base, seed: stage.seed(&["lora"]), state };
+        let beginning = Beginning { base: &base, seed: stage.seed(&["lora"]), state: continued };
         let trainer = Trainer::new(model, &arguments.optimizer, &beginning)?;
         let saved_step = trainer.global_step();
         if saved_step > 0 {

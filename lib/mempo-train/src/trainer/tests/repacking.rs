@@ -77,7 +77,7 @@ proptest! {
         budget in 1_usize..200,
     ) {
         let options =
-            PolicyOptions { loss, aggregation, kl, kl_ratio, entropy_coefficient, importance_cap, ..policy_options() };
+            PolicyOptions { loss, kl, kl_ratio, entropy_coefficient, importance_cap, aggregation, ..policy_options() };
         let (mut numbers, content) = (Numbers::new(seed), sampled(seed));
         let pieces: Vec<PolicyTrajectory> = content.iter().map(|trajectory| split(trajectory, &mut numbers)).collect();
         let mut trainer = trainer(seed, true, Kind::Float);
