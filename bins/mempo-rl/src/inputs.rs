@@ -55,7 +55,7 @@ impl Inputs {
         }
         let (rollouts, model) = (self.rollouts.dir().display(), self.model.dir().display());
         let removed = self.model.manifest().and_then(|manifest| manifest.removed(|path| path.starts_with("trainer/")));
-        if let (Some(file), Some(_)) = (removed, &self.trainer) {
+        if let (Some(file), Some(_), true) = (removed, &self.trainer, arguments.stage.has_work()) {
             return Err(anyhow!(
                 "{model}: {file} was removed to free disk; give --fresh-optimizer, or another checkpoint"
             ))

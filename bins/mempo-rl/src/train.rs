@@ -93,7 +93,7 @@ pub(crate) struct TrainArguments {
     device: DeviceOptions,
     #[command(flatten)]
     #[serde(skip)]
-    stage: StageArgs,
+    pub(crate) stage: StageArgs,
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {

@@ -456,6 +456,12 @@ fn adapters_go_from_iteration_to_iteration() {
     assert_eq!(state("two")["adapters"], state("one")["adapters"], "adapters of the first base");
     assert_eq!(state("two")["updates"].as_u64(), state("one")["updates"].as_u64().map(|updates| 2 * updates));
 
+    mempo_run::thin(&chain.path("one"), |path| path == "trainer/master.safetensors").unwrap();
+    chain.train("one", "two", &off_policy).unwrap();
+    let (code, message) = chain.failure("one", &off_policy);
+    assert!(code == 2 && message.contains("was removed to free disk; give --fresh-optimizer"), "{message}");
+    chain.train("model", "one", &[&lora[..], &["--restart"]].concat()).unwrap();
+
     let (code, message) = chain.failure("one", &[&NO_KL[..], &["--off-policy", "--dtype", "f32"]].concat());
     assert!(code == 4 && message.contains("give the same --lora-rank"), "{message}");
     save_model(&chain.path("model"), 5);

@@ -5,6 +5,7 @@ use std::{fmt, path::PathBuf, str::FromStr};
 use serde::{Deserialize, Serialize};
 
 use crate::log;
+use crate::manifest::MANIFEST;
 
 /// How a program talks while it works.
 #[derive(Debug, Clone, clap::Args, Serialize)]
@@ -52,6 +53,18 @@ pub struct StageArgs {
     #[arg(long, value_name = "I/N")]
     #[serde(skip)]
     pub shard: Option<Shard>,
+}
+
+impl StageArgs {
+    /// Where the stage writes: `--out`, or the shard's folder inside it.
+    pub(crate) fn dir(&self) -> PathBuf {
+        self.shard.map_or_else(|| self.out.clone(), |shard| self.out.join(shard.folder()))
+    }
+
+    /// Whether there is work to do, and not only a finished directory to look at: then inputs have to be all there.
+    pub fn has_work(&self) -> bool {
+        self.restart || !self.dir().join(MANIFEST).exists()
+    }
 }
 
 /// Part `index` of `count` parts of a stage's work.

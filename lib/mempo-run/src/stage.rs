@@ -51,8 +51,8 @@ impl Stage {
             inputs: inputs.iter().map(|input| input.to_record()).collect(),
         };
         refuse_place(args, inputs)?;
-        let dir = args.shard.map_or_else(|| args.out.clone(), |shard| args.out.join(shard.folder()));
-        if args.restart || !dir.join(manifest::MANIFEST).exists() {
+        let dir = args.dir();
+        if args.has_work() {
             inputs.iter().try_for_each(|input| input.refuse_thinned())?;
         }
         durable::create_folder(&dir).map_err(|error| durable::failed(&dir, &dir, error.into()))?;
