@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 use mempo_data::{Trajectory, read_rows};
-use mempo_run::{Input, Manifest, ResultExt, Run, finished, overview, print_data, print_table, thin, verify};
+use mempo_run::{Input, Manifest, ResultExt, finished, is_under_way, overview, print_data, print_table, thin, verify};
 use mempo_train::base_of;
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
@@ -114,7 +114,7 @@ pub(crate) fn run(arguments: &HistoryArguments) -> anyhow::Result<()> {
 
 /// What a finished stage recorded; none of one that is still at work.
 fn read_iteration(dir: &Path, dev: &HashMap<String, (PathBuf, Value)>) -> anyhow::Result<Option<Iteration>> {
-    if !is_finished(dir)? {
+    if is_left_out(dir)? {
         return Ok(None);
     }
     let manifest = finished(dir)?;
@@ -134,13 +134,13 @@ fn read_iteration(dir: &Path, dev: &HashMap<String, (PathBuf, Value)>) -> anyhow
     Ok(Some(Iteration { dir, global_step: global_step.bad_input()?, manifest, figures }))
 }
 
-/// Whether a stage has ended; one that has begun and not ended is left out with a warning.
-fn is_finished(dir: &Path) -> anyhow::Result<bool> {
-    let has_begun = Run::read(dir)?.is_some() && !dir.join("manifest.json").exists();
-    if has_begun {
+/// Says that a stage has begun and not ended, and is left out.
+fn is_left_out(dir: &Path) -> anyhow::Result<bool> {
+    let is_left_out = is_under_way(dir)?;
+    if is_left_out {
         warn!("{}: not finished yet; left out", dir.display());
     }
-    Ok(!has_begun)
+    Ok(is_left_out)
 }
 
 /// Means over the trajectories of each rollout, by the digest of the policy it was sampled from.
@@ -148,7 +148,7 @@ fn dev_figures(dirs: &[PathBuf]) -> anyhow::Result<HashMap<String, (PathBuf, Val
     let mut figures: HashMap<String, (PathBuf, Value)> = HashMap::new();
     let mut first: Option<Input> = None;
     for dir in dirs {
-        if !is_finished(dir)? {
+        if is_left_out(dir)? {
             continue;
         }
         let input = Input::stage("dev", dir)?;
@@ -247,9 +247,7 @@ fn thin_out(iterations: &[Iteration], best: Option<usize>, every: u64) -> anyhow
 /// Refuses to judge by age where each policy was not made from the one before it: steps count anew with a new optimizer.
 fn check_line(iterations: &[Iteration]) -> anyhow::Result<()> {
     for pair in iterations.windows(2) {
-        let from =
-            pair[1].manifest.inputs.iter().find(|input| input.name == "model").map(|input| input.digest.as_str());
-        if from != Some(pair[0].manifest.model_digest().as_str()) {
+        if pair[1].manifest.made_from("model") != Some(pair[0].manifest.model_digest().as_str()) {
             let (older, newer) = (pair[0].dir.display(), pair[1].dir.display());
             return Err(anyhow!(
                 "--keep: {newer} was not made from {older}; give policies that were, one after the other"

@@ -22,6 +22,11 @@ pub fn finished(dir: &Path) -> anyhow::Result<Manifest> {
     complete(dir, &shards)
 }
 
+/// Whether a stage has begun in a directory and not ended.
+pub fn is_under_way(dir: &Path) -> anyhow::Result<bool> {
+    Ok(Manifest::read(dir)?.is_none() && Run::read(dir)?.is_some())
+}
+
 /// Why a directory without a manifest is no input.
 fn unfinished(dir: &Path) -> anyhow::Error {
     match Run::read(dir) {

@@ -102,8 +102,7 @@ impl Input {
 
     /// The digest of what the stage that wrote the input read under this name.
     pub fn made_from(&self, name: &str) -> Option<&str> {
-        let inputs = &self.manifest.as_ref()?.inputs;
-        inputs.iter().find(|record| record.name == name).map(|record| record.digest.as_str())
+        self.manifest.as_ref()?.made_from(name)
     }
 
     /// Refuses what was not made from `source`, which the stage that wrote it read under the name `name`: rows of other

@@ -94,7 +94,7 @@ impl Run {
     }
 
     /// The run that is recorded in a directory, if there is one.
-    pub fn read(dir: &Path) -> anyhow::Result<Option<Self>> {
+    pub(crate) fn read(dir: &Path) -> anyhow::Result<Option<Self>> {
         let path = dir.join(RUN);
         let Some(text) = read_if_there(&path)? else {
             return Ok(None);
@@ -118,6 +118,11 @@ const SEAL: &str = ",\n  \"manifest_sha256\": \"";
 const END: &str = "\"\n}\n";
 
 impl Manifest {
+    /// The digest of what the stage read under this name.
+    pub fn made_from(&self, name: &str) -> Option<&str> {
+        self.inputs.iter().find(|record| record.name == name).map(|record| record.digest.as_str())
+    }
+
     /// A number of the summary; of shards, the mean of theirs.
     pub fn summary_number(&self, name: &str) -> Option<f64> {
         let Value::Array(shards) = &self.summary else { return self.summary[name].as_f64() };
