@@ -1,4 +1,4 @@
-//! Percentile bootstrap intervals over clusters, the same for the same seed.
+//! Percentile bootstrap intervals over clusters and training seeds, the same for the same seed.
 
 use mempo_run::seed_of;
 use rayon::prelude::*;
@@ -17,21 +17,27 @@ pub(crate) struct Estimate {
     pub(crate) high: Option<f64>,
 }
 
-/// Estimates from the column sums over `clusters` (one row of columns a cluster), with intervals from drawing as many
-/// clusters again, with replacement, `resamples` times.
+/// Sums of columns: a row a training seed, one such table a cluster.
+pub(crate) type Cluster = Vec<Vec<f64>>;
+
+/// Estimates from the column sums over `clusters` and seeds, with intervals from drawing as many seeds and as many clusters
+/// again, with replacement, `resamples` times. Seeds and clusters are drawn apart, because all seeds meet the same tasks
+/// (Owen's pigeonhole bootstrap, 2007): clusters drawn anew within each seed would count every task once a seed.
 pub(crate) fn bootstrap(
-    clusters: &[Vec<f64>],
+    clusters: &[Cluster],
     seed: u64,
     resamples: usize,
     estimate: impl Fn(&[f64]) -> Vec<Option<f64>> + Sync,
 ) -> Vec<Estimate> {
-    let values = estimate(&column_sums(clusters, 0..clusters.len()));
+    let seeds = clusters.first().map_or(0, Vec::len);
+    let all: Vec<usize> = (0..seeds).collect();
+    let values = estimate(&column_sums(clusters, 0..clusters.len(), &all));
     let draws: Vec<Vec<Option<f64>>> = (0..if clusters.len() < 2 { 0 } else { resamples })
         .into_par_iter()
         .map(|resample| {
             let mut state = seed_of(seed, &["bootstrap", &resample.to_string()]);
-            let drawn = (0..clusters.len()).map(|_| draw(&mut state, clusters.len()));
-            estimate(&column_sums(clusters, drawn))
+            let drawn: Vec<usize> = if seeds > 1 { draws(&mut state, seeds).collect() } else { all.clone() };
+            estimate(&column_sums(clusters, draws(&mut state, clusters.len()), &drawn))
         })
         .collect();
     let interval = |(place, value)| {
@@ -43,14 +49,20 @@ pub(crate) fn bootstrap(
     values.into_iter().enumerate().map(interval).collect()
 }
 
-fn column_sums(clusters: &[Vec<f64>], drawn: impl Iterator<Item = usize>) -> Vec<f64> {
-    let mut sums = vec![0.0; clusters.first().map_or(0, Vec::len)];
+fn column_sums(clusters: &[Cluster], drawn: impl Iterator<Item = usize>, seeds: &[usize]) -> Vec<f64> {
+    let columns = clusters.first().and_then(|seeds| seeds.first()).map_or(0, Vec::len);
+    let mut sums = vec![0.0; columns];
     for place in drawn {
-        for (sum, value) in sums.iter_mut().zip(&clusters[place]) {
-            *sum += value;
+        for row in seeds.iter().map(|&seed| &clusters[place][seed]) {
+            sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += value);
         }
     }
     sums
+}
+
+/// As many uniform numbers below `count`.
+fn draws(state: &mut u64, count: usize) -> impl Iterator<Item = usize> {
+    (0..count).map(move |_| draw(state, count))
 }
 
 /// A uniform number below `count` (SplitMix64, then the high half of the product).
@@ -79,6 +91,11 @@ mod tests {
         vec![(sums[1] > 0.0).then(|| sums[0] / sums[1])]
     }
 
+    fn covers(clusters: &[Cluster], seed: u64, truth: f64) -> bool {
+        let found = bootstrap(clusters, seed, 300, mean)[0];
+        found.low.unwrap() <= truth && truth <= found.high.unwrap()
+    }
+
     /// Rough normal noise: twelve uniform numbers.
     fn noise(state: &mut u64) -> f64 {
         (0..12).map(|_| draw(state, 1 << 30) as f64 / f64::from(1 << 30)).sum::<f64>() - 6.0
@@ -96,21 +113,44 @@ mod tests {
                     (0..5).map(|_| vec![3.0 + shared + 0.3 * noise(&mut state), 1.0]).collect()
                 })
                 .collect();
-            let clusters: Vec<Vec<f64>> = rows.iter().map(|rows| column_sums(rows, 0..5)).collect();
-            let covers = |rows: &[Vec<f64>]| {
-                let found = bootstrap(rows, data, 300, mean)[0];
-                found.low.unwrap() <= 3.0 && 3.0 <= found.high.unwrap()
-            };
-            by_cluster += u32::from(covers(&clusters));
-            by_row += u32::from(covers(&rows.concat()));
+            let alone = |row: &Vec<f64>| vec![row.clone()];
+            let clusters: Vec<Cluster> = rows
+                .iter()
+                .map(|rows| vec![column_sums(&rows.iter().map(alone).collect::<Vec<_>>(), 0..5, &[0])])
+                .collect();
+            by_cluster += u32::from(covers(&clusters, data, 3.0));
+            by_row += u32::from(covers(&rows.concat().iter().map(alone).collect::<Vec<_>>(), data, 3.0));
         }
         assert!((133..=149).contains(&by_cluster), "{by_cluster} of 150");
         assert!(by_row < 110, "rows of one cluster are not independent: {by_row} of 150");
     }
 
     #[test]
+    fn what_seeds_share_is_noise_too() {
+        let (mut with_seeds, mut pooled) = (0, 0);
+        let mut state = 2;
+        for data in 0..150 {
+            // 30 clusters met by 12 policies that differ more than clusters do.
+            let shared: Vec<f64> = (0..12).map(|_| noise(&mut state)).collect();
+            let clusters: Vec<Cluster> = (0..30)
+                .map(|_| {
+                    let own = 0.5 * noise(&mut state);
+                    shared.iter().map(|shared| vec![shared + own + 0.5 * noise(&mut state), 1.0]).collect()
+                })
+                .collect();
+            with_seeds += u32::from(covers(&clusters, data, 0.0));
+            let sums = clusters.iter().map(|seeds| {
+                vec![seeds.iter().fold(vec![0.0, 0.0], |sum, row| vec![sum[0] + row[0], sum[1] + row[1]])]
+            });
+            pooled += u32::from(covers(&sums.collect::<Vec<_>>(), data, 0.0));
+        }
+        assert!((130..=150).contains(&with_seeds), "{with_seeds} of 150");
+        assert!(pooled < 90, "seeds taken as given: {pooled} of 150");
+    }
+
+    #[test]
     fn the_same_seed_gives_the_same_interval() {
-        let clusters: Vec<Vec<f64>> = (0..20).map(|value| vec![f64::from(value * value), 1.0]).collect();
+        let clusters: Vec<Cluster> = (0..20).map(|value| vec![vec![f64::from(value * value), 1.0]]).collect();
         let found = bootstrap(&clusters, 7, 200, mean);
         assert_eq!(found, bootstrap(&clusters, 7, 200, mean));
         assert_ne!(found, bootstrap(&clusters, 8, 200, mean));
@@ -120,8 +160,8 @@ mod tests {
     #[test]
     fn one_cluster_has_no_interval_and_nothing_has_no_value() {
         let none = Estimate { value: None, low: None, high: None };
-        assert_eq!(bootstrap(&[vec![1.0, 2.0]], 0, 50, mean), [Estimate { value: Some(0.5), ..none }]);
-        assert_eq!(bootstrap(&[vec![0.0, 0.0], vec![0.0, 0.0]], 0, 50, mean), [none]);
+        assert_eq!(bootstrap(&[vec![vec![1.0, 2.0]]], 0, 50, mean), [Estimate { value: Some(0.5), ..none }]);
+        assert_eq!(bootstrap(&[vec![vec![0.0, 0.0]], vec![vec![0.0, 0.0]]], 0, 50, mean), [none]);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! `mempo-score evaluate`: how good policies are, with intervals, side by side and paired.
 
+use std::collections::{BTreeSet, HashSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
@@ -10,22 +11,25 @@ use mempo_run::{Input, ResultExt, print_data, print_table};
 
 use crate::baseline::{LabelledFile, read_answers};
 use crate::bootstrap::{LEVEL, RESAMPLES};
+use crate::contrast::{group_figures, interaction_figures, paired_figures};
 use crate::facts::Facts;
-use crate::measure::{By, TaskFigures, group_figures, groups_of, paired_figures, task_figures};
+use crate::measure::{By, TaskFigures, groups_of, task_figures};
 use crate::report::{Difference, Intervals, Report, Run, Table};
 use crate::rollouts::{Rollouts, Settings};
 
 /// Report F1, exact match and token counts with intervals, several rollouts side by side
 ///
 /// Figures are means over trajectories (F1 and exact match: mean over objectives first) with 95 % bootstrap intervals
-/// clustered by task. Differences are paired: over the tasks that both have. Trajectories that a tool or the engine broke
-/// count in `errors.v1` alone.
+/// clustered by task. Differences are paired: over the tasks that both have. Rollouts of one --name are one: other tasks, or
+/// the same ones under another seed, and intervals are then over seeds too. With `--by objectives` a last table says by how
+/// much each difference grows from the fewest objectives to more. Trajectories that a tool or the engine broke count in
+/// `errors.v1` alone.
 #[derive(Debug, Args)]
 pub(crate) struct EvaluateArguments {
     /// Directories of finished `mempo-rollout sample`
     #[arg(long, required = true, num_args = 1.., value_name = "DIR")]
     rollouts: Vec<PathBuf>,
-    /// Names for them, in the same order (default: the directories' names)
+    /// Names for them, in the same order (default: the directories' names); those that share a name are reported as one
     #[arg(long, num_args = 1.., value_name = "LABEL")]
     name: Vec<String>,
     /// Answers from JSON lines {"task_id", "answer"} as one more column; needs --tasks
@@ -64,9 +68,11 @@ pub(crate) fn run(arguments: &EvaluateArguments) -> anyhow::Result<()> {
         print(report.settings_table());
         print_data("\n");
         print(report.figures_table());
-        if !report.differences.is_empty() {
-            print_data("\n");
-            print(report.differences_table());
+        for table in [report.differences_table(), report.interactions_table()] {
+            if !table.1.is_empty() {
+                print_data("\n");
+                print(table);
+            }
         }
     }
     Ok(())
@@ -76,7 +82,7 @@ fn print((header, rows): Table) {
     print_table(&header.iter().map(String::as_str).collect::<Vec<_>>(), &rows);
 }
 
-/// A run's trajectories, summed up by task.
+/// The trajectories of all runs of a name, summed up by task.
 struct Measured {
     label: String,
     settings: Option<Settings>,
@@ -92,25 +98,54 @@ fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<Report> {
     }
     let labels = labels(arguments).usage()?;
     let baseline = arguments.baseline.as_ref().unwrap_or(&labels[0]);
-    let baseline = labels.iter().position(|label| label == baseline);
-    let baseline = baseline.ok_or_else(|| anyhow!("--baseline is none of {}", labels.join(", "))).usage()?;
-    let mut labels = labels.into_iter();
-    let mut measured = Vec::new();
-    for (path, label) in arguments.rollouts.iter().zip(&mut labels) {
-        measured.push(measure_rollouts(path, label, &arguments.by, facts.as_ref())?);
+    if !labels.contains(baseline) {
+        return Err(anyhow!("--baseline {baseline} is none of {}", labels.join(", "))).usage();
     }
-    for (file, label) in arguments.answers.iter().zip(labels) {
+    let (runs, answers) = labels.split_at(arguments.rollouts.len());
+    let mut measured: Vec<Measured> = Vec::new();
+    for (path, label) in arguments.rollouts.iter().zip(runs) {
+        let run = measure_rollouts(path, label.clone(), &arguments.by, facts.as_ref())?;
+        match measured.iter_mut().find(|other| other.label == run.label) {
+            Some(other) => other.join(run).with_context(|| path.display().to_string()).bad_input()?,
+            None => measured.push(run),
+        }
+    }
+    for (file, label) in arguments.answers.iter().zip(answers) {
         let facts = facts.as_ref().expect("clap requires --tasks with --answers");
         let rows = read_answers(&file.path, facts)?;
         let tasks = rows.iter().map(|row| task_figures(std::slice::from_ref(row), &arguments.by, Some(facts)));
-        measured.push(Measured { label, settings: None, policies: vec![], tasks: tasks.collect() });
+        measured.push(Measured { label: label.clone(), settings: None, policies: vec![], tasks: tasks.collect() });
     }
     Ok(report(measured, baseline, facts.is_some(), arguments.seed))
 }
 
-/// One label a run, all different.
+impl Measured {
+    /// Takes in another run of the same name: sampled in the same way, of other tasks or under another seed.
+    fn join(&mut self, run: Self) -> anyhow::Result<()> {
+        let label = &self.label;
+        if self.settings != run.settings {
+            let settings = |of: &Self| serde_json::to_string(&of.settings);
+            return Err(anyhow!(
+                "--name {label}: sampled with {}, another one of this name with {}",
+                settings(&run)?,
+                settings(self)?
+            ));
+        }
+        let known: HashSet<(u64, &str)> = self.tasks.iter().map(|task| (task.seed, task.task_id.as_str())).collect();
+        if let Some(task) = run.tasks.iter().find(|task| known.contains(&(task.seed, task.task_id.as_str()))) {
+            let (seed, id) = (task.seed, &task.task_id);
+            return Err(anyhow!("--name {label}: task `{id}` under seed {seed} is in another one of this name too"));
+        }
+        let new = run.policies.into_iter().filter(|policy| !self.policies.contains(policy)).collect::<Vec<_>>();
+        self.policies.extend(new);
+        self.tasks.extend(run.tasks);
+        Ok(())
+    }
+}
+
+/// One label a run; none of those that were not given stands for two.
 fn labels(arguments: &EvaluateArguments) -> anyhow::Result<Vec<String>> {
-    let paths = &arguments.rollouts;
+    let (paths, files) = (&arguments.rollouts, &arguments.answers);
     if !arguments.name.is_empty() && arguments.name.len() != paths.len() {
         return Err(anyhow!("{} names for {} rollouts: give as many", arguments.name.len(), paths.len()));
     }
@@ -121,10 +156,14 @@ fn labels(arguments: &EvaluateArguments) -> anyhow::Result<Vec<String>> {
         Some(names) if unique(&names) => names,
         _ => paths.iter().map(|path| path.display().to_string()).collect(),
     };
-    labels.extend(arguments.answers.iter().map(|file| file.label.clone()));
-    if !unique(&labels) {
-        return Err(anyhow!("labels must differ, found {}: give each rollout a --name", labels.join(", ")));
+    let given = if arguments.name.is_empty() { 0 } else { paths.len() };
+    let is_taken = |file: &&LabelledFile| labels.contains(&file.label);
+    let answers: Vec<String> = files.iter().map(|file| file.label.clone()).collect();
+    if !unique(&labels[given..]) || !unique(&answers) || files.iter().any(|file| is_taken(&file)) {
+        let labels = [labels, answers].concat().join(", ");
+        return Err(anyhow!("labels must differ, found {labels}: give each rollout a --name"));
     }
+    labels.extend(answers);
     Ok(labels)
 }
 
@@ -146,12 +185,17 @@ fn measure_rollouts(path: &Path, label: String, by: &[By], facts: Option<&Facts>
     Ok(Measured { label, settings: Some(rollouts.settings), policies, tasks })
 }
 
-fn report(measured: Vec<Measured>, baseline: usize, with_tasks: bool, seed: u64) -> Report {
+fn report(measured: Vec<Measured>, baseline: &str, with_tasks: bool, seed: u64) -> Report {
     let found = groups_of(measured.iter().flat_map(|run| &run.tasks));
-    let differences = measured.iter().enumerate().filter(|(place, _)| *place != baseline).map(|(_, run)| Difference {
+    let base = measured.iter().find(|run| run.label == baseline).expect("a label was looked for");
+    let grown = || found.iter().filter_map(|group| Some((group, group.with_fewest_objectives(&found)?)));
+    let differences = measured.iter().filter(|run| run.label != baseline).map(|run| Difference {
         label: run.label.clone(),
-        baseline: measured[baseline].label.clone(),
-        groups: found.iter().map(|group| paired_figures(&run.tasks, &measured[baseline].tasks, group, seed)).collect(),
+        baseline: baseline.to_owned(),
+        groups: found.iter().map(|group| paired_figures(&run.tasks, &base.tasks, group, seed)).collect(),
+        interactions: grown()
+            .map(|(group, minus)| interaction_figures(&run.tasks, &base.tasks, group, minus, seed))
+            .collect(),
     });
     let differences = differences.collect();
     let runs = measured.into_iter().map(|run| Run {
@@ -159,6 +203,7 @@ fn report(measured: Vec<Measured>, baseline: usize, with_tasks: bool, seed: u64)
         label: run.label,
         settings: run.settings,
         policies: run.policies,
+        seeds: run.tasks.iter().map(|task| task.seed).collect::<BTreeSet<_>>().into_iter().collect(),
     });
     let clusters = if with_tasks { "tasks that share entities" } else { "task" };
     let intervals = Intervals { method: "percentile bootstrap", clusters, level: LEVEL, resamples: RESAMPLES, seed };
@@ -236,6 +281,27 @@ mod tests {
         assert_eq!(found["differences"][0]["label"], "a");
         assert_eq!(found["runs"][0]["groups"][0]["clusters"], 17);
         chain.run("evaluate --rollouts @rollouts --by objectives").unwrap();
+    }
+
+    #[test]
+    fn rollouts_of_one_name_are_one() {
+        let mut chain = Chain::new();
+        for row in &mut chain.trajectories {
+            row.seed = 1;
+        }
+        chain.write_rollouts("other");
+        let names = "--name a a b b --baseline b";
+        let found = report(&chain, &format!("--rollouts @rollouts @other @rollouts @other {names} --by objectives"));
+        assert_eq!(found["runs"].as_array().unwrap().len(), 2);
+        assert_eq!(found["runs"][0]["seeds"], json!([0, 1]));
+        let all = &found["runs"][0]["groups"][0];
+        assert_eq!((&all["seeds"], &all["tasks"], &all["trajectories"]), (&json!(2), &json!(17), &json!(68)));
+        assert_eq!(found["differences"][0]["groups"][0]["metrics"]["em.v1"]["high"], 0.0);
+        let error = chain.run("evaluate --rollouts @rollouts @rollouts --name a a").unwrap_err();
+        assert!(
+            matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("task-00` under seed 0")),
+            "{error:#}"
+        );
     }
 
     #[test]

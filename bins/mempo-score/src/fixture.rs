@@ -109,10 +109,15 @@ impl Chain {
     /// Writes (again) the stages `tasks` and `rollouts` from the rows.
     pub(crate) fn write(&self) {
         write_stage(&self.path("tasks"), &json!({}), |stage| write_table(stage, &self.tasks));
+        self.write_rollouts("rollouts");
+    }
+
+    /// Writes the rows as a rollout of that name.
+    pub(crate) fn write_rollouts(&self, name: &str) {
         let profile = self.path("profile");
         let arguments =
             json!({"profile": profile, "context": "mempo", "temperature": 1.0, "top_p": 1.0, "group_size": 2});
-        write_stage(&self.path("rollouts"), &arguments, |stage| {
+        write_stage(&self.path(name), &arguments, |stage| {
             write_table(stage, &self.trajectories);
             write_table(stage, &self.steps);
         });

@@ -4,13 +4,14 @@
 //! scores what was sampled, [`advantages`] turns rewards into what the update needs, [`evaluate`] reports, [`credit`] holds
 //! memory rewards to what continuations show. Beside them,
 //! pure: [`probe`] lays out what is scored, [`reward`] turns scores into rows, [`normalise`] centres groups,
-//! [`measure`] and [`bootstrap`] compute figures with intervals, [`report`] renders them. [`rollouts`] reads rollouts
+//! [`measure`], [`contrast`] and [`bootstrap`] compute figures with intervals, [`report`] renders them. [`rollouts`] reads rollouts
 //! unit by unit, [`query`] is the one place that speaks SQL, [`baseline`] judges answers from a file [`facts`]
 //! knows what tasks say of themselves, and [`sums`] keeps what units add to a summary.
 
 mod advantages;
 mod baseline;
 mod bootstrap;
+mod contrast;
 mod credit;
 mod evaluate;
 mod explain;

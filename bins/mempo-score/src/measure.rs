@@ -1,15 +1,14 @@
-//! Figures of a policy: what is measured of a trajectory, and means over trajectories with intervals by cluster.
+//! Figures of a policy: what is measured of a trajectory, and its sums by task.
 //!
 //! Names carry a version: a figure that is computed otherwise gets another name. A trajectory that something other than
 //! the policy broke says nothing about the policy: it counts in `errors.v1` alone.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 
 use clap::ValueEnum;
 use mempo_data::Trajectory;
 use serde::Serialize;
 
-use crate::bootstrap::{Estimate, RESAMPLES, bootstrap};
 use crate::facts::Facts;
 
 /// One figure.
@@ -69,15 +68,17 @@ pub(crate) struct Group {
     pub(crate) source: Option<String>,
 }
 
-/// Sums and counts of every metric over one task's trajectories.
+/// Sums and counts of every metric over one task's trajectories in one run.
 #[derive(Debug, Clone)]
 pub(crate) struct TaskFigures {
     pub(crate) task_id: String,
-    group: Group,
-    cluster: String,
-    trajectories: u64,
+    /// The run's seed.
+    pub(crate) seed: u64,
+    pub(crate) group: Group,
+    pub(crate) cluster: String,
+    pub(crate) trajectories: u64,
     /// Sum and count of each metric, in the order of [`METRICS`].
-    columns: Vec<f64>,
+    pub(crate) columns: Vec<f64>,
 }
 
 /// Sums up the trajectories of one task.
@@ -96,6 +97,7 @@ pub(crate) fn task_figures(rows: &[Trajectory], by: &[By], facts: Option<&Facts>
     }
     TaskFigures {
         task_id: task_id.clone(),
+        seed: rows[0].seed,
         group: Group {
             objectives: objectives.filter(|_| by.contains(&By::Objectives)),
             source: fact.map(|fact| fact.source.clone()).filter(|_| by.contains(&By::Source)),
@@ -106,152 +108,20 @@ pub(crate) fn task_figures(rows: &[Trajectory], by: &[By], facts: Option<&Facts>
     }
 }
 
-/// The figures of a group of tasks.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub(crate) struct GroupFigures {
-    pub(crate) group: Group,
-    pub(crate) tasks: u64,
-    pub(crate) trajectories: u64,
-    pub(crate) clusters: u64,
-    #[serde(serialize_with = "by_name")]
-    pub(crate) metrics: Vec<Estimate>,
-}
-
-/// Writes estimates as a map from metric name.
-fn by_name<S: serde::Serializer>(metrics: &[Estimate], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_map(METRICS.iter().map(|metric| metric.name).zip(metrics))
-}
-
 /// The groups of several runs: all tasks first, then the groups that tasks name.
 pub(crate) fn groups_of<'a>(tasks: impl Iterator<Item = &'a TaskFigures>) -> BTreeSet<Group> {
     tasks.map(|task| task.group.clone()).chain([Group::default()]).collect()
 }
 
 impl Group {
-    fn holds(&self, task: &TaskFigures) -> bool {
+    pub(crate) fn holds(&self, task: &TaskFigures) -> bool {
         *self == Self::default() || *self == task.group
     }
-}
 
-/// Means over the trajectories of a group's tasks.
-pub(crate) fn group_figures(tasks: &[TaskFigures], group: &Group, seed: u64) -> GroupFigures {
-    let members: Vec<&TaskFigures> = tasks.iter().filter(|task| group.holds(task)).collect();
-    let clusters = cluster_rows(members.iter().map(|task| (task.cluster.as_str(), task.columns.clone())));
-    GroupFigures {
-        group: group.clone(),
-        tasks: members.len() as u64,
-        trajectories: members.iter().map(|task| task.trajectories).sum(),
-        clusters: clusters.len() as u64,
-        metrics: bootstrap(&clusters, seed, RESAMPLES, |sums| each_metric(|place| ratio(sums, 2 * place))),
-    }
-}
-
-/// Differences `tasks - baseline` over the tasks that both have, each task beside itself in every resample.
-pub(crate) fn paired_figures(
-    tasks: &[TaskFigures],
-    baseline: &[TaskFigures],
-    group: &Group,
-    seed: u64,
-) -> GroupFigures {
-    let others: BTreeMap<&str, &TaskFigures> = baseline.iter().map(|task| (task.task_id.as_str(), task)).collect();
-    let members = tasks.iter().filter(|task| group.holds(task));
-    let pairs: Vec<(&TaskFigures, &TaskFigures)> =
-        members.filter_map(|task| Some((task, *others.get(task.task_id.as_str())?))).collect();
-    let clusters = cluster_rows(pairs.iter().map(|(task, other)| {
-        let columns = task.columns.chunks(2).zip(other.columns.chunks(2));
-        (task.cluster.as_str(), columns.flat_map(|(task, other)| [task, other].concat()).collect())
-    }));
-    let difference = |sums: &[f64], place| Some(ratio(sums, 4 * place)? - ratio(sums, 4 * place + 2)?);
-    GroupFigures {
-        group: group.clone(),
-        tasks: pairs.len() as u64,
-        trajectories: pairs.iter().map(|(task, _)| task.trajectories).sum(),
-        clusters: clusters.len() as u64,
-        metrics: bootstrap(&clusters, seed, RESAMPLES, |sums| each_metric(|place| difference(sums, place))),
-    }
-}
-
-fn each_metric(estimate: impl Fn(usize) -> Option<f64>) -> Vec<Option<f64>> {
-    (0..METRICS.len()).map(estimate).collect()
-}
-
-/// The sum in column `place` over the count in the next; nothing if nothing counted.
-fn ratio(sums: &[f64], place: usize) -> Option<f64> {
-    let (sum, count) = (sums.get(place)?, sums.get(place + 1)?);
-    (*count > 0.0).then(|| sum / count)
-}
-
-/// Columns summed by cluster, in the order of the clusters' names.
-fn cluster_rows<'a>(tasks: impl Iterator<Item = (&'a str, Vec<f64>)>) -> Vec<Vec<f64>> {
-    let mut clusters: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    for (cluster, columns) in tasks {
-        let sums = clusters.entry(cluster).or_insert_with(|| vec![0.0; columns.len()]);
-        sums.iter_mut().zip(columns).for_each(|(sum, value)| *sum += value);
-    }
-    clusters.into_values().collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use mempo_data::Status;
-
-    use super::*;
-    use crate::fixture::trajectory;
-
-    fn figures(rows: &[Trajectory]) -> Vec<TaskFigures> {
-        rows.chunk_by(|a, b| a.task_id == b.task_id).map(|rows| task_figures(rows, &[By::Objectives], None)).collect()
-    }
-
-    fn metric(figures: &GroupFigures, name: &str) -> Option<f64> {
-        figures.metrics[METRICS.iter().position(|metric| metric.name == name).unwrap()].value
-    }
-
-    #[test]
-    fn means_are_over_trajectories_and_failures_around_the_policy_are_apart() {
-        let mut rows = [
-            trajectory("a", 0, &[1.0, 0.0]),
-            trajectory("a", 1, &[1.0, 1.0]),
-            trajectory("b", 0, &[0.0]),
-            trajectory("c", 0, &[0.0]),
-        ];
-        rows[0].processed_tokens = 300;
-        rows[3].status = Status::EngineError;
-        rows[3].processed_tokens = 1_000_000;
-        let tasks = figures(&rows);
-        let all = group_figures(&tasks, &Group::default(), 0);
-        assert_eq!((all.tasks, all.trajectories, all.clusters), (3, 4, 3));
-        assert_eq!(metric(&all, "em.v1"), Some(0.5));
-        assert_eq!(metric(&all, "em_all.v1"), Some(1.0 / 3.0));
-        assert_eq!(metric(&all, "errors.v1"), Some(0.25));
-        assert_eq!(metric(&all, "tokens_total.v1"), Some(500.0 / 3.0), "300, 100, 100");
-        let groups: Vec<Option<usize>> = groups_of(tasks.iter()).into_iter().map(|group| group.objectives).collect();
-        assert_eq!(groups, [None, Some(1), Some(2)]);
-        let two = group_figures(&tasks, &Group { objectives: Some(2), source: None }, 0);
-        assert_eq!((two.tasks, metric(&two, "em.v1")), (1, Some(0.75)));
-    }
-
-    #[test]
-    fn pairs_are_common_tasks_and_vary_less_than_the_parts() {
-        let values = |shift: f32| -> Vec<Trajectory> {
-            (0..60).map(|task| trajectory(&format!("t{task:02}"), 0, &[(task % 7) as f32 / 10.0 + shift])).collect()
-        };
-        let (better, mut worse) = (figures(&values(0.25)), values(0.0));
-        worse.truncate(50);
-        let worse = figures(&worse);
-        let found = paired_figures(&better, &worse, &Group::default(), 3);
-        assert_eq!(found.tasks, 50);
-        let em = found.metrics[1];
-        assert!((em.value.unwrap() - 0.25).abs() < 1e-6);
-        assert!(em.high.unwrap() - em.low.unwrap() < 1e-6, "every task gains the same");
-        let alone = group_figures(&better, &Group::default(), 3).metrics[1];
-        assert!(alone.high.unwrap() - alone.low.unwrap() > 0.05);
-    }
-
-    #[test]
-    fn no_tasks_have_no_figures() {
-        let none = group_figures(&[], &Group::default(), 0);
-        assert_eq!((none.tasks, none.clusters), (0, 0));
-        assert_eq!(none.metrics.len(), METRICS.len());
-        assert!(none.metrics.iter().all(|estimate| estimate.value.is_none()));
+    /// The group of the same source with the fewest objectives, if that is another.
+    pub(crate) fn with_fewest_objectives<'a>(&self, groups: &'a BTreeSet<Self>) -> Option<&'a Self> {
+        let more = self.objectives?;
+        let alike = groups.iter().filter(|group| group.source == self.source && group.objectives.is_some());
+        alike.min_by_key(|group| group.objectives).filter(|group| group.objectives < Some(more))
     }
 }

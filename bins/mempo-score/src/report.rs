@@ -3,7 +3,8 @@
 use serde::Serialize;
 
 use crate::bootstrap::Estimate;
-use crate::measure::{Group, GroupFigures, METRICS, Metric};
+use crate::contrast::GroupFigures;
+use crate::measure::{Group, METRICS, Metric};
 use crate::rollouts::Settings;
 
 /// Everything an evaluation found.
@@ -24,7 +25,7 @@ pub(crate) struct Intervals {
     pub(crate) seed: u64,
 }
 
-/// One policy's figures.
+/// Figures of the runs of one name.
 #[derive(Debug, Serialize)]
 pub(crate) struct Run {
     pub(crate) label: String,
@@ -32,15 +33,19 @@ pub(crate) struct Run {
     pub(crate) settings: Option<Settings>,
     /// Digests of the checkpoints that sampled.
     pub(crate) policies: Vec<String>,
+    pub(crate) seeds: Vec<u64>,
     pub(crate) groups: Vec<GroupFigures>,
 }
 
-/// `label - baseline` over the tasks both have.
+/// `label - baseline` over the tasks and seeds that both have.
 #[derive(Debug, Serialize)]
 pub(crate) struct Difference {
     pub(crate) label: String,
     pub(crate) baseline: String,
     pub(crate) groups: Vec<GroupFigures>,
+    /// By how much the difference grows from the fewest objectives to more.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) interactions: Vec<GroupFigures>,
 }
 
 /// Header and rows.
@@ -54,9 +59,14 @@ impl Report {
             std::iter::once(name.to_owned()).chain(cells).collect()
         };
         let setting = |value: fn(&Settings) -> String| move |run: &Run| run.settings.as_ref().map(value);
-        let policies = |run: &Run| {
-            let short = run.policies.iter().map(|digest| digest.chars().take(12).collect::<String>());
-            Some(short.collect::<Vec<_>>().join(" ")).filter(|text| !text.is_empty())
+        let policies = |run: &Run| match &run.policies[..] {
+            [] => None,
+            [digest] => Some(digest.chars().take(12).collect()),
+            several => Some(format!("{} policies", several.len())),
+        };
+        let seeds = |run: &Run| {
+            let seeds = run.seeds.iter().map(u64::to_string).collect::<Vec<_>>().join(" ");
+            run.settings.as_ref().map(|_| seeds)
         };
         let rows = vec![
             row("profile", &setting(|settings| settings.profile.clone())),
@@ -65,6 +75,7 @@ impl Report {
             row("top_p", &setting(|settings| settings.top_p.to_string())),
             row("group_size", &setting(|settings| settings.group_size.to_string())),
             row("policy", &policies),
+            row("seed", &seeds),
         ];
         let labels = self.runs.iter().map(|run| run.label.clone());
         (std::iter::once("setting".to_owned()).chain(labels).collect(), rows)
@@ -79,11 +90,20 @@ impl Report {
 
     /// Every difference with its interval, one column a run other than the baseline.
     pub(crate) fn differences_table(&self) -> Table {
-        let name = |difference: &Difference| format!("{} - {}", difference.label, difference.baseline);
-        let differences = self.differences.iter();
-        let columns: Vec<Column> =
-            differences.map(|difference| Column { name: name(difference), groups: &difference.groups }).collect();
-        figures(&columns, true)
+        figures(&self.difference_columns(|difference| &difference.groups), true)
+    }
+
+    /// By how much the differences grow with the objectives.
+    pub(crate) fn interactions_table(&self) -> Table {
+        figures(&self.difference_columns(|difference| &difference.interactions), true)
+    }
+
+    fn difference_columns<'a>(&'a self, groups: impl Fn(&'a Difference) -> &'a [GroupFigures]) -> Vec<Column<'a>> {
+        let column = |difference: &'a Difference| Column {
+            name: format!("{} - {}", difference.label, difference.baseline),
+            groups: groups(difference),
+        };
+        self.differences.iter().map(column).collect()
     }
 }
 
@@ -97,7 +117,8 @@ struct Column<'a> {
 fn figures(columns: &[Column<'_>], signed: bool) -> Table {
     let mut rows = Vec::new();
     for (place, first) in columns.first().map_or(&[][..], |column| column.groups).iter().enumerate() {
-        let group = render_group(&first.group);
+        let minus = first.minus.as_ref().map(|minus| format!(" - {}", render_group(minus)));
+        let group = render_group(&first.group) + &minus.unwrap_or_default();
         let mut push = |name: &str, cell: &dyn Fn(&GroupFigures) -> String| {
             let cells = columns.iter().map(|column| cell(&column.groups[place]));
             rows.push([group.clone(), name.to_owned()].into_iter().chain(cells).collect());
