@@ -16,7 +16,7 @@ use serde_json::json;
 
 use crate::index::INDEX_FOLDER;
 use crate::local_engine::LocalEngine;
-use crate::stored::Stored;
+use crate::stored::{FromOptions, MemoryControl, Stored};
 use crate::tally::Tally;
 
 /// Let a checkpoint work on tasks, each several times.
@@ -55,6 +55,11 @@ pub(crate) struct SampleArguments {
     #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     from: Option<PathBuf>,
+    /// With --from: take away what each memory says, or put in its place what another task's says. What a policy then
+    /// still gets right it does not have from its memory
+    #[arg(long, value_enum, requires = "from")]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory: Option<MemoryControl>,
     /// Use the first tasks only
     #[arg(long, value_name = "N")]
     max_tasks: Option<NonZeroUsize>,
@@ -121,7 +126,8 @@ impl Inputs {
     fn stored(&self, arguments: &SampleArguments, tokenizer: &Tokenizer) -> anyhow::Result<Option<Stored>> {
         let Some(from) = &self.from else { return Ok(None) };
         from.check_made_from("tasks", &self.tasks, "mempo-rollout sample")?;
-        Stored::read(from, tokenizer, arguments.limits.max_steps, arguments.group_size.get()).map(Some)
+        let (max_steps, count) = (arguments.limits.max_steps, arguments.group_size.get());
+        Stored::read(from, tokenizer, FromOptions { max_steps, count, control: arguments.memory }).map(Some)
     }
 }
 
