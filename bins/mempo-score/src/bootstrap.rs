@@ -9,7 +9,7 @@ pub(crate) const RESAMPLES: usize = 2000;
 /// Share of the resamples inside the interval.
 pub(crate) const LEVEL: f64 = 0.95;
 
-/// A figure with its interval; no value where nothing counts, no interval from a single cluster.
+/// A figure with its interval; no value where nothing counts, no interval from a single cluster under a single seed.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub(crate) struct Estimate {
     pub(crate) value: Option<f64>,
@@ -32,7 +32,7 @@ pub(crate) fn bootstrap(
     let seeds = clusters.first().map_or(0, Vec::len);
     let all: Vec<usize> = (0..seeds).collect();
     let values = estimate(&column_sums(clusters, 0..clusters.len(), &all));
-    let draws: Vec<Vec<Option<f64>>> = (0..if clusters.len() < 2 { 0 } else { resamples })
+    let draws: Vec<Vec<Option<f64>>> = (0..if clusters.len().max(seeds) < 2 { 0 } else { resamples })
         .into_par_iter()
         .map(|resample| {
             let mut state = seed_of(seed, &["bootstrap", &resample.to_string()]);
@@ -158,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn one_cluster_has_no_interval_and_nothing_has_no_value() {
+    fn one_cluster_of_one_seed_has_no_interval_and_nothing_has_no_value() {
         let none = Estimate { value: None, low: None, high: None };
         assert_eq!(bootstrap(&[vec![vec![1.0, 2.0]]], 0, 50, mean), [Estimate { value: Some(0.5), ..none }]);
         assert_eq!(bootstrap(&[vec![vec![0.0, 0.0]], vec![vec![0.0, 0.0]]], 0, 50, mean), [none]);

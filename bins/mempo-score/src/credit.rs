@@ -1,13 +1,12 @@
 //! `mempo-score credit`: how well memory rewards tell what a memory is worth.
 //!
-//! A memory's worth is the share of continuations from it that succeed (`mempo-rollout sample --from`). Rewards and the
-//! advantages made of them are held to it by rank correlation (Spearman, ties at their mean rank): over all memories, and
-//! with each task's mean worth taken off, which is what a group's advantages can know.
+//! A memory's worth is what continuations from it achieve (`mempo-rollout sample --from`). Rewards and the advantages made
+//! of them are held to it by rank correlation (Spearman, ties at their mean rank): over all memories, and with each
+//! task's mean worth taken off, which is what a group's advantages can know.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
 
-use anyhow::Context as _;
 use clap::{Args, ValueEnum};
 use mempo_data::{Score, Trajectory, read_rows};
 use mempo_run::{Input, ResultExt, print_data, print_table};
@@ -15,12 +14,15 @@ use serde::Serialize;
 
 use crate::evaluate::write_whole;
 use crate::normalise::{MemoryScope, NormaliseOptions, Rewarded, group_advantages};
+use crate::report::render_estimate;
+use crate::worth::{Control, State, Worth, control, worth_of_states};
 
 /// Hold memory rewards to what continuations from the memories show
 ///
 /// One row a table of scores and memory scope, best first: rank correlation of the memory advantage with the memory's worth
 /// within tasks, of the memory reward with its worth over all, and how well the last memory's answer probability tells
-/// successful trajectories from others (area under the ROC curve).
+/// successful trajectories from others (area under the ROC curve). With --controls also what continuations achieve from the
+/// same memories emptied or swapped: what is left did not come from the memory.
 #[derive(Debug, Args)]
 pub(crate) struct CreditArguments {
     /// The rollout whose memories are judged
@@ -32,7 +34,16 @@ pub(crate) struct CreditArguments {
     /// Outputs of `mempo-score segments` of the rollout
     #[arg(long, required = true, num_args = 1.., value_name = "DIR")]
     scores: Vec<PathBuf>,
-    /// Print JSON instead of a table
+    /// Outputs of `mempo-rollout sample --from` that rollout with --memory empty or swapped
+    #[arg(long, num_args = 1.., value_name = "DIR")]
+    controls: Vec<PathBuf>,
+    /// What of a continuation counts
+    #[arg(long, value_enum, default_value = "success")]
+    worth: Worth,
+    /// Seed of the bootstrap
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Print JSON instead of tables
     #[arg(long)]
     json: bool,
     /// Also write the JSON to this file
@@ -42,8 +53,13 @@ pub(crate) struct CreditArguments {
     normalise: NormaliseOptions,
 }
 
-/// Task, trajectory, step.
-type State = (String, i32, i32);
+/// Everything that was found.
+#[derive(Debug, Serialize)]
+struct Report {
+    worth: Worth,
+    rewards: Vec<Found>,
+    controls: Vec<Control>,
+}
 
 /// One way to pay memories.
 #[derive(Debug, Serialize)]
@@ -60,9 +76,16 @@ struct Found {
 /// Reads all tables, correlates, prints.
 pub(crate) fn run(arguments: &CreditArguments) -> anyhow::Result<()> {
     let rollouts = Input::stage("rollouts", &arguments.rollouts)?;
-    let continuations = Input::stage("continuations", &arguments.continuations)?;
-    continuations.check_made_from("from", &rollouts, "mempo-rollout sample")?;
-    let worth = worth_of_states(&continuations)?;
+    let continuations = |dir| {
+        let continuations = Input::stage("continuations", dir)?;
+        continuations.check_made_from("from", &rollouts, "mempo-rollout sample")?;
+        Ok::<_, anyhow::Error>(continuations)
+    };
+    let worth = worth_of_states(&continuations(&arguments.continuations)?, arguments.worth)?;
+    let mut controls = Vec::new();
+    for dir in &arguments.controls {
+        controls.push(control(&worth, &continuations(dir)?, arguments.worth, arguments.seed)?);
+    }
     let rows = read_rows::<Trajectory>(&rollouts.table("trajectories")?).bad_input()?;
     let trajectories = rows.collect::<mempo_data::Result<Vec<Trajectory>>>().bad_input()?;
     let mut found = Vec::new();
@@ -78,36 +101,17 @@ pub(crate) fn run(arguments: &CreditArguments) -> anyhow::Result<()> {
     }
     let order = |found: &Found| found.advantage_within_tasks.unwrap_or(f64::NEG_INFINITY);
     found.sort_by(|a, b| order(b).total_cmp(&order(a)));
-    let json = format!("{}\n", serde_json::to_string_pretty(&found)?);
+    let report = Report { worth: arguments.worth, rewards: found, controls };
+    let json = format!("{}\n", serde_json::to_string_pretty(&report)?);
     if let Some(path) = &arguments.out {
         write_whole(path, &json)?;
     }
     if arguments.json {
         print_data(&json);
     } else {
-        print(&found);
+        print(&report);
     }
     Ok(())
-}
-
-/// Mean reward of the continuations from each state; their indices say which one they are from.
-fn worth_of_states(continuations: &Input) -> anyhow::Result<HashMap<State, f64>> {
-    let dir = continuations.dir().display();
-    let manifest = continuations.manifest().with_context(|| format!("{dir}: no manifest")).bad_input()?;
-    let number = |name: &str| {
-        let found = manifest.arguments.get(name).and_then(serde_json::Value::as_i64).filter(|number| *number > 0);
-        found.with_context(|| format!("{dir}: its manifest has no {name}")).bad_input()
-    };
-    let (count, steps) = (number("group_size")? as i32, number("max_steps")? as i32);
-    let mut sums: HashMap<State, (f64, f64)> = HashMap::new();
-    for row in read_rows::<Trajectory>(&continuations.table("trajectories")?).bad_input()? {
-        let row = row.bad_input()?;
-        let Some(reward) = row.reward else { continue };
-        let state = row.trajectory_index / count;
-        let sum = sums.entry((row.task_id, state / steps, state % steps)).or_default();
-        *sum = (sum.0 + f64::from(reward), sum.1 + 1.0);
-    }
-    Ok(sums.into_iter().map(|(state, (sum, count))| (state, sum / count)).collect())
 }
 
 /// Bias, probe and so on, as the scores' manifest has them.
@@ -203,9 +207,10 @@ fn area_under_curve(values: &[(f64, bool)]) -> Option<f64> {
     (successes > 0.0 && failures > 0.0).then(|| (sum - successes * (successes + 1.0) / 2.0) / (successes * failures))
 }
 
-fn print(found: &[Found]) {
+fn print(report: &Report) {
     let number = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.3}"));
-    let rows: Vec<Vec<String>> = found
+    let rows: Vec<Vec<String>> = report
+        .rewards
         .iter()
         .map(|row| {
             vec![
@@ -221,11 +226,52 @@ fn print(found: &[Found]) {
     let header =
         ["bias probe answer difference", "scope", "memories", "advantage, in tasks", "reward, all", "last AUC"];
     print_table(&header, &rows);
+    if !report.controls.is_empty() {
+        print_data("\n");
+        let percent = |value: f64| format!("{:.1}", 100.0 * value);
+        let row = |control: &Control| {
+            let left =
+                [percent(control.kept), percent(control.changed), render_estimate(true, control.difference, true)];
+            [control.memory.clone(), control.memories.to_string()].into_iter().chain(left).collect()
+        };
+        let rows: Vec<Vec<String>> = report.controls.iter().map(row).collect();
+        print_table(&["memory", "memories", "worth as it is, %", "worth, %", "difference"], &rows);
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use mempo_run::Failure;
+    use serde_json::{Value, json};
+
     use super::*;
+    use crate::fixture::{Chain, failure};
+
+    #[test]
+    fn rewards_are_held_to_worth_and_controls_to_what_was_kept() {
+        let chain = Chain::new();
+        chain
+            .run("segments --rollouts @rollouts --tasks @tasks --model @model --device cpu --dtype f32 --out @scores")
+            .unwrap();
+        chain.write_continuations("kept", None, |trajectory| if trajectory == 0 { 1.0 } else { 0.0 });
+        chain.write_continuations("swapped", Some("swapped"), |_| 0.0);
+        let credit = "credit --rollouts @rollouts --continuations @kept --scores @scores --out @credit.json";
+        let found = |more: &str| -> Value {
+            chain.run(&format!("{credit} {more}")).unwrap();
+            serde_json::from_str(&fs_err::read_to_string(chain.path("credit.json")).unwrap()).unwrap()
+        };
+        let report = found("--controls @swapped");
+        assert_eq!(report["rewards"].as_array().unwrap().len(), 3, "a row a scope");
+        let control = &report["controls"][0];
+        assert_eq!((&control["memory"], &control["changed"]), (&json!("swapped"), &json!(0.0)));
+        let kept = control["kept"].as_f64().unwrap();
+        assert!(kept > 0.3 && kept < 0.7, "the share of memories of the first trajectories: {kept}");
+        assert_eq!(control["difference"]["value"], json!(-kept));
+        let control = &found("--controls @swapped --worth exact-match")["controls"][0];
+        assert_eq!(control["changed"], 0.5, "the second objective is always right");
+        let error = chain.run(&format!("{credit} --controls @kept")).unwrap_err();
+        assert!(matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("no control")), "{error:#}");
+    }
 
     #[test]
     fn ranks_share_ties_and_correlate() {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use mempo_agent::{ContextPolicy, Mempo, row_segments};
-use mempo_data::{Objective, Row, Status, Step, StopReason, Task, Trajectory, read_rows, write_rows};
+use mempo_data::{Objective, Row, SegmentKind, Status, Step, StopReason, Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model, ScoreOptions, ScoredSequence};
 use mempo_run::{Failure, Input, Stage, StageArgs};
 use mempo_text::{NewTokenizer, Profile, PromptBuilder, ToolSpec, parse_completion, train_tokenizer};
@@ -108,7 +108,7 @@ impl Chain {
 
     /// Writes (again) the stages `tasks` and `rollouts` from the rows.
     pub(crate) fn write(&self) {
-        write_stage(&self.path("tasks"), &json!({}), |stage| write_table(stage, &self.tasks));
+        write_stage(&self.path("tasks"), &json!({}), &[], |stage| write_table(stage, &self.tasks));
         self.write_rollouts("rollouts");
     }
 
@@ -117,10 +117,28 @@ impl Chain {
         let profile = self.path("profile");
         let arguments =
             json!({"profile": profile, "context": "mempo", "temperature": 1.0, "top_p": 1.0, "group_size": 2});
-        write_stage(&self.path(name), &arguments, |stage| {
+        write_stage(&self.path(name), &arguments, &[], |stage| {
             write_table(stage, &self.trajectories);
             write_table(stage, &self.steps);
         });
+    }
+
+    /// Writes two continuations from every memory of the rollout, with the rewards of `reward` by trajectory.
+    pub(crate) fn write_continuations(&self, name: &str, memory: Option<&str>, reward: impl Fn(i32) -> f32) {
+        let from = Input::stage("from", &self.path("rollouts")).unwrap();
+        let arguments = json!({"group_size": 2, "max_steps": 8, "memory": memory});
+        let remembers = |step: &&Step| step.segments.iter().any(|segment| segment.kind == SegmentKind::Memory);
+        let rows: Vec<Trajectory> = self
+            .steps
+            .iter()
+            .filter(remembers)
+            .flat_map(|step| {
+                let first = (step.trajectory_index * 8 + step.step_index) * 2;
+                let value = reward(step.trajectory_index);
+                (first..first + 2).map(move |index| trajectory(&step.task_id, index, &[value, 1.0]))
+            })
+            .collect();
+        write_stage(&self.path(name), &arguments, &[&from], |stage| write_table(stage, &rows));
     }
 
     /// Runs `mempo-score` with words split on white space; `@` is the folder.
@@ -250,9 +268,9 @@ fn make_steps(builder: &PromptBuilder, task: &Task, trajectory_index: i32) -> Ve
 }
 
 /// Writes a finished stage, in place of one that is there.
-fn write_stage(out: &Path, arguments: &serde_json::Value, write: impl FnOnce(&Stage)) {
+fn write_stage(out: &Path, arguments: &serde_json::Value, inputs: &[&Input], write: impl FnOnce(&Stage)) {
     let arguments_of_stage = StageArgs { out: out.to_path_buf(), seed: 0, restart: true, shard: None };
-    let stage = Stage::open("test", "test", &arguments_of_stage, arguments, &[]).unwrap().unwrap();
+    let stage = Stage::open("test", "test", &arguments_of_stage, arguments, inputs).unwrap().unwrap();
     write(&stage);
     stage.finish(&[], json!({})).unwrap();
 }

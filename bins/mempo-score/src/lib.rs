@@ -2,11 +2,11 @@
 //!
 //! One file a subcommand: [`segments`] asks the model how probable the gold answer is given each memory, [`logprobs`]
 //! scores what was sampled, [`advantages`] turns rewards into what the update needs, [`evaluate`] reports, [`credit`] holds
-//! memory rewards to what continuations show. Beside them,
-//! pure: [`probe`] lays out what is scored, [`reward`] turns scores into rows, [`normalise`] centres groups,
-//! [`measure`], [`contrast`] and [`bootstrap`] compute figures with intervals, [`report`] renders them. [`rollouts`] reads rollouts
-//! unit by unit, [`query`] is the one place that speaks SQL, [`baseline`] judges answers from a file [`facts`]
-//! knows what tasks say of themselves, and [`sums`] keeps what units add to a summary.
+//! memory rewards to what continuations show. Beside them, pure: [`probe`] lays out what is scored, [`reward`] turns
+//! scores into rows, [`normalise`] centres groups, [`measure`], [`contrast`] and [`bootstrap`] compute figures with
+//! intervals, [`report`] renders them. [`rollouts`] reads rollouts unit by unit, [`worth`] continuations of memories,
+//! [`query`] is the one place that speaks SQL, [`baseline`] judges answers from a file, [`facts`] knows what tasks say of
+//! themselves, and [`sums`] keeps what units add to a summary.
 
 mod advantages;
 mod baseline;
@@ -26,6 +26,7 @@ mod reward;
 mod rollouts;
 mod segments;
 mod sums;
+mod worth;
 
 #[cfg(test)]
 mod fixture;

@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use crate::bootstrap::Estimate;
 use crate::contrast::GroupFigures;
-use crate::measure::{Group, METRICS, Metric};
+use crate::measure::{Group, METRICS};
 use crate::rollouts::Settings;
 
 /// Everything an evaluation found.
@@ -127,7 +127,7 @@ fn figures(columns: &[Column<'_>], signed: bool) -> Table {
         push("trajectories", &|figures| figures.trajectories.to_string());
         for (index, metric) in METRICS.iter().enumerate() {
             let name = if metric.share { format!("{}, %", metric.name) } else { metric.name.to_owned() };
-            push(&name, &|figures| render_estimate(metric, figures.metrics[index], signed));
+            push(&name, &|figures| render_estimate(metric.share, figures.metrics[index], signed));
         }
     }
     let names = columns.iter().map(|column| column.name.clone());
@@ -141,8 +141,9 @@ fn render_group(group: &Group) -> String {
     if parts.is_empty() { "all".to_owned() } else { parts.join(" ") }
 }
 
-fn render_estimate(metric: &Metric, estimate: Estimate, signed: bool) -> String {
-    let scale = if metric.share { 100.0 } else { 1.0 };
+/// A figure with its interval, a share in percent, a difference with its sign.
+pub(crate) fn render_estimate(share: bool, estimate: Estimate, signed: bool) -> String {
+    let scale = if share { 100.0 } else { 1.0 };
     let render = |value: f64| if signed { format!("{:+.1}", value * scale) } else { format!("{:.1}", value * scale) };
     match estimate {
         Estimate { value: None, .. } => "-".to_owned(),
