@@ -1,4 +1,8 @@
-//! Tests of the whole workspace: the chain of programs end to end, and its tidiness. Helpers shared by `tests/*.rs`.
+//! Tests of the whole workspace: the chain of programs end to end, what happens to it under harm, and its tidiness. What
+//! `tests/*.rs` and `examples/torture.rs` share.
+
+pub mod chain;
+pub mod torture;
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -10,8 +14,8 @@ pub fn root() -> PathBuf {
 
 /// A built program of the workspace, ready for arguments. `cargo build --workspace --bins` must have run.
 pub fn program(name: &str) -> Command {
-    let tests = std::env::current_exe().expect("a test knows its own path");
-    let folder = tests.ancestors().nth(2).expect("tests lie in target/PROFILE/deps");
+    let own = std::env::current_exe().expect("a program knows its own path");
+    let folder = own.ancestors().nth(2).expect("tests lie in target/PROFILE/deps, examples in target/PROFILE/examples");
     let path = folder.join(name);
     assert!(path.exists(), "{} is not built: run `cargo build --workspace --bins` first", path.display());
     let mut command = Command::new(path);

@@ -24,6 +24,7 @@ fn allowed(name: &str) -> &'static [&'static str] {
         "mempo-sft" | "mempo-rollout" | "mempo-score" | "mempo-rl" | "mempo-demo" => {
             &["mempo-agent", "mempo-data", "mempo-doctor", "mempo-model", "mempo-run", "mempo-text", "mempo-train"]
         }
+        "mempo-tests" => &["mempo-run"],
         _ => &[],
     }
 }

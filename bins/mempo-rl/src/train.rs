@@ -24,7 +24,6 @@ use crate::inputs::{Inputs, temperature};
 use crate::load::Source;
 use crate::plan::{PlannedStep, Selection, plan_steps, window};
 
-const RESUME: &str = "resume";
 const PROGRESS_FILE: &str = "progress.json";
 /// Metrics that are shown at the end.
 const SHOWN: [&str; 7] = ["reward_mean", "loss", "kl", "entropy", "clip_fraction", "ratio_max", "gradient_norm"];
@@ -164,22 +163,16 @@ impl<'a> Training<'a> {
         let model = Model::load(&base, &runtime).bad_input()?;
         let budget = MemoryBudget::new(model.config(), &runtime, &arguments.optimizer);
         info!("{}", budget.describe(arguments.tokens_per_micro_batch));
-        let resume = stage.dir().join(RESUME);
-        let (mut continued, mut saved) = (None, 0);
-        if resume.exists() {
-            continued = Some(resume.as_path());
-            saved = read_progress(&resume)?;
+        let (resume, before) = (stage.resume_dir(), inputs.trainer.as_ref().map(mempo_run::Input::dir));
+        let saved = resume.as_deref().map_or(Ok(0), read_progress)?;
+        if resume.is_some() {
             info!("continuing after optimizer step {saved}");
-        } else if let Some(trainer) = &inputs.trainer {
-            continued = Some(trainer.dir());
-        }
-        let is_fresh_of_all = !resume.exists() && inputs.base.is_none();
-        if let Some(trainer) = continued.filter(|_| is_fresh_of_all) {
+        } else if let (Some(trainer), None) = (before, &inputs.base) {
             verify_state(&model, trainer).bad_input()?;
         }
-        let beginning = Beginning { base: &base, seed: stage.seed(&["lora"]), state: continued };
+        let beginning = Beginning { base: &base, seed: stage.seed(&["lora"]), state: resume.as_deref().or(before) };
         let trainer = Trainer::new(model, &arguments.optimizer, &beginning).bad_input()?;
-        if inputs.base.is_some() && !resume.exists() {
+        if inputs.base.is_some() && resume.is_none() {
             verify_merged(&trainer, &arguments.model).bad_input()?;
         }
         let metrics = MetricsFile::open(stage.dir(), saved as u64)?;
@@ -279,7 +272,7 @@ impl<'a> Training<'a> {
     /// Makes the run so far durable.
     fn save(&mut self, done: usize) -> anyhow::Result<()> {
         self.metrics.sync()?;
-        self.stage.replace_dir(RESUME, |dir| {
+        self.stage.save_resume(|dir| {
             self.trainer.save_state(dir).quality_if(mempo_train::Error::is_not_finite)?;
             fs_err::write(dir.join(PROGRESS_FILE), json!({ "steps": done }).to_string())?;
             Ok(())
@@ -291,17 +284,14 @@ impl<'a> Training<'a> {
     /// Writes the checkpoint and commits it.
     fn finish(self, selection: &Selection) -> anyhow::Result<()> {
         self.metrics.sync()?;
-        let saved = self.trainer.save_checkpoint(&self.arguments.model, self.stage.dir());
-        saved.quality_if(mempo_train::Error::is_not_finite)?;
+        self.stage.write_files(|dir| {
+            let saved = self.trainer.save_checkpoint(&self.arguments.model, dir);
+            saved.quality_if(mempo_train::Error::is_not_finite)
+        })?;
         let summary = summary(&self.metrics, selection);
         self.metrics.show(&SHOWN);
         info!("{summary}");
-        let resume = self.stage.dir().join(RESUME);
-        self.stage.finish(&[], summary)?;
-        if resume.exists() {
-            fs_err::remove_dir_all(&resume)?;
-        }
-        Ok(())
+        self.stage.finish(&[], summary)
     }
 }
 

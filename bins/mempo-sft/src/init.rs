@@ -68,7 +68,7 @@ pub(crate) fn run(arguments: &InitArguments) -> anyhow::Result<()> {
     let texts = texts.map_while(|text| text.map_err(|error| broken = Some(error)).ok());
     let added_tokens = arguments.added_tokens.as_deref().map(read_tokens).transpose()?.unwrap_or_default();
     let wanted = NewTokenizer { vocabulary_size, added_tokens, separate_spaces: arguments.separate_spaces };
-    train_tokenizer(texts, &wanted, stage.dir()).bad_input()?;
+    stage.write_files(|dir| Ok(train_tokenizer(texts, &wanted, dir)?)).bad_input()?;
     if let Some(error) = broken {
         return Err(error);
     }
@@ -115,7 +115,7 @@ fn write_weights(stage: &Stage, previous_token_heads: Option<f64>) -> anyhow::Re
     if let Some(strength) = previous_token_heads {
         model.attend_to_previous_token(strength).bad_input()?;
     }
-    model.save_weights(stage.dir(), runtime.kind)?;
+    stage.write_files(|dir| Ok(model.save_weights(dir, runtime.kind)?))?;
     Ok(model.parameters().iter().map(|(_, tensor)| tensor.numel() as u64).sum())
 }
 

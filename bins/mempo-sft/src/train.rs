@@ -18,8 +18,6 @@ use tracing::{info, warn};
 use crate::dataset::{Dataset, ModelLimits};
 use crate::schedule::{PlannedStep, plan_steps};
 
-const RESUME: &str = "resume";
-
 /// Fit a model to examples; the output directory is a complete Hugging Face model.
 ///
 /// Several example directories are mixed in one shuffle. The loss is the mean over the target tokens of the whole
@@ -150,10 +148,9 @@ impl<'a> Training<'a> {
         validation: Vec<TrainSequence>,
     ) -> anyhow::Result<Self> {
         let model = Model::load(&arguments.model, runtime).bad_input()?;
-        let resume = stage.dir().join(RESUME);
-        let continued = resume.exists().then_some(resume.as_path());
+        let resume = stage.resume_dir();
         let base = fs_err::canonicalize(&arguments.model)?;
-        let beginning = Beginning { base: &base, seed: stage.seed(&["lora"]), state: continued };
+        let beginning = Beginning { base: &base, seed: stage.seed(&["lora"]), state: resume.as_deref() };
         let trainer = Trainer::new(model, &arguments.optimizer, &beginning)?;
         let saved_step = trainer.global_step();
         if saved_step > 0 {
@@ -234,9 +231,7 @@ impl<'a> Training<'a> {
         let step = self.trainer.global_step();
         if step > self.saved_step {
             self.metrics.sync()?;
-            self.stage.replace_dir(RESUME, |dir| {
-                self.trainer.save_state(dir).quality_if(mempo_train::Error::is_not_finite)
-            })?;
+            self.stage.save_resume(|dir| self.trainer.save_state(dir).quality_if(mempo_train::Error::is_not_finite))?;
             self.saved_step = step;
         }
         Ok(())
@@ -245,17 +240,14 @@ impl<'a> Training<'a> {
     /// Writes the checkpoint and commits it.
     fn finish(self, planned_steps: usize) -> anyhow::Result<()> {
         self.metrics.sync()?;
-        let saved = self.trainer.save_checkpoint(&self.arguments.model, self.stage.dir());
-        saved.quality_if(mempo_train::Error::is_not_finite)?;
+        self.stage.write_files(|dir| {
+            let saved = self.trainer.save_checkpoint(&self.arguments.model, dir);
+            saved.quality_if(mempo_train::Error::is_not_finite)
+        })?;
         self.metrics.show(&["loss", "validation_loss", "gradient_norm", "learning_rate"]);
         let summary = summary(&self.metrics, planned_steps);
         info!("{summary}");
-        let resume = self.stage.dir().join(RESUME);
-        self.stage.finish(&[], summary)?;
-        if resume.exists() {
-            fs_err::remove_dir_all(&resume)?;
-        }
-        Ok(())
+        self.stage.finish(&[], summary)
     }
 }
 

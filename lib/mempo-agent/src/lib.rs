@@ -32,7 +32,15 @@ pub enum Error {
     /// A name that no context policy bears.
     #[error("unknown context policy `{0}`: choose `mempo`, `react` or `closed-book`")]
     UnknownContext(String),
-    /// The search index can't be written, opened or read.
+    /// A file of the search index can't be written or read.
+    #[error("search index {}: {source}", path.display())]
+    IndexFile {
+        /// Folder of the index.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The search index is not one, or not one of ours.
     #[error("search index {}: {source}", path.display())]
     Index {
         /// Folder of the index.

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use mempo_data::Document;
 use tantivy::collector::TopDocs;
 use tantivy::directory::MmapDirectory;
+use tantivy::directory::error::{LockError, OpenDirectoryError, OpenReadError, OpenWriteError};
 use tantivy::index::SegmentId;
 use tantivy::indexer::NoMergePolicy;
 use tantivy::query::{BooleanQuery, Query, TermQuery};
@@ -66,16 +67,31 @@ fn analyzer() -> TextAnalyzer {
     TextAnalyzer::builder(SimpleTokenizer::default()).filter(LowerCaser).build()
 }
 
+/// The library's error, or the system's that it wraps.
+fn index_error(path: &Path, source: TantivyError) -> Error {
+    let path = path.to_owned();
+    let (TantivyError::IoError(wrapped)
+    | TantivyError::LockFailure(LockError::IoError(wrapped), _)
+    | TantivyError::OpenDirectoryError(OpenDirectoryError::IoError { io_error: wrapped, .. })
+    | TantivyError::OpenReadError(OpenReadError::IoError { io_error: wrapped, .. })
+    | TantivyError::OpenWriteError(OpenWriteError::IoError { io_error: wrapped, .. })) = &source
+    else {
+        return Error::Index { path, source };
+    };
+    let code = wrapped.raw_os_error().map(std::io::Error::from_raw_os_error);
+    Error::IndexFile { path, source: code.unwrap_or_else(|| std::io::Error::new(wrapped.kind(), wrapped.to_string())) }
+}
+
 impl SearchIndex {
     /// Writes an index of `documents` into the empty folder `dir`; returns how many there were.
     pub fn build(documents: impl IntoIterator<Item = Document>, dir: &Path) -> Result<u64, Error> {
-        let at_dir = |source| Error::Index { path: dir.to_owned(), source };
+        let at_dir = |source| index_error(dir, source);
         build(documents, dir, WRITER_BYTES).map_err(at_dir)
     }
 
     /// Opens the index in `dir`, which is never written to.
     pub fn open(dir: &Path) -> Result<Self, Error> {
-        let at_dir = |source| Error::Index { path: dir.to_owned(), source };
+        let at_dir = |source| index_error(dir, source);
         let directory = MmapDirectory::open(dir).map_err(|error| at_dir(error.into()))?;
         let index = Index::open(ReadOnly(directory)).map_err(at_dir)?;
         let (schema, fields) = schema();
@@ -93,7 +109,7 @@ impl SearchIndex {
         if terms.is_empty() || top_k == 0 {
             return Ok(Vec::new());
         }
-        let at_path = |source| Error::Index { path: self.path.clone(), source };
+        let at_path = |source| index_error(&self.path, source);
         let searcher = self.reader.searcher();
         let found = searcher.search(&BooleanQuery::union(terms), &TopDocs::with_limit(top_k).order_by_score());
         let hits = found.map_err(at_path)?.into_iter().map(|(score, address)| {

@@ -6,8 +6,16 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file could not be read or written; the message names it.
-    #[error(transparent)]
+    #[error("model files")]
     Io(#[from] std::io::Error),
+    /// A weights file could not be written.
+    #[error("{}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
     /// A config that is no JSON, lacks a key, or asks for something that is not computed here.
     #[error("{}: {problem}", path.display())]
     Config {

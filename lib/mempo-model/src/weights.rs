@@ -238,9 +238,7 @@ fn write_file(path: &Path, tensors: Vec<(&str, Saved)>) -> Result<(), Error> {
     // Without this entry several versions of transformers refuse the file.
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize_to_file(tensors, Some(metadata), path).map_err(|error| match error {
-        safetensors::SafeTensorError::IoError(error) => {
-            Error::Io(std::io::Error::new(error.kind(), format!("{}: {error}", path.display())))
-        }
+        safetensors::SafeTensorError::IoError(source) => Error::Write { path: path.to_owned(), source },
         error => Error::Weights { path: path.to_owned(), problem: error.to_string() },
     })
 }

@@ -152,10 +152,18 @@ pub(crate) fn failed(path: &Path, temporary: &Path, source: anyhow::Error) -> an
 
 /// What a full disk has and what the file had come to.
 fn room(path: &Path, temporary: &Path) -> String {
-    let written = fs_err::metadata(temporary).map_or(0, |metadata| metadata.len());
+    let written = size(temporary);
     let existing = path.ancestors().find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
     let free = rustix::fs::statvfs(existing).map_or(0, |disk| disk.f_bavail * disk.f_frsize);
     format!(" (needs more than {written} bytes, {free} are free: make room and run the same command again)")
+}
+
+/// Bytes of a file, or of all files in a folder; 0 of what cannot be looked at.
+fn size(path: &Path) -> u64 {
+    match fs_err::read_dir(path) {
+        Ok(entries) => entries.flatten().map(|entry| size(&entry.path())).sum(),
+        Err(_) => fs_err::symlink_metadata(path).map_or(0, |metadata| metadata.len()),
+    }
 }
 
 fn parent(path: &Path) -> &Path {

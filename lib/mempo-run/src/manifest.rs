@@ -13,6 +13,9 @@ pub(crate) const RUN: &str = "run.json";
 /// Name of the file written when a stage is finished.
 pub(crate) const MANIFEST: &str = "manifest.json";
 
+/// Name of the folder that a stage continues from.
+pub(crate) const RESUME: &str = "resume";
+
 /// What a stage was started with; a run that continues must match it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Run {

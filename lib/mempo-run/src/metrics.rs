@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::output::render_table;
 use crate::tensorboard::EventFile;
-use crate::{ResultExt, overview};
+use crate::{ResultExt, durable, overview};
 
 /// The metrics of a training run: a file of one JSON object an optimizer step, and what it holds.
 #[derive(Debug)]
@@ -38,9 +38,12 @@ impl MetricsFile {
             let problem = format!("{}: {whole} lines, expected {steps}; run with --restart", path.display());
             return Err(anyhow!(problem)).bad_input();
         }
-        let file = OpenOptions::new().create(true).append(true).open(path)?;
-        file.set_len(kept.iter().map(|line| line.len() as u64).sum())?;
-        let events = EventFile::create(dir, &lines)?;
+        let open = || {
+            let file = OpenOptions::new().create(true).append(true).open(&path)?;
+            file.set_len(kept.iter().map(|line| line.len() as u64).sum())?;
+            anyhow::Ok((file, EventFile::create(dir, &lines)?))
+        };
+        let (file, events) = open().map_err(|error| durable::failed(&path, &path, error))?;
         Ok(Self { file, lines, events })
     }
 
@@ -48,15 +51,22 @@ impl MetricsFile {
     pub fn push(&mut self, metric: &impl Serialize) -> anyhow::Result<()> {
         let line = serde_json::to_string(metric)?;
         let value = serde_json::from_str(&line)?;
-        self.events.push(&value)?;
+        let write = || -> anyhow::Result<()> {
+            self.events.push(&value)?;
+            Ok(self.file.write_all((line + "\n").as_bytes())?)
+        };
+        write().map_err(|error| self.failed(error))?;
         self.lines.push(value);
-        self.file.write_all((line + "\n").as_bytes())?;
         Ok(())
+    }
+
+    fn failed(&self, error: anyhow::Error) -> anyhow::Error {
+        durable::failed(self.file.path(), self.file.path(), error)
     }
 
     /// Makes all lines durable: a state is saved only after the lines that lead to it.
     pub fn sync(&self) -> anyhow::Result<()> {
-        Ok(self.file.sync_data()?)
+        self.file.sync_data().map_err(|error| self.failed(error.into()))
     }
 
     /// One a step done.

@@ -62,6 +62,7 @@ impl Stage {
             stage.clear()?;
         }
         if stage.is_finished()? {
+            stage.forget_resume()?;
             tracing::info!("{} is finished already", stage.dir.display());
             return Ok(None);
         }
@@ -112,9 +113,24 @@ impl Stage {
         durable::write_file(&self.dir.join(relative), &self.run_id, write)
     }
 
+    /// Lets `write` put files into the stage's directory by itself: they count once the stage is finished.
+    pub fn write_files<T>(&self, write: impl FnOnce(&Path) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        write(&self.dir).map_err(|error| durable::failed(&self.dir, &self.dir, error))
+    }
+
     /// Builds a folder of the stage under another name and puts it in the place of the one that was there.
     pub fn replace_dir(&self, relative: &str, build: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
         durable::replace_folder(&self.dir.join(relative), &self.run_id, build)
+    }
+
+    /// The state to continue from that [`Self::save_resume`] left, if there is one.
+    pub fn resume_dir(&self) -> Option<PathBuf> {
+        Some(self.dir.join(manifest::RESUME)).filter(|dir| dir.is_dir())
+    }
+
+    /// Builds the state to continue from, in the place of the one before. It goes when the stage is finished.
+    pub fn save_resume(&self, build: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
+        self.replace_dir(manifest::RESUME, build)
     }
 
     /// An error (exit code 75) once a signal has come; ask between units.
@@ -156,8 +172,15 @@ impl Stage {
             wall_seconds,
         };
         manifest.write(&self.dir)?;
+        self.forget_resume()?;
         tracing::info!("{} is finished after {wall_seconds} s", self.dir.display());
         Ok(())
+    }
+
+    /// Removes the state to continue from: there is nothing to continue.
+    fn forget_resume(&self) -> anyhow::Result<()> {
+        let dir = self.dir.join(manifest::RESUME);
+        durable::remove(&dir).map_err(|error| durable::failed(&dir, &dir, error.into()))
     }
 
     /// A file's record; its bytes are made durable, since not every file came through [`Self::write_file`].

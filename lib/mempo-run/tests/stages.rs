@@ -160,16 +160,20 @@ fn files_written_in_any_way_are_committed_and_books_are_not() {
     stage.replace_dir("trainer", |dir| Ok(fs_err::write(dir.join("state.json"), "{}")?)).unwrap();
     stage.write_file("metrics.jsonl", |sink| Ok(sink.write_all(b"{}\n")?)).unwrap();
     stage.timing(&json!({ "seconds": 1 }));
-    fs_err::write(stage.dir().join("model.safetensors"), "weights").unwrap();
-    fs_err::create_dir(out.join("resume")).unwrap();
-    fs_err::write(out.join("resume/state"), "").unwrap();
+    stage.write_files(|dir| Ok(fs_err::write(dir.join("model.safetensors"), "weights")?)).unwrap();
+    stage.save_resume(|dir| Ok(fs_err::write(dir.join("state"), "")?)).unwrap();
+    assert_eq!(stage.resume_dir(), Some(out.join("resume")));
     stage.finish(&[], Value::Null).unwrap();
     let input = Input::stage("model", &out).unwrap();
     let paths: Vec<_> = input.manifest().unwrap().files.iter().map(|file| file.path.as_str()).collect();
     let expected = ["metrics.jsonl", "model.safetensors", "steps/part-00000.parquet", "trainer/state.json"];
     assert_eq!(paths, expected);
-    fs_err::remove_dir_all(out.join("resume")).unwrap();
+    assert!(!out.join("resume").exists(), "nothing is left to continue");
     verify(&out).unwrap();
+    // As if the process had been killed between the commit and this.
+    fs_err::create_dir(out.join("resume")).unwrap();
+    assert!(open(&args(&out), &settings()).unwrap().is_none());
+    assert!(!out.join("resume").exists());
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file could not be read or written; the message names it.
-    #[error(transparent)]
+    #[error("tokenizer files")]
     Io(#[from] std::io::Error),
     /// A tokenizer or configuration file is not what this crate can use.
     #[error("{path}: {message}")]

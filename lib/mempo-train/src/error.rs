@@ -68,7 +68,7 @@ pub enum Error {
         problem: String,
     },
     /// Reading or writing failed; the source names the path.
-    #[error(transparent)]
+    #[error("training state")]
     Io(#[from] std::io::Error),
     /// libtorch refused an operation.
     #[error("libtorch: {0}")]

@@ -1,0 +1,37 @@
+//! A little of `./just torture`: every stage is killed, its disk fails, its files are damaged.
+
+#![expect(clippy::print_stderr, reason = "what is not tried is said, and libtest has no other way")]
+
+use mempo_tests::torture::{
+    Bench, FAULTS, can_mount, can_trace, count_calls, damage_trial, disk_trial, fault_trial, kill_trial, race_trial,
+};
+
+#[test]
+fn harm_leaves_no_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    let bench = Bench::new(folder.path()).unwrap();
+    for (place, stage) in bench.stages().iter().enumerate() {
+        let duration = bench.duration(stage).unwrap();
+        let (mut ended, mut seed) = (0, 100 * place as u64);
+        while ended < 20 {
+            let kills = kill_trial(&bench, stage, seed, 7, duration).unwrap();
+            (ended, seed) = (ended + kills.killed + kills.stopped, seed + 1);
+            assert!(seed % 100 < 99, "{}: only {ended} of 99 starts were killed in time", stage.name);
+        }
+        race_trial(&bench, stage, 2).unwrap();
+        assert!(damage_trial(&bench, stage, place as u64, 20).unwrap() > 0);
+        if can_trace().unwrap() {
+            // Another kind of failure for each stage, at its last call: the commit.
+            let fault = FAULTS[place % FAULTS.len()];
+            let calls = count_calls(&bench, stage, fault).unwrap();
+            fault_trial(&bench, stage, fault, calls).unwrap();
+        } else {
+            eprintln!("failing system calls are not tried: there is no strace, or it may not trace");
+        }
+        if can_mount() {
+            disk_trial(&bench, stage, bench.size(stage).unwrap() / 2048).unwrap();
+        } else {
+            eprintln!("full disks are not tried: this user may not mount");
+        }
+    }
+}
