@@ -33,7 +33,7 @@ pub enum Error {
     #[error("unknown context policy `{0}`: choose `mempo`, `react` or `closed-book`")]
     UnknownContext(String),
     /// A file of the search index can't be written or read.
-    #[error("search index {}: {source}", path.display())]
+    #[error("search index {}", path.display())]
     IndexFile {
         /// Folder of the index.
         path: PathBuf,
@@ -41,7 +41,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// The search index is not one, or not one of ours.
-    #[error("search index {}: {source}", path.display())]
+    #[error("search index {}", path.display())]
     Index {
         /// Folder of the index.
         path: PathBuf,

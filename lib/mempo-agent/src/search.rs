@@ -85,7 +85,11 @@ fn index_error(path: &Path, source: TantivyError) -> Error {
 impl SearchIndex {
     /// Writes an index of `documents` into the empty folder `dir`; returns how many there were.
     pub fn build(documents: impl IntoIterator<Item = Document>, dir: &Path) -> Result<u64, Error> {
-        let at_dir = |source| index_error(dir, source);
+        // Building reads nothing: what fails is the disk, though threads of the library tell it in words alone.
+        let at_dir = |source| match index_error(dir, source) {
+            Error::Index { path, source } => Error::IndexFile { path, source: std::io::Error::other(source) },
+            error => error,
+        };
         build(documents, dir, WRITER_BYTES).map_err(at_dir)
     }
 

@@ -49,7 +49,8 @@ pub struct StageArgs {
     #[arg(long)]
     #[serde(skip)]
     pub restart: bool,
-    /// Do part I of N of the work, from 0; all N write to the same --out and are read as one
+    /// Do part I of N of the work, from 0; all N write to the same --out and are read as one. `auto` takes both from a
+    /// Slurm array, `auto/N` takes I from that or from an indexed Kubernetes job
     #[arg(long, value_name = "I/N")]
     #[serde(skip)]
     pub shard: Option<Shard>,
@@ -100,16 +101,30 @@ impl FromStr for Shard {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let parse = || {
-            let (index, count) = text.split_once('/')?;
-            Some(Self { index: index.parse().ok()?, count: count.parse().ok()? })
-        };
-        match parse() {
-            Some(shard) if shard.index < shard.count => Ok(shard),
-            _ => Err("expected I/N with I from 0 to N-1, such as 0/4".to_owned()),
-        }
+        parse_shard(text, |name| std::env::var(name).ok())
     }
 }
+
+fn parse_shard(text: &str, variable: impl Fn(&str) -> Option<String>) -> Result<Shard, String> {
+    let (index, count) = text.split_once('/').unwrap_or((text, "auto"));
+    let number = |name: &str| variable(name)?.parse::<usize>().ok();
+    let index_here = || match number("SLURM_ARRAY_TASK_ID") {
+        Some(task) => task.checked_sub(number("SLURM_ARRAY_TASK_MIN").unwrap_or(0)),
+        None => number("JOB_COMPLETION_INDEX"),
+    };
+    let index = if index == "auto" {
+        index_here().ok_or("no SLURM_ARRAY_TASK_ID and no JOB_COMPLETION_INDEX in the environment: give I/N")?
+    } else {
+        index.parse().map_err(|_| WANTED)?
+    };
+    let count = match count {
+        "auto" if text == "auto" => number("SLURM_ARRAY_TASK_COUNT").ok_or("no SLURM_ARRAY_TASK_COUNT: give auto/N")?,
+        count => count.parse().map_err(|_| WANTED)?,
+    };
+    if index < count { Ok(Shard { index, count }) } else { Err(WANTED.to_owned()) }
+}
+
+const WANTED: &str = "expected I/N with I from 0 to N-1, such as 0/4";
 
 #[cfg(test)]
 mod tests {
@@ -126,6 +141,25 @@ mod tests {
         }
         for wrong in ["shard-4-of-4", "shard-01-of-4", "shard-1", "other"] {
             assert_eq!(Shard::of_folder(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn schedulers_say_which_shard_this_is() {
+        let parse = |text: &str, environment: &[(&str, &str)]| {
+            parse_shard(text, |name| Some(environment.iter().find(|(key, _)| *key == name)?.1.to_owned()))
+        };
+        let slurm = [("SLURM_ARRAY_TASK_ID", "5"), ("SLURM_ARRAY_TASK_MIN", "3"), ("SLURM_ARRAY_TASK_COUNT", "4")];
+        let kubernetes = [("JOB_COMPLETION_INDEX", "1")];
+        assert_eq!(parse("auto", &slurm), Ok(Shard { index: 2, count: 4 }));
+        assert_eq!(parse("auto/8", &slurm), Ok(Shard { index: 2, count: 8 }));
+        assert_eq!(parse("auto/8", &kubernetes), Ok(Shard { index: 1, count: 8 }));
+        assert_eq!(parse("0/2", &slurm), Ok(Shard { index: 0, count: 2 }));
+        assert!(parse("auto", &kubernetes).unwrap_err().contains("auto/N"));
+        assert!(parse("auto/8", &[]).unwrap_err().contains("JOB_COMPLETION_INDEX"));
+        assert!(parse("auto/2", &slurm).unwrap_err().contains("0 to N-1"));
+        for wrong in ["3", "0/auto", "auto/auto", "x/auto"] {
+            assert!(parse(wrong, &slurm).is_err(), "{wrong}");
         }
     }
 

@@ -5,7 +5,7 @@ use std::path::{Component, Path, PathBuf};
 use anyhow::anyhow;
 use serde_json::Value;
 
-use crate::{FileRecord, Manifest, ResultExt, Run, Shard, difference, digest, durable, manifest};
+use crate::{FileRecord, Manifest, ResultExt, Run, Shard, difference, digest, durable, manifest, status};
 
 /// The manifest of a finished stage, its files not looked at; that of a complete set of shards is theirs together, with paths from `dir`.
 pub fn finished(dir: &Path) -> anyhow::Result<Manifest> {
@@ -202,7 +202,7 @@ fn collect(folder: &Path, prefix: &str, files: &mut Vec<String>) -> std::io::Res
 /// Whether a path is part of the result: not the books of the run, nor what differs between equal runs.
 fn belongs(path: &str, name: &str) -> bool {
     const BOOKS: [&str; 7] =
-        [manifest::RUN, manifest::MANIFEST, "timings.jsonl", "status.json", "logs", "tensorboard", manifest::RESUME];
+        [manifest::RUN, manifest::MANIFEST, "timings.jsonl", status::NAME, "logs", "tensorboard", manifest::RESUME];
     let is_log = Path::new(name).extension().is_some_and(|extension| extension == "log");
     !BOOKS.contains(&path) && !name.starts_with('.') && !is_log && !durable::is_temporary(name)
 }

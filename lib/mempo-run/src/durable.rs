@@ -14,6 +14,9 @@ const TEMPORARY: &str = ".tmp-";
 /// Marks a folder as the one that is being replaced; the run's id follows.
 const REPLACED: &str = ".old-";
 
+/// So few free bytes that a disk is taken as full.
+const NEXT_TO_NOTHING: u64 = 1 << 16;
+
 /// Whether a name is one that only lives while something is written.
 pub(crate) fn is_temporary(name: &str) -> bool {
     name.contains(TEMPORARY) || name.contains(REPLACED)
@@ -145,17 +148,18 @@ pub(crate) fn failed(path: &Path, temporary: &Path, source: anyhow::Error) -> an
     let Some(io_error) = io_error else {
         return source.context(format!("cannot write {}", path.display()));
     };
-    let is_full = matches!(io_error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded);
-    let room = if is_full { room(path, temporary) } else { String::new() };
-    Failure::Io { path: path.to_owned(), room, source }.into()
-}
-
-/// What a full disk has and what the file had come to.
-fn room(path: &Path, temporary: &Path) -> String {
-    let written = size(temporary);
     let existing = path.ancestors().find(|folder| folder.is_dir()).unwrap_or(Path::new("."));
-    let free = rustix::fs::statvfs(existing).map_or(0, |disk| disk.f_bavail * disk.f_frsize);
-    format!(" (needs more than {written} bytes, {free} are free: make room and run the same command again)")
+    let free = rustix::fs::statvfs(existing).map_or(u64::MAX, |disk| disk.f_bavail * disk.f_frsize);
+    // Libraries may tell in words alone that a disk is full.
+    let is_full =
+        matches!(io_error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) || free < NEXT_TO_NOTHING;
+    let room = if is_full {
+        let written = size(temporary);
+        format!(" (needs more than {written} bytes, {free} are free: make room and run the same command again)")
+    } else {
+        String::new()
+    };
+    Failure::Io { path: path.to_owned(), room, source }.into()
 }
 
 /// Bytes of a file, or of all files in a folder; 0 of what cannot be looked at.

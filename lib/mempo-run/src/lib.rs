@@ -41,6 +41,7 @@ mod overview;
 mod progress;
 mod stage;
 mod standard;
+mod status;
 mod tensorboard;
 mod thin;
 

@@ -2,7 +2,7 @@
 
 use std::{
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -11,6 +11,7 @@ use std::{
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::log;
+use crate::status::Shared;
 
 /// Time between log lines.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
@@ -26,6 +27,7 @@ pub struct Progress {
     started: Instant,
     bar: Option<ProgressBar>,
     log: Mutex<Log>,
+    status: Arc<Shared>,
 }
 
 struct Log {
@@ -34,8 +36,9 @@ struct Log {
 }
 
 impl Progress {
-    pub(crate) fn new(what: &str, total: u64, unit: &str) -> Self {
+    pub(crate) fn new(what: &str, total: u64, unit: &str, status: Arc<Shared>) -> Self {
         let started = Instant::now();
+        status.begin(what, unit, total);
         Self {
             what: what.to_owned(),
             unit: unit.to_owned(),
@@ -45,12 +48,14 @@ impl Progress {
             started,
             bar: log::wants_bars().then(|| bar(what, total, unit)),
             log: Mutex::new(Log { next: started + LOG_INTERVAL, message: String::new() }),
+            status,
         }
     }
 
     /// Counts `count` more units as done.
     pub fn inc(&self, count: u64) {
         self.done.fetch_add(count, Ordering::Relaxed);
+        self.status.add(count, 0);
         match &self.bar {
             Some(bar) => bar.inc(count),
             None => self.log_if_due(),
@@ -60,6 +65,7 @@ impl Progress {
     /// Counts units that an earlier run has done: they say nothing about this one's rate.
     pub fn skip(&self, count: u64) {
         self.skipped.fetch_add(count, Ordering::Relaxed);
+        self.status.add(count, count);
         self.done.fetch_add(count, Ordering::Relaxed);
         if let Some(bar) = &self.bar {
             bar.inc(count);
@@ -69,6 +75,7 @@ impl Progress {
 
     /// Says what is going on, beside the numbers.
     pub fn message(&self, message: String) {
+        self.status.message(&message);
         match &self.bar {
             Some(bar) => bar.set_message(message),
             None => self.log().message = message,
@@ -142,10 +149,13 @@ fn significant(rate: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::status::Status;
 
     #[test]
     fn lines_hold_rate_and_time_left_of_this_run_alone() {
-        let progress = Progress::new("sampling", 100, "tasks");
+        let folder = tempfile::tempdir().unwrap();
+        let status = Status::new(folder.path(), "1");
+        let progress = Progress::new("sampling", 100, "tasks", status.shared());
         let after = Duration::from_secs(10);
         assert_eq!(progress.line(after, ""), "sampling: 0/100 tasks");
         progress.skip(40);

@@ -16,6 +16,7 @@ use crate::{
     FileRecord, Input, Manifest, Progress, ResultExt, Run, StageArgs, check, difference, digest, durable, interrupt,
     lock::{self, Lock},
     manifest, seed_of,
+    status::Status,
 };
 
 /// A stage at work: it holds its directory's lock and writes parts that are there whole or not at all.
@@ -25,6 +26,7 @@ pub struct Stage {
     run: Run,
     run_id: String,
     started: Instant,
+    status: Status,
     _lock: Lock,
 }
 
@@ -57,7 +59,9 @@ impl Stage {
         }
         durable::create_folder(&dir).map_err(|error| durable::failed(&dir, &dir, error.into()))?;
         let lock = Lock::acquire(&dir)?;
-        let stage = Self { run_id: run.id()?, dir, run, started: Instant::now(), _lock: lock };
+        let run_id = run.id()?;
+        let status = Status::new(&dir, &run_id);
+        let mut stage = Self { run_id, dir, run, started: Instant::now(), status, _lock: lock };
         if args.restart {
             stage.clear()?;
         }
@@ -67,6 +71,7 @@ impl Stage {
             return Ok(None);
         }
         stage.begin()?;
+        stage.status.start();
         Ok(Some(stage))
     }
 
@@ -110,7 +115,9 @@ impl Stage {
         relative: &str,
         write: impl FnOnce(&mut BufWriter<File>) -> anyhow::Result<()>,
     ) -> anyhow::Result<()> {
-        durable::write_file(&self.dir.join(relative), &self.run_id, write)
+        durable::write_file(&self.dir.join(relative), &self.run_id, write)?;
+        self.status.shared().committed(relative);
+        Ok(())
     }
 
     /// Lets `write` put files into the stage's directory by itself: they count once the stage is finished.
@@ -120,7 +127,9 @@ impl Stage {
 
     /// Builds a folder of the stage under another name and puts it in the place of the one that was there.
     pub fn replace_dir(&self, relative: &str, build: impl FnOnce(&Path) -> anyhow::Result<()>) -> anyhow::Result<()> {
-        durable::replace_folder(&self.dir.join(relative), &self.run_id, build)
+        durable::replace_folder(&self.dir.join(relative), &self.run_id, build)?;
+        self.status.shared().committed(relative);
+        Ok(())
     }
 
     /// The state to continue from that [`Self::save_resume`] left, if there is one.
@@ -140,9 +149,8 @@ impl Stage {
     }
 
     /// Starts to show progress: `what` is done to `total` things called `unit`.
-    #[allow(clippy::unused_self, reason = "only a stage has progress to show")]
     pub fn progress(&self, what: &str, total: u64, unit: &str) -> Progress {
-        Progress::new(what, total, unit)
+        Progress::new(what, total, unit, self.status.shared())
     }
 
     /// Appends a line to `timings.jsonl`, which is no part of the result.
@@ -173,6 +181,7 @@ impl Stage {
         };
         manifest.write(&self.dir)?;
         self.forget_resume()?;
+        self.status.finish();
         tracing::info!("{} is finished after {wall_seconds} s", self.dir.display());
         Ok(())
     }

@@ -59,7 +59,7 @@ pub(crate) fn read_tensors(
     let mut file = BufReader::new(fs_err::File::open(path)?);
     let mut digest = Sha256::new();
     let mut read = |bytes: &mut [u8]| -> Result<(), Error> {
-        file.read_exact(bytes)?;
+        file.read_exact(bytes).map_err(|error| unusable(format!("cannot be read to its end: {error}")))?;
         digest.update(bytes);
         Ok(())
     };
