@@ -7,6 +7,7 @@ mod damage;
 mod disk;
 mod faults;
 mod kills;
+mod shards;
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -19,6 +20,7 @@ pub use self::damage::damage_trial;
 pub use self::disk::{can_mount, disk_trial};
 pub use self::faults::{FAULTS, Fault, can_trace, count_calls, fault_trial};
 pub use self::kills::{Kills, kill_trial, race_trial};
+pub use self::shards::shard_trial;
 use crate::chain::{SMALL_UNITS, Stage, stages, write_inputs};
 use crate::program;
 

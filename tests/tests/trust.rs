@@ -2,9 +2,20 @@
 
 #![expect(clippy::print_stderr, reason = "what is not tried is said, and libtest has no other way")]
 
+use mempo_tests::chain::Stage;
 use mempo_tests::torture::{
     Bench, FAULTS, can_mount, can_trace, count_calls, damage_trial, disk_trial, fault_trial, kill_trial, race_trial,
+    shard_trial,
 };
+
+#[test]
+fn shards_give_the_bytes_of_the_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let bench = Bench::new(folder.path()).unwrap();
+    let cut = |stage: &&Stage| [1, 2, 7].map(|count| shard_trial(&bench, stage, count).unwrap()).contains(&true);
+    let cut: Vec<&str> = bench.stages().iter().filter(cut).map(|stage| stage.name.as_str()).collect();
+    assert_eq!(cut, ["sft build", "rollout sample", "score segments", "score logprobs", "score advantages"]);
+}
 
 #[test]
 fn harm_leaves_no_trace() {

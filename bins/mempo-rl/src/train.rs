@@ -101,9 +101,6 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 
 /// Runs the stage.
 pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
-    if arguments.stage.shard.is_some() {
-        return Err(anyhow!("--shard: training is one run, it cannot be cut")).usage();
-    }
     arguments.policy.check().usage()?;
     arguments.optimizer.check().usage()?;
     let inputs = Inputs::open(arguments)?;

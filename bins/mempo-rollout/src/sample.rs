@@ -9,7 +9,7 @@ use clap::Args;
 use mempo_agent::{Agent, LimitOptions, SamplingOptions, SearchIndex, Start, Toolbox, Unit, context_policy};
 use mempo_data::{Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
-use mempo_run::{Input, ResultExt, Stage, StageArgs, seed_of};
+use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage, seed_of};
 use mempo_text::{Profile, PromptBuilder, Tokenizer, ToolSpec};
 use serde::Serialize;
 use serde_json::json;
@@ -83,7 +83,7 @@ pub(crate) struct SampleArguments {
     device: DeviceOptions,
     #[command(flatten)]
     #[serde(skip)]
-    stage: StageArgs,
+    stage: ShardedStageArgs,
 }
 
 /// What the manifest holds: the arguments, and the profile by its name or its folder's.
@@ -146,7 +146,8 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     let builder = prompt_builder(&arguments)?;
     fit_to_model(&mut arguments, &builder)?;
     let resolved = Resolved { arguments: &arguments, profile: arguments.profile() };
-    let Some(stage) = Stage::open("mempo-rollout", "sample", &arguments.stage, &resolved, &inputs.all())? else {
+    let Some(stage) = Stage::open("mempo-rollout", "sample", &arguments.stage.stage(), &resolved, &inputs.all())?
+    else {
         return Ok(());
     };
     let index = SearchIndex::open(&inputs.search.dir().join(INDEX_FOLDER)).bad_input()?;
@@ -154,7 +155,7 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     let context = context_policy(&arguments.context).usage()?;
     let stored = inputs.stored(&arguments, builder.tokenizer())?;
     let model = Model::load(&arguments.model, &arguments.device.resolve().usage()?).bad_input()?;
-    let (seed, policy) = (arguments.stage.seed, inputs.model.digest());
+    let (seed, policy) = (arguments.stage.stage().seed, inputs.model.digest());
     let seed_of = |task_id: &str, trajectory_index: i32, step_index: i32| {
         seed_of(seed, &["sample", policy, task_id, &trajectory_index.to_string(), &step_index.to_string()])
     };

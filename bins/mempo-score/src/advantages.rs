@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use mempo_data::{Advantage, write_rows};
-use mempo_run::{Input, ResultExt, Stage, StageArgs};
+use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage};
 use mempo_text::Tokenizer;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -91,7 +91,7 @@ pub(crate) struct AdvantagesArguments {
     memory_limit_mib: u32,
     #[command(flatten)]
     #[serde(skip)]
-    stage: StageArgs,
+    stage: ShardedStageArgs,
 }
 
 /// Joins trajectories, steps and scores by key, computes advantages task by task, writes `advantages`.
@@ -110,7 +110,7 @@ pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
         scores.check_made_from("rollouts", &rollouts.input, "mempo-score segments")?;
     }
     let inputs: Vec<&Input> = std::iter::once(&rollouts.input).chain(&scores).collect();
-    let Some(stage) = Stage::open("mempo-score", "advantages", &arguments.stage, arguments, &inputs)? else {
+    let Some(stage) = Stage::open("mempo-score", "advantages", &arguments.stage.stage(), arguments, &inputs)? else {
         return Ok(());
     };
     let session = Session::new((arguments.memory_limit_mib as usize) << 20)?;

@@ -6,7 +6,7 @@ use anyhow::{Context as _, anyhow};
 use clap::Args;
 use mempo_data::{Logprobs, Step, write_rows};
 use mempo_model::{DeviceOptions, Model, Runtime, ScoreOptions, ScoredSequence};
-use mempo_run::{Input, ResultExt, Stage, StageArgs};
+use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
@@ -42,7 +42,7 @@ pub(crate) struct LogprobsArguments {
     device: DeviceOptions,
     #[command(flatten)]
     #[serde(skip)]
-    stage: StageArgs,
+    stage: ShardedStageArgs,
 }
 
 /// Reads the rollout unit by unit, scores each completion, writes `logprobs`.
@@ -51,7 +51,7 @@ pub(crate) fn run(arguments: &LogprobsArguments) -> anyhow::Result<()> {
     let policy = Input::model("model", &arguments.model)?;
     let reference = arguments.reference.as_deref().map(|path| Input::model("reference", path)).transpose()?;
     let inputs: Vec<&Input> = [&rollouts.input, &policy].into_iter().chain(&reference).collect();
-    let Some(stage) = Stage::open("mempo-score", "logprobs", &arguments.stage, arguments, &inputs)? else {
+    let Some(stage) = Stage::open("mempo-score", "logprobs", &arguments.stage.stage(), arguments, &inputs)? else {
         return Ok(());
     };
     let task_count = rollouts.count_tasks()?;

@@ -7,7 +7,7 @@ use anyhow::{Context as _, anyhow};
 use clap::Args;
 use mempo_data::{Cursor, Key, Task, read_rows, write_rows};
 use mempo_model::{DeviceOptions, Model, ScoreOptions, ScoredSequence};
-use mempo_run::{Input, ResultExt, Stage, StageArgs};
+use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage};
 use mempo_text::PromptBuilder;
 use rayon::prelude::*;
 use serde::Serialize;
@@ -50,7 +50,7 @@ pub(crate) struct SegmentsArguments {
     device: DeviceOptions,
     #[command(flatten)]
     #[serde(skip)]
-    stage: StageArgs,
+    stage: ShardedStageArgs,
 }
 
 /// Reads the rollout unit by unit, scores each memory with the model, writes `scores` (and `contexts`).
@@ -61,7 +61,7 @@ pub(crate) fn run(arguments: &SegmentsArguments) -> anyhow::Result<()> {
     let task_files = tasks.table("tasks")?;
     let builder = rollouts.prompt_builder(&arguments.model)?;
     let inputs = [&rollouts.input, &tasks, &model_input];
-    let Some(stage) = Stage::open("mempo-score", "segments", &arguments.stage, arguments, &inputs)? else {
+    let Some(stage) = Stage::open("mempo-score", "segments", &arguments.stage.stage(), arguments, &inputs)? else {
         return Ok(());
     };
     let task_count = rollouts.count_tasks()?;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
 use mempo_data::{Task, read_rows, write_rows};
-use mempo_run::{Input, ResultExt, Stage, StageArgs};
+use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage};
 use rayon::prelude::*;
 use serde::Serialize;
 use tracing::{info, warn};
@@ -68,7 +68,7 @@ pub(crate) struct BuildArguments {
     max_bad: u64,
     #[command(flatten)]
     #[serde(skip)]
-    stage: StageArgs,
+    stage: ShardedStageArgs,
 }
 
 /// A profile's folder counts by its content (an input's digest), not by its path.
@@ -89,7 +89,7 @@ pub(crate) fn run(arguments: &BuildArguments) -> anyhow::Result<()> {
     // Before the directory is begun: a misspelt name must not be what a later start has to match.
     let profile = arguments.profile.as_deref().unwrap_or(&arguments.context);
     let mut encoder = Encoder::load(&arguments.tokenizer, profile, &arguments.context)?;
-    let Some(stage) = Stage::open("mempo-sft", "build", &arguments.stage, arguments, &all_inputs)? else {
+    let Some(stage) = Stage::open("mempo-sft", "build", &arguments.stage.stage(), arguments, &all_inputs)? else {
         return Ok(());
     };
     encoder.keep = arguments.keep;
@@ -97,7 +97,7 @@ pub(crate) fn run(arguments: &BuildArguments) -> anyhow::Result<()> {
     encoder.tasks = tasks.as_ref().map(read_tasks).transpose()?.unwrap_or_default();
     let counts = build_units(&stage, &sources, &encoder, arguments.max_bad)?;
     counts.lines().iter().for_each(|line| info!("{line}"));
-    if counts.examples == 0 && arguments.stage.shard.is_none() {
+    if counts.examples == 0 && arguments.stage.stage().shard.is_none() {
         return Err(anyhow!("no example came of the rows: {}", counts.lines().join("; "))).bad_input();
     }
     stage.finish(&[(TABLE, counts.examples)], serde_json::to_value(&counts)?)

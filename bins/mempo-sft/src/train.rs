@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use mempo_model::{Config, DeviceOptions, Model, Runtime};
 use mempo_run::{Input, MetricsFile, Progress, ResultExt, Stage, StageArgs};
 use mempo_train::{Beginning, MemoryBudget, OptimizerOptions, StepStats, TrainSequence, Trainer, learning_rate_at};
@@ -72,9 +72,6 @@ pub(crate) struct TrainArguments {
 
 /// Runs the stage.
 pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
-    if arguments.stage.shard.is_some() {
-        return Err(anyhow!("--shard: training is one run, it cannot be cut")).usage();
-    }
     arguments.optimizer.check().usage()?;
     let runtime = arguments.device.resolve().usage()?;
     let stages = |dirs: &[PathBuf], name| dirs.iter().map(|dir| Input::stage(name, dir)).collect::<Result<Vec<_>, _>>();

@@ -6,7 +6,7 @@ use std::{process::ExitCode, thread::sleep, time::Duration};
 
 use clap::{CommandFactory, Parser, Subcommand};
 use mempo_data::{Document, write_rows};
-use mempo_run::{LogArgs, Stage, StageArgs, StandardCommand};
+use mempo_run::{LogArgs, ShardedStageArgs, Stage, StandardCommand};
 use serde::Serialize;
 
 /// Counts
@@ -42,7 +42,7 @@ struct Numbers {
     panic: bool,
     #[command(flatten)]
     #[serde(skip)]
-    stage: StageArgs,
+    stage: ShardedStageArgs,
 }
 
 fn main() -> ExitCode {
@@ -59,7 +59,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
 
 fn numbers(arguments: &Numbers) -> anyhow::Result<()> {
     assert!(!arguments.panic, "asked to go wrong");
-    let Some(stage) = Stage::open("count", "numbers", &arguments.stage, arguments, &[])? else {
+    let Some(stage) = Stage::open("count", "numbers", &arguments.stage.stage(), arguments, &[])? else {
         return Ok(());
     };
     let units = stage.shard_range(arguments.units);

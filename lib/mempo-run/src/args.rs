@@ -49,11 +49,30 @@ pub struct StageArgs {
     #[arg(long)]
     #[serde(skip)]
     pub restart: bool,
+    /// Which part of the work, where it can be cut.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub shard: Option<Shard>,
+}
+
+/// The same for a stage that works unit by unit, so that its work can be cut.
+#[derive(Debug, Clone, clap::Args, Serialize)]
+pub struct ShardedStageArgs {
+    #[command(flatten)]
+    #[serde(skip)]
+    stage: StageArgs,
     /// Do part I of N of the work, from 0; all N write to the same --out and are read as one. `auto` takes both from a
     /// Slurm array, `auto/N` takes I from that or from an indexed Kubernetes job
     #[arg(long, value_name = "I/N")]
     #[serde(skip)]
-    pub shard: Option<Shard>,
+    shard: Option<Shard>,
+}
+
+impl ShardedStageArgs {
+    /// Where this shard, if it is one, writes.
+    pub fn stage(&self) -> StageArgs {
+        StageArgs { shard: self.shard, ..self.stage.clone() }
+    }
 }
 
 impl StageArgs {
