@@ -3,6 +3,7 @@
 #![expect(clippy::print_stderr, reason = "what is not tried is said, and libtest has no other way")]
 
 use mempo_tests::chain::Stage;
+use mempo_tests::run;
 use mempo_tests::torture::{
     Bench, FAULTS, can_mount, can_trace, count_calls, damage_trial, disk_trial, fault_trial, kill_trial, race_trial,
     shard_trial,
@@ -15,6 +16,25 @@ fn shards_give_the_bytes_of_the_whole() {
     let cut = |stage: &&Stage| [1, 2, 7].map(|count| shard_trial(&bench, stage, count).unwrap()).contains(&true);
     let cut: Vec<&str> = bench.stages().iter().filter(cut).map(|stage| stage.name.as_str()).collect();
     assert_eq!(cut, ["sft build", "rollout sample", "score segments", "score logprobs", "score advantages"]);
+}
+
+#[test]
+fn inputs_are_read_whole_unless_they_are_trusted() {
+    let folder = tempfile::tempdir().unwrap();
+    let bench = Bench::new(folder.path()).unwrap();
+    let advantages = &bench.stages()[8];
+    // A file that belongs to the scores, but that this stage has no need of.
+    let sums = folder.path().join("scores/units/part-00000.json");
+    let changed = fs_err::read_to_string(&sums).unwrap().replacen('0', "1", 1);
+    fs_err::write(&sums, changed).unwrap();
+    let line = advantages.with_out("again");
+    let told = String::from_utf8(run(folder.path(), &line, 4).stderr).unwrap();
+    assert!(told.contains("units/part-00000.json: SHA-256"), "{told}");
+    run(folder.path(), &format!("{line} --trust-inputs"), 0);
+    let manifest = fs_err::read_to_string(folder.path().join("again/manifest.json")).unwrap();
+    assert_eq!(manifest.matches("\"is_trusted\": true").count(), 2, "rollouts and scores");
+    fs_err::write(&sums, "").unwrap();
+    run(folder.path(), &format!("{} --trust-inputs", advantages.with_out("once-more")), 4);
 }
 
 #[test]

@@ -14,7 +14,7 @@ mod train;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use mempo_doctor::DoctorArguments;
-use mempo_run::{LogArgs, StandardCommand};
+use mempo_run::{CommonArgs, StandardCommand};
 
 /// Reinforcement learning: one pass of policy updates over a rollout.
 ///
@@ -35,7 +35,7 @@ use mempo_run::{LogArgs, StandardCommand};
 #[command(name = "mempo-rl", version, about, long_about, verbatim_doc_comment)]
 pub struct Arguments {
     #[command(flatten)]
-    log: LogArgs,
+    common: CommonArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -53,7 +53,7 @@ enum Command {
 
 /// Does what the command line asks.
 pub fn run(arguments: Arguments) -> anyhow::Result<()> {
-    arguments.log.init();
+    arguments.common.init();
     match arguments.command {
         Command::Train(arguments) => train::run(&arguments),
         Command::History(arguments) => history::run(&arguments),

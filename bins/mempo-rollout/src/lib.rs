@@ -17,7 +17,7 @@ mod tally;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use mempo_doctor::DoctorArguments;
-use mempo_run::{LogArgs, StandardCommand};
+use mempo_run::{CommonArgs, StandardCommand};
 
 /// Rollouts: compose tasks, index documents, let a checkpoint search and answer, look at what it did.
 ///
@@ -33,7 +33,7 @@ use mempo_run::{LogArgs, StandardCommand};
 #[command(name = "mempo-rollout", version, about, long_about, verbatim_doc_comment)]
 pub struct Arguments {
     #[command(flatten)]
-    log: LogArgs,
+    common: CommonArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -52,7 +52,7 @@ enum Command {
 
 /// Does what the command line asks.
 pub fn run(arguments: Arguments) -> anyhow::Result<()> {
-    arguments.log.init();
+    arguments.common.init();
     match arguments.command {
         Command::Compose(arguments) => compose::run(&arguments),
         Command::Index(arguments) => index::run(&arguments),

@@ -33,7 +33,7 @@ mod fixture;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use mempo_doctor::DoctorArguments;
-use mempo_run::{LogArgs, StandardCommand};
+use mempo_run::{CommonArgs, StandardCommand};
 
 /// Score rollouts: how far each memory supports the gold answer, what the update needs, and how good a policy is.
 ///
@@ -52,7 +52,7 @@ use mempo_run::{LogArgs, StandardCommand};
 #[command(name = "mempo-score", version, about, long_about, verbatim_doc_comment)]
 pub struct Arguments {
     #[command(flatten)]
-    log: LogArgs,
+    common: CommonArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -72,7 +72,7 @@ enum Command {
 
 /// Does what the command line asks.
 pub fn run(arguments: Arguments) -> anyhow::Result<()> {
-    arguments.log.init();
+    arguments.common.init();
     match arguments.command {
         Command::Segments(arguments) => segments::run(&arguments),
         Command::Logprobs(arguments) => logprobs::run(&arguments),

@@ -18,7 +18,7 @@ mod train;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use mempo_doctor::DoctorArguments;
-use mempo_run::{LogArgs, StandardCommand};
+use mempo_run::{CommonArgs, StandardCommand};
 
 /// Supervised fine-tuning: build examples from trajectories, look at them, make a fresh model, train.
 ///
@@ -33,7 +33,7 @@ use mempo_run::{LogArgs, StandardCommand};
 #[command(name = "mempo-sft", version, about, long_about, verbatim_doc_comment)]
 pub struct Arguments {
     #[command(flatten)]
-    log: LogArgs,
+    common: CommonArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -52,7 +52,7 @@ enum Command {
 
 /// Does what the command line asks.
 pub fn run(arguments: Arguments) -> anyhow::Result<()> {
-    arguments.log.init();
+    arguments.common.init();
     match arguments.command {
         Command::Build(arguments) => build::run(&arguments),
         Command::Show(arguments) => show::run(&arguments),

@@ -6,7 +6,7 @@ use std::{process::ExitCode, thread::sleep, time::Duration};
 
 use clap::{CommandFactory, Parser, Subcommand};
 use mempo_data::{Document, write_rows};
-use mempo_run::{LogArgs, ShardedStageArgs, Stage, StandardCommand};
+use mempo_run::{CommonArgs, ShardedStageArgs, Stage, StandardCommand};
 use serde::Serialize;
 
 /// Counts
@@ -14,7 +14,7 @@ use serde::Serialize;
 #[command(name = "count")]
 struct Arguments {
     #[command(flatten)]
-    log: LogArgs,
+    common: CommonArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: Arguments) -> anyhow::Result<()> {
-    arguments.log.init();
+    arguments.common.init();
     match arguments.command {
         Command::Numbers(arguments) => numbers(&arguments),
         Command::Standard(command) => command.run(Arguments::command()),

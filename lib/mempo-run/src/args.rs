@@ -4,18 +4,22 @@ use std::{fmt, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
-use crate::log;
 use crate::manifest::MANIFEST;
+use crate::{input, log};
 
-/// How a program talks while it works.
+/// How a program goes about its work, whatever the work is.
 #[derive(Debug, Clone, clap::Args, Serialize)]
-pub struct LogArgs {
+pub struct CommonArgs {
     /// Say nothing but warnings and errors
     #[arg(long, global = true)]
     pub quiet: bool,
     /// Form of the log on standard error
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text)]
     pub log_format: LogFormat,
+    /// Do not read inputs that stages wrote only to compare their SHA-256 with their manifests: sizes are still compared. For
+    /// inputs of many gigabytes; what was made from them says so in its own manifest
+    #[arg(long, global = true)]
+    pub trust_inputs: bool,
 }
 
 /// Form of the log.
@@ -28,10 +32,13 @@ pub enum LogFormat {
     Json,
 }
 
-impl LogArgs {
-    /// Sets up logging and progress for the rest of the process. The variable `RUST_LOG` filters more finely.
+impl CommonArgs {
+    /// Sets up logging, progress and inputs for the rest of the process. The variable `RUST_LOG` filters more finely.
     pub fn init(&self) {
         log::init(self.quiet, self.log_format);
+        if self.trust_inputs {
+            input::trust_stages();
+        }
     }
 }
 

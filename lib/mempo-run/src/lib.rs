@@ -45,7 +45,7 @@ mod status;
 mod tensorboard;
 mod thin;
 
-pub use args::{LogArgs, LogFormat, Shard, ShardedStageArgs, StageArgs};
+pub use args::{CommonArgs, LogFormat, Shard, ShardedStageArgs, StageArgs};
 pub use check::{finished, is_under_way, verify};
 pub use digest::seed_of;
 pub use failure::{Failure, ResultExt, exit_code, main};

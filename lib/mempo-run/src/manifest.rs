@@ -46,6 +46,9 @@ pub struct InputRecord {
     pub digest: String,
     /// Where it was; only told, never compared.
     pub path: String,
+    /// Whether its bytes were taken to be as its own manifest says (`--trust-inputs`); only told, never compared.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub is_trusted: bool,
 }
 
 /// What a finished stage consists of. Fields of [`Run`] are its own.
@@ -90,7 +93,9 @@ impl Run {
     /// Names this run's temporary files, so that only they are cleaned up.
     pub(crate) fn id(&self) -> anyhow::Result<String> {
         let mut without_paths = self.clone();
-        without_paths.inputs.iter_mut().for_each(|input| input.path.clear());
+        for input in &mut without_paths.inputs {
+            (input.path, input.is_trusted) = (String::new(), false);
+        }
         let mut id = digest::of_bytes(&serde_json::to_vec(&without_paths)?);
         id.truncate(16);
         Ok(id)
@@ -192,7 +197,12 @@ pub(crate) mod tests {
             shard: None,
             seed: u64::MAX,
             arguments: json!({ "temperature": 0.1, "limits": { "max_steps": 16 } }),
-            inputs: vec![InputRecord { name: "tasks".to_owned(), digest: "ab".repeat(32), path: "x".to_owned() }],
+            inputs: vec![InputRecord {
+                name: "tasks".to_owned(),
+                digest: "ab".repeat(32),
+                path: "x".to_owned(),
+                is_trusted: false,
+            }],
         }
     }
 

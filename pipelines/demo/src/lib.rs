@@ -20,7 +20,7 @@ mod random;
 mod work;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use mempo_run::{LogArgs, StandardCommand};
+use mempo_run::{CommonArgs, StandardCommand};
 
 /// Data of the demonstration: documents, questions, demonstrations, and what the base model learns from.
 ///
@@ -32,7 +32,7 @@ use mempo_run::{LogArgs, StandardCommand};
 #[command(name = "mempo-demo", version, about, long_about, verbatim_doc_comment)]
 pub struct Arguments {
     #[command(flatten)]
-    log: LogArgs,
+    common: CommonArgs,
     #[command(subcommand)]
     command: Command,
 }
@@ -50,7 +50,7 @@ enum Command {
 
 /// Does what the command line asks.
 pub fn run(arguments: Arguments) -> anyhow::Result<()> {
-    arguments.log.init();
+    arguments.common.init();
     match arguments.command {
         Command::Data(arguments) => data::run(&arguments),
         Command::Expert(arguments) => expert::run(&arguments),
