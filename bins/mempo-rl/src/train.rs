@@ -101,6 +101,7 @@ fn at_least_one(text: &str) -> Result<usize, String> {
 
 /// Runs the stage.
 pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
+    arguments.stage.check_free()?;
     arguments.policy.check().usage()?;
     arguments.optimizer.check().usage()?;
     let inputs = Inputs::open(arguments)?;

@@ -62,6 +62,7 @@ struct Counts {
 
 /// Runs `compose`.
 pub(crate) fn run(arguments: &ComposeArguments) -> anyhow::Result<()> {
+    arguments.stage.check_free()?;
     let input = Input::files("questions", &arguments.questions)?;
     let (questions, counts) = read_questions(arguments).bad_input()?;
     let blocks = blocks(&questions, arguments);

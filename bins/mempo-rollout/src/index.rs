@@ -34,6 +34,7 @@ pub(crate) struct IndexArguments {
 
 /// Runs `index`.
 pub(crate) fn run(arguments: &IndexArguments) -> anyhow::Result<()> {
+    arguments.stage.check_free()?;
     let input = Input::files("corpus", &arguments.corpus)?;
     let documents = read_documents(&arguments.corpus).bad_input()?;
     let Some(stage) = Stage::open("mempo-rollout", "index", &arguments.stage, arguments, &[&input])? else {

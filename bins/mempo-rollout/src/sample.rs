@@ -140,6 +140,7 @@ impl SampleArguments {
 
 /// Runs `sample`.
 pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
+    arguments.stage.stage().check_free()?;
     let inputs = Inputs::open(&arguments)?;
     let task_files = inputs.tasks.table("tasks")?;
     let task_count = count_tasks(&task_files, arguments.max_tasks)?;

@@ -96,6 +96,7 @@ pub(crate) struct AdvantagesArguments {
 
 /// Joins trajectories, steps and scores by key, computes advantages task by task, writes `advantages`.
 pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
+    arguments.stage.stage().check_free()?;
     let rollouts = Rollouts::open(&arguments.rollouts)?;
     let scores = match (arguments.normalise.estimator.pays_memories(), &arguments.scores) {
         (false, _) => None,

@@ -47,6 +47,7 @@ pub(crate) struct LogprobsArguments {
 
 /// Reads the rollout unit by unit, scores each completion, writes `logprobs`.
 pub(crate) fn run(arguments: &LogprobsArguments) -> anyhow::Result<()> {
+    arguments.stage.stage().check_free()?;
     let rollouts = Rollouts::open(&arguments.rollouts)?;
     let policy = Input::model("model", &arguments.model)?;
     let reference = arguments.reference.as_deref().map(|path| Input::model("reference", path)).transpose()?;

@@ -55,6 +55,7 @@ pub(crate) struct SegmentsArguments {
 
 /// Reads the rollout unit by unit, scores each memory with the model, writes `scores` (and `contexts`).
 pub(crate) fn run(arguments: &SegmentsArguments) -> anyhow::Result<()> {
+    arguments.stage.stage().check_free()?;
     let rollouts = Rollouts::open(&arguments.rollouts)?;
     let tasks = Input::stage("tasks", &arguments.tasks)?;
     let model_input = Input::model("model", &arguments.model)?;

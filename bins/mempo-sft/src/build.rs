@@ -80,6 +80,7 @@ fn profile_name<S: serde::Serializer>(profile: &Option<String>, serializer: S) -
 
 /// Runs the stage.
 pub(crate) fn run(arguments: &BuildArguments) -> anyhow::Result<()> {
+    arguments.stage.stage().check_free()?;
     let (sources, mut inputs) = find_sources(&arguments.trajectories)?;
     let tasks = arguments.tasks.as_deref().map(|dir| Input::stage("tasks", dir)).transpose()?;
     check_keep(arguments, &sources)?;

@@ -53,6 +53,7 @@ pub(crate) struct InitArguments {
 
 /// Runs the stage.
 pub(crate) fn run(arguments: &InitArguments) -> anyhow::Result<()> {
+    arguments.stage.check_free()?;
     let files = corpus_files(&arguments.corpus)?;
     let settings: Vec<PathBuf> = std::iter::once(&arguments.config).chain(&arguments.added_tokens).cloned().collect();
     let config_input = Input::files("config", &settings)?;

@@ -72,6 +72,7 @@ pub(crate) struct TrainArguments {
 
 /// Runs the stage.
 pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
+    arguments.stage.check_free()?;
     arguments.optimizer.check().usage()?;
     let runtime = arguments.device.resolve().usage()?;
     let stages = |dirs: &[PathBuf], name| dirs.iter().map(|dir| Input::stage(name, dir)).collect::<Result<Vec<_>, _>>();

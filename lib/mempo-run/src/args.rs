@@ -4,6 +4,7 @@ use std::{fmt, path::PathBuf, str::FromStr};
 
 use serde::{Deserialize, Serialize};
 
+use crate::lock::Lock;
 use crate::manifest::MANIFEST;
 use crate::{input, log};
 
@@ -86,6 +87,11 @@ impl StageArgs {
     /// Where the stage writes: `--out`, or the shard's folder inside it.
     pub(crate) fn dir(&self) -> PathBuf {
         self.shard.map_or_else(|| self.out.clone(), |shard| self.out.join(shard.folder()))
+    }
+
+    /// Refuses a directory that another process writes to, before inputs are read, which may take long.
+    pub fn check_free(&self) -> anyhow::Result<()> {
+        Lock::probe(&self.dir())
     }
 
     /// Whether there is work to do, and not only a finished directory to look at: then inputs have to be all there.

@@ -4,6 +4,8 @@ use std::{
     fs::TryLockError,
     io::{ErrorKind, Read, Seek, Write},
     path::Path,
+    thread::sleep,
+    time::Duration,
 };
 
 use fs_err::File;
@@ -20,20 +22,25 @@ pub(crate) struct Lock {
 }
 
 impl Lock {
+    /// Fails if another process holds the lock of a directory, which need not exist.
+    pub(crate) fn probe(out: &Path) -> anyhow::Result<()> {
+        let Ok(mut file) = File::open(out.join(NAME)) else { return Ok(()) };
+        match file.try_lock_shared() {
+            Err(TryLockError::WouldBlock) => Err(held(out, &mut file)),
+            _ => Ok(()),
+        }
+    }
+
     /// Locks a directory for this process, or fails at once and names the owner.
     pub(crate) fn acquire(out: &Path) -> anyhow::Result<Self> {
         let path = out.join(NAME);
         let failed = |error: std::io::Error| durable::failed(&path, &path, error.into());
         let mut file =
             File::options().read(true).write(true).create(true).truncate(false).open(&path).map_err(failed)?;
-        match file.try_lock() {
+        match try_lock(&file) {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
-                let mut owner = String::new();
-                // Between the owner's lock and its note the file is empty.
-                let _ = file.read_to_string(&mut owner);
-                let owner = if owner.is_empty() { "another process".to_owned() } else { owner };
-                return Err(Failure::Locked { out: out.to_owned(), owner }.into());
+                return Err(held(out, &mut file));
             }
             Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => {
                 tracing::warn!("{}: no locks here; see to it that only one process writes", out.display());
@@ -52,6 +59,26 @@ impl Lock {
     }
 }
 
+/// Tries for a tenth of a second: another process may just be looking whether the directory is free.
+fn try_lock(file: &File) -> Result<(), TryLockError> {
+    for _ in 0..10 {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => sleep(Duration::from_millis(10)),
+            other => return other,
+        }
+    }
+    file.try_lock()
+}
+
+/// The failure that names who holds a directory.
+fn held(out: &Path, file: &mut File) -> anyhow::Error {
+    let mut owner = String::new();
+    // Between the owner's lock and its note the file is empty.
+    let _ = file.read_to_string(&mut owner);
+    let owner = if owner.is_empty() { "another process".to_owned() } else { owner };
+    Failure::Locked { out: out.to_owned(), owner }.into()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -64,7 +91,10 @@ mod tests {
         assert_eq!(crate::exit_code(&error), 73);
         let owner = format!("held by process {} on ", std::process::id());
         assert!(error.to_string().contains(&owner), "{error}");
+        assert_eq!(Lock::probe(folder.path()).unwrap_err().to_string(), error.to_string());
         drop(first);
+        Lock::probe(folder.path()).unwrap();
+        Lock::probe(&folder.path().join("not there")).unwrap();
         Lock::acquire(folder.path()).unwrap();
     }
 

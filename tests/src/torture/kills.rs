@@ -61,7 +61,7 @@ pub fn kill_trial(bench: &Bench, stage: &Stage, seed: u64, kills: u64, longest: 
     Ok(done)
 }
 
-/// Starts a stage `writers` times at once: one does the work, the others are sent away within two seconds.
+/// Starts a stage `writers` times at once: one does the work, the others are sent away.
 pub fn race_trial(bench: &Bench, stage: &Stage, writers: usize) -> anyhow::Result<()> {
     let trial = Trial::new(bench, stage, "race")?;
     let children = (0..writers).map(|_| bench.command(&trial.line).spawn()).collect::<std::io::Result<Vec<_>>>()?;
