@@ -20,6 +20,11 @@ build *flags:
 test *flags: lint build
     cargo test --locked --workspace {{ flags }}
 
+# kill stages, fail their system calls, fill their disk, damage their files; counts grow from run to run (`--help` tells more)
+torture *flags:
+    cargo build --locked --workspace --bins --examples
+    target/debug/examples/torture runs/torture {{ flags }}
+
 # formatting and lints alone
 lint:
     cargo fmt --all --check
