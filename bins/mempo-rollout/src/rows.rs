@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, anyhow};
 use arrow::record_batch::RecordBatch;
 use fs_err::File;
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use mempo_data::parquet_builder;
 use serde_json::{Map, Value};
 
 /// A row and where it stands, as messages name it: `FILE:LINE`, or `FILE row N` (from 0) of a table.
@@ -32,10 +32,10 @@ fn read_lines(path: &Path, file: File) -> Rows {
     let lines = BufReader::new(file).lines().enumerate();
     Box::new(lines.filter_map(move |(index, line)| {
         let place = format!("{path}:{}", index + 1);
-        match line {
+        match line.as_deref().map(|line| if index == 0 { line.trim_start_matches('\u{feff}') } else { line }) {
             Ok(line) if line.trim().is_empty() => None,
-            Ok(line) => Some(object(place, &line)),
-            Err(error) => Some(Err(anyhow!(error).context(format!("{place}: the line can't be read")))),
+            Ok(line) => Some(object(place, line)),
+            Err(error) => Some(Err(anyhow!("{place}: the line can't be read: {error}"))),
         }
     }))
 }
@@ -53,7 +53,7 @@ fn object(place: String, line: &str) -> anyhow::Result<Located> {
 
 fn read_parquet(path: &Path, file: File) -> anyhow::Result<Rows> {
     let path = path.display().to_string();
-    let batches = ParquetRecordBatchReaderBuilder::try_new(file.into_parts().0)?.build()?;
+    let batches = parquet_builder(file.into_parts().0)?.build()?;
     let mut row = 0;
     Ok(Box::new(batches.flat_map(move |batch| {
         let lines = batch.map_err(Into::into).and_then(|batch| json_lines(&batch));

@@ -64,14 +64,18 @@ pub(crate) fn run(arguments: &InitArguments) -> anyhow::Result<()> {
     let stage = Stage::open("mempo-sft", "init", &arguments.stage, arguments, &[&config_input, &corpus_input])?;
     let Some(stage) = stage else { return Ok(()) };
 
-    let mut broken = None;
+    let (mut broken, mut has_text) = (None, false);
     let texts = files.iter().flat_map(|file| texts_of(file));
     let texts = texts.map_while(|text| text.map_err(|error| broken = Some(error)).ok());
+    let texts = texts.inspect(|text| has_text |= !text.trim().is_empty());
     let added_tokens = arguments.added_tokens.as_deref().map(read_tokens).transpose()?.unwrap_or_default();
     let wanted = NewTokenizer { vocabulary_size, added_tokens, separate_spaces: arguments.separate_spaces };
     stage.write_files(|dir| Ok(train_tokenizer(texts, &wanted, dir)?)).bad_input()?;
     if let Some(error) = broken {
         return Err(error);
+    }
+    if !has_text {
+        return Err(anyhow!("--corpus holds no text to make a vocabulary of")).bad_input();
     }
     stage.check_interrupt()?;
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
 use fs_err as fs;
-use mempo_data::{Step, Trajectory, groups, read_rows};
+use mempo_data::{Step, Trajectory, groups, parquet_builder, read_rows};
 use mempo_run::{Input, ResultExt};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
@@ -273,20 +273,18 @@ impl Iterator for RawLines {
     }
 }
 
-fn parquet_builder(path: &Path) -> anyhow::Result<ParquetRecordBatchReaderBuilder<std::fs::File>> {
+fn open_parquet(path: &Path) -> anyhow::Result<ParquetRecordBatchReaderBuilder<std::fs::File>> {
     let (file, _) = fs::File::open(path).bad_input()?.into_parts();
-    ParquetRecordBatchReaderBuilder::try_new(file)
-        .with_context(|| format!("{}: not Parquet", path.display()))
-        .bad_input()
+    parquet_builder(file).with_context(|| format!("{}: not Parquet", path.display())).bad_input()
 }
 
 fn parquet_rows(path: &Path) -> anyhow::Result<u64> {
-    Ok(parquet_builder(path)?.metadata().file_metadata().num_rows() as u64)
+    Ok(open_parquet(path)?.metadata().file_metadata().num_rows() as u64)
 }
 
 /// The rows of a Parquet file as JSON objects without null fields.
 fn parquet_lines(path: &Path) -> anyhow::Result<Lines> {
-    let batches = parquet_builder(path)?.with_batch_size(BATCH_ROWS).build()?;
+    let batches = open_parquet(path)?.with_batch_size(BATCH_ROWS).build()?;
     let path = path.to_path_buf();
     let rows = batches.flat_map(move |batch| {
         let text = batch.and_then(|batch| {

@@ -146,9 +146,6 @@ fn refusals() {
     let dir = tempfile::tempdir().unwrap();
     let examples = toy_examples(dir.path(), 10);
     let out = dir.path().join("out");
-    let (message, code) = refusal(&words(&examples, &out, &["--shard", "0/2"]));
-    assert!(message.contains("--shard: training is one run"), "{message}");
-    assert_eq!(code, 2);
     let (message, code) = refusal(&words(&examples, &out, &["--beta2", "1"]));
     assert!(message.contains("--beta2 is 1"), "{message}");
     assert_eq!(code, 2);

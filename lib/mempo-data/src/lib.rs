@@ -27,7 +27,7 @@ mod write;
 
 pub use error::Error;
 pub use merge::{Cursor, groups};
-pub use read::{RowReader, read_rows};
+pub use read::{RowReader, parquet_builder, read_rows};
 pub use row::{Key, Row};
 pub use rows::*;
 pub use schema::{Column, SCHEMA_VERSION, arrow_schema, schema_markdown};

@@ -10,7 +10,7 @@ use arrow::datatypes::SchemaRef;
 use parquet::{
     arrow::{
         ProjectionMask,
-        arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder},
+        arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder},
     },
     file::metadata::{FileMetaData, ParquetMetaData},
 };
@@ -108,12 +108,20 @@ fn decode<R: Row>(file: &Path, batch: &arrow::record_batch::RecordBatch, rows: R
     })
 }
 
+/// A reader of any Parquet file, by its own schema alone: the Arrow schema that writers may leave beside it is not checked by
+/// the library before it is taken apart, and some damage to it makes it panic.
+pub fn parquet_builder(file: std::fs::File) -> parquet::errors::Result<ParquetRecordBatchReaderBuilder<std::fs::File>> {
+    ParquetRecordBatchReaderBuilder::try_new_with_options(
+        file,
+        ArrowReaderOptions::new().with_skip_arrow_metadata(true),
+    )
+}
+
 /// Opens a file, checks that it holds the table, and reads only the table's columns.
 fn open<R: Row>(path: &Path, schema: &SchemaRef) -> Result<ParquetRecordBatchReader> {
     let damaged = |source| Error::Parquet { file: path.to_owned(), source };
     let file = fs_err::File::open(path).map_err(|source| Error::Open { file: path.to_owned(), source })?;
-    let (file, _) = file.into_parts();
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(damaged)?;
+    let builder = parquet_builder(file.into_parts().0).map_err(damaged)?;
     check_metadata::<R>(path, builder.metadata().file_metadata())?;
     check_schema(path, builder.schema(), schema)?;
     let columns = builder.schema().fields().iter().enumerate();

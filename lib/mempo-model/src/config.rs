@@ -122,6 +122,12 @@ const FIXED: &[(&str, &[&str])] = &[
     ("use_mrope", &["false"]),
 ];
 
+/// Sizes that no model has: what asks for more is damaged, or wants memory that is not there.
+const LARGEST_VOCABULARY: i64 = 1 << 24;
+const LARGEST_SIZE: i64 = 1 << 20;
+const LARGEST_DEPTH: usize = 1 << 12;
+const LARGEST_SPREAD: f64 = 100.0;
+
 impl Config {
     /// Reads and checks `DIR/config.json`.
     pub fn load(dir: &Path) -> Result<Self, Error> {
@@ -235,6 +241,22 @@ impl Config {
                 num_key_value_heads and max_position_embeddings must all be at least 1"
                 .to_owned());
         }
+        let largest = [
+            ("hidden_size", self.hidden_size),
+            ("intermediate_size", self.intermediate_size),
+            ("num_attention_heads", heads),
+            ("num_key_value_heads", groups),
+            ("head_dim", self.head_size()),
+        ];
+        if let Some((key, size)) = largest.into_iter().find(|(_, size)| *size > LARGEST_SIZE) {
+            return Err(format!("{key} = {size}; expected at most {LARGEST_SIZE}"));
+        }
+        if self.vocab_size > LARGEST_VOCABULARY {
+            return Err(format!("vocab_size = {}; expected at most {LARGEST_VOCABULARY}", self.vocab_size));
+        }
+        if self.num_hidden_layers > LARGEST_DEPTH {
+            return Err(format!("num_hidden_layers = {}; expected at most {LARGEST_DEPTH}", self.num_hidden_layers));
+        }
         if heads % groups != 0 {
             return Err(format!("num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"));
         }
@@ -249,6 +271,12 @@ impl Config {
 
     fn check_rotary(&self) -> Result<(), String> {
         self.rotary_scaling()?;
+        if self.rms_norm_eps < 0.0 || self.rotary_base() <= 0.0 {
+            return Err("rms_norm_eps must be at least 0, rope_theta above 0".to_owned());
+        }
+        if !(0.0..=LARGEST_SPREAD).contains(&self.initializer_range) {
+            return Err(format!("initializer_range = {}; expected 0 to {LARGEST_SPREAD}", self.initializer_range));
+        }
         let nested = self.rope_parameters.as_ref().and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64);
         match (nested, self.rope_theta) {
             (Some(nested), Some(top)) if nested.to_bits() != top.to_bits() => {

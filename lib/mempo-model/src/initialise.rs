@@ -13,7 +13,7 @@ impl Model {
     /// numbers are a function of `seed` and each tensor's name alone.
     pub fn initialise(config: Config, seed: u64, runtime: &Runtime) -> Result<Self, Error> {
         config.check().map_err(|problem| Error::Config { path: "config".into(), problem })?;
-        let mut model = Self::allocate(config, runtime);
+        let mut model = Self::allocate(config, runtime)?;
         let scale = model.config.initializer_range as f32;
         let _guard = tch::no_grad_guard();
         for (name, tensor) in &mut model.parameters {

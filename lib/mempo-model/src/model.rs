@@ -133,23 +133,29 @@ impl Model {
     /// no gradient.
     pub fn load(dir: &Path, runtime: &Runtime) -> Result<Self, Error> {
         let config = Config::load(dir)?;
-        let model = Self::allocate(config, runtime);
+        let model = Self::allocate(config, runtime)?;
         weights::load(dir, &model.parameters, model.config.tie_word_embeddings)?;
         Ok(model)
     }
 
-    pub(crate) fn allocate(config: Config, runtime: &Runtime) -> Self {
+    pub(crate) fn allocate(config: Config, runtime: &Runtime) -> Result<Self, Error> {
         let shapes = Builder::list(|builder| decoder(builder, &config));
         let count = |shape: &[i64]| shape.iter().product::<i64>();
         let total = shapes.iter().map(|(_, shape)| count(shape)).sum::<i64>();
-        let flat = Tensor::zeros([total], (runtime.kind, runtime.device));
+        let flat = Tensor::f_zeros([total], (runtime.kind, runtime.device)).map_err(|_| {
+            let gibibytes = total as f64 * runtime.kind.elt_size_in_bytes() as f64 / f64::from(1 << 30);
+            Error::Device(format!(
+                "the model's weights take {gibibytes:.1} GiB, more memory than {:?} has",
+                runtime.device
+            ))
+        })?;
         let mut start = 0;
         let mut parameters = Vec::with_capacity(shapes.len());
         for (name, shape) in shapes {
             parameters.push((name, flat.narrow(0, start, count(&shape)).view(&shape[..])));
             start += count(&shape);
         }
-        Self::build(config, runtime, parameters, runtime.kernels())
+        Ok(Self::build(config, runtime, parameters, runtime.kernels()))
     }
 
     fn build(config: Config, runtime: &Runtime, parameters: Vec<(String, Tensor)>, kernels: Kernels) -> Self {

@@ -129,14 +129,14 @@ pub(crate) fn inside(dir: &Path, file: &FileRecord) -> anyhow::Result<PathBuf> {
 
 /// What a file's record does not allow, if anything. With `deep` its bytes are compared, too, not only its size.
 pub(crate) fn problem(dir: &Path, file: &FileRecord, deep: bool) -> Option<String> {
-    if file.removed {
-        return None;
-    }
     let path = match inside(dir, file) {
         Ok(path) => path,
         Err(error) => return Some(error.to_string()),
     };
-    let size = match fs_err::metadata(&path) {
+    if file.removed {
+        return path.exists().then(|| format!("{}: said to be removed, and there", path.display()));
+    }
+    let size = match digest::check_plain(&path).and_then(|()| fs_err::metadata(&path)) {
         Ok(metadata) => metadata.len(),
         Err(error) => return Some(error.to_string()),
     };
@@ -153,7 +153,10 @@ pub(crate) fn problem(dir: &Path, file: &FileRecord, deep: bool) -> Option<Strin
     }
 }
 
-/// Compares every file of a finished directory with its manifest; an error names all that differ.
+/// Problems that are told one by one.
+const TOLD: usize = 20;
+
+/// Compares every file of a finished directory with its manifest; an error names what differs.
 pub fn verify(dir: &Path) -> anyhow::Result<Manifest> {
     compare(dir, true)
 }
@@ -166,8 +169,10 @@ pub(crate) fn compare(dir: &Path, deep: bool) -> anyhow::Result<Manifest> {
     if problems.is_empty() {
         return Ok(manifest);
     }
-    let problems = problems.join("\n  ");
-    Err(anyhow!("{} is damaged; copy or make it again:\n  {problems}", dir.display())).bad_input()
+    let more = problems.len().saturating_sub(TOLD);
+    let told = problems[..problems.len() - more].join("\n  ");
+    let more = if more == 0 { String::new() } else { format!("\n  and {more} more") };
+    Err(anyhow!("{} is damaged; copy or make it again:\n  {told}{more}", dir.display())).bad_input()
 }
 
 /// Table parts that are not in the manifest: tools that read whole folders would take them in.

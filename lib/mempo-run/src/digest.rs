@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 
 /// Size and lower-case hexadecimal SHA-256 of a file.
 pub(crate) fn of_file(path: &Path) -> std::io::Result<(u64, String)> {
+    check_plain(path)?;
     let mut file = fs_err::File::open(path)?;
     let mut hasher = Sha256::new();
     let mut buffer = vec![0; 1 << 20];
@@ -19,6 +20,15 @@ pub(crate) fn of_file(path: &Path) -> std::io::Result<(u64, String)> {
             }
         }
     }
+}
+
+/// Refuses what is no plain file: a pipe would be waited for, a device read without an end.
+pub(crate) fn check_plain(path: &Path) -> std::io::Result<()> {
+    if fs_err::metadata(path)?.is_file() {
+        return Ok(());
+    }
+    let message = format!("{}: not a plain file; write its content to one first", path.display());
+    Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, message))
 }
 
 /// SHA-256 of bytes.

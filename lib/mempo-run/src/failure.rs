@@ -152,14 +152,33 @@ pub fn main<A: clap::Parser>(run: fn(A) -> anyhow::Result<()>) -> ExitCode {
 }
 
 fn report(error: &anyhow::Error) {
+    let message = printable(&format!("{error:#}"));
     if log::is_json() {
-        tracing::error!("{error:#}");
+        tracing::error!("{message}");
     } else {
         log::suspend(|| {
             // Nobody is left to tell if standard error cannot be written.
-            let _ = writeln!(std::io::stderr(), "error: {error:#}");
+            let _ = writeln!(std::io::stderr(), "error: {message}");
         });
     }
+}
+
+/// Bytes of the longest message.
+const LONGEST_MESSAGE: usize = 8 << 10;
+
+/// A message that may quote what strangers wrote: no control characters, and no more than fits a few screens.
+fn printable(message: &str) -> String {
+    let escaped = |character: char| match character {
+        '\n' => vec![character],
+        character if character.is_control() => character.escape_default().collect(),
+        character => vec![character],
+    };
+    let whole: String = message.chars().flat_map(escaped).collect();
+    if whole.len() <= LONGEST_MESSAGE {
+        return whole;
+    }
+    let beginning = &whole[..whole.floor_char_boundary(LONGEST_MESSAGE)];
+    format!("{beginning} … ({} bytes in all)", whole.len())
 }
 
 #[cfg(test)]
@@ -184,6 +203,13 @@ mod tests {
         check(failed().quality(), 3, "above: low");
         check(failed().context("middle").bad_input(), 4, "above: middle: low");
         check(Err(Failure::Interrupted.into()), 75, "above: interrupted; run the same command again to continue");
+    }
+
+    #[test]
+    fn messages_are_cut_and_cannot_paint_the_terminal() {
+        assert_eq!(printable("a\n\u{1b}[31mb\0ä"), "a\n\\u{1b}[31mb\\u{0}ä");
+        let long = printable(&"x".repeat(20_000));
+        assert!(long.len() < 9_000 && long.ends_with("(20000 bytes in all)"), "{}", long.len());
     }
 
     #[test]

@@ -68,7 +68,7 @@ impl Input {
         for entry in fs_err::read_dir(dir).bad_input()? {
             let entry = entry.bad_input()?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if matters(&name) && entry.path().is_file() && removed.iter().all(|file| file.path != name) {
+            if matters(&name) && removed.iter().all(|file| file.path != name) {
                 paths.push(entry.path());
             }
         }

@@ -175,7 +175,7 @@ impl Manifest {
 }
 
 fn read_if_there(path: &Path) -> anyhow::Result<Option<Vec<u8>>> {
-    match fs_err::read(path) {
+    match digest::check_plain(path).and_then(|()| fs_err::read(path)) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(error).bad_input(),

@@ -180,8 +180,10 @@ impl Shared {
             last_commit: state.last_commit.as_deref(),
             resident_bytes: resident_bytes(),
         };
-        fs_err::write(&self.temporary, serde_json::to_string_pretty(&report)? + "\n")?;
-        fs_err::rename(&self.temporary, &self.path)
+        let text = serde_json::to_string_pretty(&report)? + "\n";
+        let written = fs_err::write(&self.temporary, text).and_then(|()| fs_err::rename(&self.temporary, &self.path));
+        // A full disk must not be left with half of it.
+        written.inspect_err(|_| drop(fs_err::remove_file(&self.temporary)))
     }
 }
 

@@ -8,6 +8,7 @@
 pub mod answer;
 mod byte_table;
 mod error;
+mod guard;
 mod json;
 mod neutralise;
 mod profile;

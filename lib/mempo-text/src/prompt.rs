@@ -4,9 +4,10 @@
 //! wrote around the slots is encoded as trusted text; into the slots go ids: the question encoded as outside text,
 //! completions and observations exactly as they were.
 
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::Error;
 use crate::profile::Profile;
@@ -43,7 +44,12 @@ pub struct PromptBuilder {
     profile: Profile,
     system: String,
     end_of_turn_id: Option<i32>,
+    /// Ids of what the template writes, by which carried steps have a reply.
+    fixed_ids: Mutex<HashMap<Vec<bool>, FixedIds>>,
 }
+
+/// What the template writes around the slots of a prompt.
+type FixedIds = Arc<[Vec<i32>]>;
 
 impl PromptBuilder {
     /// With the tokenizer and chat template of a model directory.
@@ -60,7 +66,8 @@ impl PromptBuilder {
     ) -> Result<Self, Error> {
         let schemas: Vec<String> = tools.iter().map(ToolSpec::render).collect();
         let system = profile.system.replace("{tools}", &schemas.join("\n"));
-        let mut builder = Self { tokenizer, template, profile, system, end_of_turn_id: None };
+        let fixed_ids = Mutex::default();
+        let mut builder = Self { tokenizer, template, profile, system, end_of_turn_id: None, fixed_ids };
         let opening = builder.fixed_pieces(&[])?.concat();
         if !opening.contains(builder.system.trim()) {
             let message = "it leaves out or changes the system message, which holds the agent's rules: use another \
@@ -78,17 +85,17 @@ impl PromptBuilder {
     /// An end-of-turn id at the end of a carried completion is left to the template, which closes the turn itself.
     pub fn prompt(&self, question: &str, carried: &[CarriedStep<'_>]) -> Result<Vec<i32>, Error> {
         let replies: Vec<bool> = carried.iter().map(|step| step.observation_ids.is_some()).collect();
-        let pieces = self.fixed_pieces(&replies)?;
+        let pieces = self.fixed_ids(replies)?;
         let question_ids = self.tokenizer.encode_untrusted(question);
         let mut slots: Vec<&[i32]> = vec![&question_ids];
         for step in carried {
             slots.push(self.without_end_of_turn(step.completion_ids));
             slots.extend(step.observation_ids);
         }
-        let mut ids = self.tokenizer.encode_trusted(&pieces[0]);
+        let mut ids = pieces[0].clone();
         for (slot, piece) in slots.into_iter().zip(&pieces[1..]) {
             ids.extend_from_slice(slot);
-            ids.extend(self.tokenizer.encode_trusted(piece));
+            ids.extend_from_slice(piece);
         }
         Ok(ids)
     }
@@ -169,6 +176,18 @@ impl PromptBuilder {
         &self.profile
     }
 
+    /// [`Self::fixed_pieces`] as ids; there are few kinds of prompts, and each is rendered once.
+    fn fixed_ids(&self, replies: Vec<bool>) -> Result<FixedIds, Error> {
+        let known = || self.fixed_ids.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(ids) = known().get(&replies) {
+            return Ok(Arc::clone(ids));
+        }
+        let pieces = self.fixed_pieces(&replies)?;
+        let ids: FixedIds = pieces.iter().map(|piece| self.tokenizer.encode_trusted(piece)).collect();
+        known().insert(replies, Arc::clone(&ids));
+        Ok(ids)
+    }
+
     /// What the template writes around the question, each carried completion and each reply; `replies` says for each
     /// carried step whether it has one. One piece more than slots.
     fn fixed_pieces(&self, replies: &[bool]) -> Result<Vec<String>, Error> {
@@ -189,7 +208,7 @@ impl PromptBuilder {
                 messages.push(Message::new("user", slot()));
             }
         }
-        let rendered = self.template.render(&messages, true)?;
+        let rendered = self.template.render(messages, true)?;
         self.cut_at_slots(&rendered, &slots)
     }
 

@@ -1,8 +1,9 @@
-//! Chat templates as Hugging Face renders them, in a sandbox: no files, bounded work, bounded output.
+//! Chat templates as Hugging Face renders them, in a sandbox: no files; bounded source, work, time, memory and output.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
@@ -10,11 +11,14 @@ use minijinja::{Environment, ErrorKind};
 use serde::Serialize;
 
 use crate::error::Error;
+use crate::guard::bounded;
 use crate::json::{python_json, python_json_indented};
 use crate::tokenizer::{read_json, token_text};
 
 /// Instructions a template may run; Qwen's needs some hundred for a short conversation.
 const FUEL: u64 = 1_000_000;
+/// Bytes of the longest template; well-known ones have up to 17,000.
+const SOURCE_BYTES: usize = 64 * 1024;
 /// Bytes a template may write beyond four times its input.
 const OUTPUT_ALLOWANCE: usize = 64 * 1024;
 
@@ -36,18 +40,18 @@ impl Message {
 
 /// The names a template can use. Our tools stand in the system text, so `tools` is none, as in transformers.
 #[derive(Serialize)]
-struct Context<'a> {
-    messages: &'a [Message],
+struct Context {
+    messages: Vec<Message>,
     add_generation_prompt: bool,
     tools: (),
     documents: (),
     #[serde(flatten)]
-    special_tokens: &'a BTreeMap<String, String>,
+    special_tokens: BTreeMap<String, String>,
 }
 
 /// A model's chat template.
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    environment: Arc<Environment<'static>>,
     /// `bos_token` and so on, which templates refer to by name.
     special_tokens: BTreeMap<String, String>,
     path: PathBuf,
@@ -78,27 +82,19 @@ impl ChatTemplate {
     }
 
     fn new(source: String, special_tokens: BTreeMap<String, String>, path: PathBuf) -> Result<Self, Error> {
-        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
-        let mut environment = Environment::new();
-        environment.set_syntax(syntax.map_err(|error| failure(&path, &error))?);
-        environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
-        environment.add_filter("tojson", tojson);
-        environment.add_function("raise_exception", raise_exception);
-        environment.add_function("strftime_now", strftime_now);
-        environment.add_template_owned("chat_template", source).map_err(|error| failure(&path, &error))?;
-        Ok(Self { environment, special_tokens, path })
+        let error = |message| Error::Template { path: path.clone(), message };
+        if source.len() > SOURCE_BYTES {
+            return Err(error(format!("it has {} bytes, more than {SOURCE_BYTES}", source.len())));
+        }
+        let environment = bounded(|| environment(source)).flatten().map_err(error)?;
+        Ok(Self { environment: Arc::new(environment), special_tokens, path })
     }
 
     /// The conversation as the template writes it, with the opening of the assistant's next turn if asked for.
-    pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String, Error> {
-        let content_bytes: usize = messages.iter().map(|message| message.content.len()).sum();
-        let mut output = CappedWriter { bytes: Vec::new(), limit: 4 * content_bytes + OUTPUT_ALLOWANCE };
-        let context =
-            Context { messages, add_generation_prompt, tools: (), documents: (), special_tokens: &self.special_tokens };
-        let template = self.environment.get_template("chat_template").map_err(|error| failure(&self.path, &error))?;
-        template.render_captured_to(Serde(context), &mut output).map_err(|error| failure(&self.path, &error))?;
-        String::from_utf8(output.bytes).map_err(|error| self.error(error.to_string()))
+    pub fn render(&self, messages: Vec<Message>, add_generation_prompt: bool) -> Result<String, Error> {
+        let (environment, special_tokens) = (Arc::clone(&self.environment), self.special_tokens.clone());
+        let context = Context { messages, add_generation_prompt, tools: (), documents: (), special_tokens };
+        bounded(move || render(&environment, context)).flatten().map_err(|message| self.error(message))
     }
 
     /// An error that names this template.
@@ -107,14 +103,37 @@ impl ChatTemplate {
     }
 }
 
-fn failure(path: &Path, error: &minijinja::Error) -> Error {
+/// The engine with the template in it.
+fn environment(source: String) -> Result<Environment<'static>, String> {
+    let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
+    let mut environment = Environment::new();
+    environment.set_syntax(syntax.map_err(|error| told(&error))?);
+    environment.set_fuel(Some(FUEL));
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.add_filter("tojson", tojson);
+    environment.add_function("raise_exception", raise_exception);
+    environment.add_function("strftime_now", strftime_now);
+    environment.add_template_owned("chat_template", source).map_err(|error| told(&error))?;
+    Ok(environment)
+}
+
+fn render(environment: &Environment<'static>, context: Context) -> Result<String, String> {
+    let content_bytes: usize = context.messages.iter().map(|message| message.content.len()).sum();
+    let mut output = CappedWriter { bytes: Vec::new(), limit: 4 * content_bytes + OUTPUT_ALLOWANCE };
+    let template = environment.get_template("chat_template").map_err(|error| told(&error))?;
+    template.render_captured_to(Serde(context), &mut output).map_err(|error| told(&error))?;
+    String::from_utf8(output.bytes).map_err(|error| error.to_string())
+}
+
+/// An error with its causes in one line.
+fn told(error: &minijinja::Error) -> String {
     let mut message = error.to_string();
     let mut cause = std::error::Error::source(error);
     while let Some(inner) = cause {
         message = format!("{message}: {inner}");
         cause = inner.source();
     }
-    Error::Template { path: path.to_owned(), message }
+    message
 }
 
 fn config_template(value: &serde_json::Value) -> Option<String> {
@@ -216,15 +235,18 @@ mod tests {
             let template = ChatTemplate::new(source, case.special_tokens, PathBuf::from(&case.template)).unwrap();
             let messages: Vec<Message> =
                 case.messages.iter().map(|(role, content)| Message::new(role, content.as_str())).collect();
-            let found = template.render(&messages, case.add_generation_prompt).unwrap();
+            let found = template.render(messages, case.add_generation_prompt).unwrap();
             assert_eq!(found, case.expected, "{} {:?}", case.template, case.messages);
         }
     }
 
     #[test]
     fn a_hostile_template_ends() {
-        let messages = [Message::new("user", "x")];
+        let messages = || vec![Message::new("user", "x")];
         for source in [
+            &"x".repeat(SOURCE_BYTES + 1),
+            "{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x | length }}",
+            "{% for i in range(900) %}{% if range(99999) | sort | unique | list %}{% endif %}{% endfor %}",
             "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
             "{% for a in range(90000) %}{{ 'xxxxxxxxxxxxxxxx' }}{% endfor %}",
             "{{ raise_exception('only users') }}",
@@ -232,17 +254,37 @@ mod tests {
             "{% include '/etc/passwd' %}",
             "{{ strftime_now('%Q') }}",
         ] {
-            let error = template(source).unwrap().render(&messages, true).unwrap_err().to_string();
+            let error =
+                template(source).and_then(|template| template.render(messages(), true)).unwrap_err().to_string();
             assert!(error.starts_with("chat template of here: "), "{error}");
         }
-        let error = template("{{ raise_exception('only users') }}").unwrap().render(&messages, true).unwrap_err();
+        let error = template("{{ raise_exception('only users') }}").unwrap().render(messages(), true).unwrap_err();
         assert!(error.to_string().contains("only users"), "{error}");
         assert!(template("{% if %}").is_err());
     }
 
     #[test]
+    fn deep_nesting_does_not_end_the_process() {
+        let nested = |open: &str, close: &str| format!("{{{{ {}1{} }}}}", open.repeat(15_000), close.repeat(15_000));
+        let chain = |link: &str| format!("{{{{ 1{} }}}}", link.repeat(60_000 / link.len()));
+        let list = "{% set n = namespace(x=[]) %}{% for i in range(90000) %}{% set n.x = [n.x] %}{% endfor %}{{ n.x }}";
+        for source in [
+            nested("(", ")"),
+            nested("[", "]"),
+            nested("not ", ""),
+            chain("~1"),
+            chain("|string"),
+            chain(" or 0"),
+            list.into(),
+        ] {
+            // Whatever comes of it.
+            let _ = template(&source).and_then(|template| template.render(vec![], true));
+        }
+    }
+
+    #[test]
     fn the_date_stands_still() {
-        let text = template("{{ strftime_now('%d %b %Y, 100%%') }}").unwrap().render(&[], false).unwrap();
+        let text = template("{{ strftime_now('%d %b %Y, 100%%') }}").unwrap().render(vec![], false).unwrap();
         assert_eq!(text, "26 Jul 2024, 100%");
     }
 }

@@ -8,11 +8,14 @@ use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::Value;
-use tokenizers::{AddedVocabulary, DecoderWrapper, ModelWrapper};
+use tokenizers::{AddedVocabulary, DecoderWrapper, ModelWrapper, NormalizerWrapper};
 
 use crate::byte_table::ByteTable;
 use crate::error::Error;
 use crate::neutralise::neutralise;
+
+/// The largest id that is believed: tables of tokens are as long as the largest.
+const LARGEST_ID: u32 = 1 << 24;
 
 /// Ids of text, text of ids, and which ids are special.
 pub struct Tokenizer {
@@ -159,6 +162,14 @@ fn check_kind(tokenizer: &tokenizers::Tokenizer) -> Result<(), String> {
     if model.dropout.is_some_and(|dropout| dropout > 0.0) {
         return Err("BPE dropout is on, so the same text would give different ids: set `dropout` to null".to_owned());
     }
+    let affixes = [&model.continuing_subword_prefix, &model.end_of_word_suffix];
+    if affixes.into_iter().flatten().any(|affix| !affix.is_empty()) {
+        return Err("the model marks parts of words by affixes; byte-level BPE without them is supported".to_owned());
+    }
+    // Others could turn harmless text into tags after it was looked through, or make text that does not come back.
+    if !matches!(tokenizer.get_normalizer(), None | Some(NormalizerWrapper::NFC(_))) {
+        return Err("the normalizer rewrites text; NFC or none is supported".to_owned());
+    }
     match tokenizer.get_decoder() {
         Some(DecoderWrapper::ByteLevel(_)) => Ok(()),
         _ => Err("the decoder is not ByteLevel; byte-level BPE (Qwen, Llama 3, SmolLM2) is supported".to_owned()),
@@ -178,6 +189,9 @@ fn check_added_ids(json: &[u8], tokenizer: &tokenizers::Tokenizer) -> Result<(),
         content: String,
     }
     let file: File = serde_json::from_slice(json).map_err(|error| error.to_string())?;
+    if let Some(id) = tokenizer.get_vocab(true).into_values().max().filter(|id| *id > LARGEST_ID) {
+        return Err(format!("id {id} is larger than {LARGEST_ID}, which no vocabulary has need of"));
+    }
     for Token { id, content } in file.added_tokens {
         let found = tokenizer.token_to_id(&content);
         if found != Some(id) {

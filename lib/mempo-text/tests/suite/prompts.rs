@@ -35,7 +35,7 @@ fn a_prompt_is_the_template_s_text() {
             let mut messages = vec![Message::new("system", system), Message::new("user", QUESTION)];
             for count in 0..=2 {
                 let ids = builder.prompt(QUESTION, &steps[..count]).unwrap();
-                let whole = ChatTemplate::load(&fixture.dir).unwrap().render(&messages, true).unwrap();
+                let whole = ChatTemplate::load(&fixture.dir).unwrap().render(messages.clone(), true).unwrap();
                 assert_eq!(fixture.tokenizer.decode(&ids), whole, "{} {name} {count}", fixture.name);
                 messages.push(Message::new("assistant", STEP));
                 messages.push(Message::new("user", "<information>Doc 1(Title: Land 8) Rome.</information>"));
