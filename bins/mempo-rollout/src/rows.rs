@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, anyhow};
 use arrow::record_batch::RecordBatch;
 use fs_err::File;
-use mempo_data::parquet_builder;
+use mempo_data::{parquet_batches, parquet_builder};
 use serde_json::{Map, Value};
 
 /// A row and where it stands, as messages name it: `FILE:LINE`, or `FILE row N` (from 0) of a table.
@@ -53,7 +53,7 @@ fn object(place: String, line: &str) -> anyhow::Result<Located> {
 
 fn read_parquet(path: &Path, file: File) -> anyhow::Result<Rows> {
     let path = path.display().to_string();
-    let batches = parquet_builder(file.into_parts().0)?.build()?;
+    let batches = parquet_batches(parquet_builder(file.into_parts().0)?)?;
     let mut row = 0;
     Ok(Box::new(batches.flat_map(move |batch| {
         let lines = batch.map_err(Into::into).and_then(|batch| json_lines(&batch));

@@ -242,7 +242,47 @@ fn render_tool_call(function: Function) -> Result<String, String> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Rows as they come, cut, glued and with foreign pieces in between.
+    fn rows() -> impl Strategy<Value = Vec<u8>> {
+        const PIECES: [&str; 14] = [
+            r#"{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "<answer>Ann</answer>"}]}"#,
+            r#"{"prompt": "a", "completion": "b", "id": 7}"#,
+            r#"{"messages": ["#,
+            r#"{"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "search", "arguments": "{"}}]},"#,
+            r#"{"role": "tool", "content": [{"type": "text"}]}"#,
+            "]}",
+            "null",
+            "1e999",
+            "\"\\ud800\"",
+            "{",
+            "[[[[[[[[",
+            "\u{feff}",
+            "\0",
+            ",",
+        ];
+        let piece = prop_oneof![
+            (0..PIECES.len(), 0.0..1.0_f64).prop_map(|(piece, share)| {
+                let bytes = PIECES[piece].as_bytes();
+                bytes[..(bytes.len() as f64 * share).ceil() as usize].to_vec()
+            }),
+            (0..PIECES.len()).prop_map(|piece| PIECES[piece].as_bytes().to_vec()),
+            proptest::collection::vec(any::<u8>(), 0..8),
+        ];
+        proptest::collection::vec(piece, 0..5).prop_map(|pieces| pieces.concat())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20_000))]
+
+        #[test]
+        fn whatever_a_row_holds_it_is_read_or_refused(row in rows()) {
+            let _ = parse_record(&row);
+        }
+    }
 
     fn chat(messages: &str) -> Result<Demonstration, String> {
         match parse_record(format!("{{\"messages\": [{messages}]}}").as_bytes())?.form {

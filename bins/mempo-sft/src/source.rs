@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow, bail};
 use fs_err as fs;
-use mempo_data::{Step, Trajectory, groups, parquet_builder, read_rows};
+use mempo_data::{Step, Trajectory, groups, parquet_batches, parquet_builder, read_rows};
 use mempo_run::{Input, ResultExt};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
@@ -284,7 +284,7 @@ fn parquet_rows(path: &Path) -> anyhow::Result<u64> {
 
 /// The rows of a Parquet file as JSON objects without null fields.
 fn parquet_lines(path: &Path) -> anyhow::Result<Lines> {
-    let batches = open_parquet(path)?.with_batch_size(BATCH_ROWS).build()?;
+    let batches = parquet_batches(open_parquet(path)?.with_batch_size(BATCH_ROWS))?;
     let path = path.to_path_buf();
     let rows = batches.flat_map(move |batch| {
         let text = batch.and_then(|batch| {

@@ -15,6 +15,7 @@
 //! # }
 //! ```
 
+mod caught;
 mod conform;
 mod error;
 mod merge;
@@ -25,9 +26,10 @@ mod schema;
 mod tables;
 mod write;
 
+pub use caught::{parquet_batches, parquet_builder};
 pub use error::Error;
 pub use merge::{Cursor, groups};
-pub use read::{RowReader, parquet_builder, read_rows};
+pub use read::{RowReader, read_rows};
 pub use row::{Key, Row};
 pub use rows::*;
 pub use schema::{Column, SCHEMA_VERSION, arrow_schema, schema_markdown};

@@ -7,16 +7,15 @@ use std::{
 };
 
 use arrow::datatypes::SchemaRef;
+use arrow::record_batch::RecordBatch;
 use parquet::{
-    arrow::{
-        ProjectionMask,
-        arrow_reader::{ArrowReaderOptions, ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder},
-    },
+    arrow::ProjectionMask,
     file::metadata::{FileMetaData, ParquetMetaData},
 };
 
 use crate::{
     Error, Result, Row, SCHEMA_VERSION, TABLE_KEY, VERSION_KEY, arrow_schema,
+    caught::{parquet_batches, parquet_builder},
     conform::{check_schema, conform_batch},
 };
 
@@ -30,7 +29,7 @@ const BATCH_BYTES: u64 = 16 << 20;
 pub fn read_rows<R: Row>(files: &[PathBuf]) -> Result<RowReader<R>> {
     let schema = arrow_schema(R::TABLE);
     for file in files {
-        open::<R>(file, &schema)?;
+        drop(open::<R>(file, &schema)?);
     }
     Ok(RowReader { schema, files: files.to_vec().into(), current: None, rows: VecDeque::new() })
 }
@@ -45,9 +44,11 @@ pub struct RowReader<R: Row> {
     rows: VecDeque<R>,
 }
 
+type Batches = Box<dyn Iterator<Item = parquet::errors::Result<RecordBatch>> + Send>;
+
 struct OpenFile {
     path: PathBuf,
-    batches: ParquetRecordBatchReader,
+    batches: Batches,
     /// Rows decoded so far.
     row_count: usize,
 }
@@ -90,7 +91,7 @@ impl<R: Row> RowReader<R> {
             return Ok(true);
         };
         let file = &current.path;
-        let batch = batch.map_err(|source| Error::Parquet { file: file.clone(), source: source.into() })?;
+        let batch = batch.map_err(|source| Error::Parquet { file: file.clone(), source })?;
         let rows = current.row_count..current.row_count + batch.num_rows();
         let batch = conform_batch(file, &batch, &self.schema, &rows)?;
         current.row_count = rows.end;
@@ -99,7 +100,7 @@ impl<R: Row> RowReader<R> {
     }
 }
 
-fn decode<R: Row>(file: &Path, batch: &arrow::record_batch::RecordBatch, rows: Range<usize>) -> Result<VecDeque<R>> {
+fn decode<R: Row>(file: &Path, batch: &RecordBatch, rows: Range<usize>) -> Result<VecDeque<R>> {
     serde_arrow::from_record_batch(batch).map_err(|source| Error::BadRow {
         file: file.to_owned(),
         table: R::TABLE,
@@ -108,17 +109,8 @@ fn decode<R: Row>(file: &Path, batch: &arrow::record_batch::RecordBatch, rows: R
     })
 }
 
-/// A reader of any Parquet file, by its own schema alone: the Arrow schema that writers may leave beside it is not checked by
-/// the library before it is taken apart, and some damage to it makes it panic.
-pub fn parquet_builder(file: std::fs::File) -> parquet::errors::Result<ParquetRecordBatchReaderBuilder<std::fs::File>> {
-    ParquetRecordBatchReaderBuilder::try_new_with_options(
-        file,
-        ArrowReaderOptions::new().with_skip_arrow_metadata(true),
-    )
-}
-
 /// Opens a file, checks that it holds the table, and reads only the table's columns.
-fn open<R: Row>(path: &Path, schema: &SchemaRef) -> Result<ParquetRecordBatchReader> {
+fn open<R: Row>(path: &Path, schema: &SchemaRef) -> Result<Batches> {
     let damaged = |source| Error::Parquet { file: path.to_owned(), source };
     let file = fs_err::File::open(path).map_err(|source| Error::Open { file: path.to_owned(), source })?;
     let builder = parquet_builder(file.into_parts().0).map_err(damaged)?;
@@ -128,7 +120,8 @@ fn open<R: Row>(path: &Path, schema: &SchemaRef) -> Result<ParquetRecordBatchRea
     let wanted = columns.filter(|(_, field)| schema.fields().find(field.name()).is_some()).map(|(column, _)| column);
     let mask = ProjectionMask::roots(builder.parquet_schema(), wanted.collect::<Vec<_>>());
     let batch_rows = batch_rows(builder.metadata());
-    builder.with_projection(mask).with_batch_size(batch_rows).build().map_err(damaged)
+    let batches = parquet_batches(builder.with_projection(mask).with_batch_size(batch_rows)).map_err(damaged)?;
+    Ok(Box::new(batches))
 }
 
 /// As many rows as hold about [`BATCH_BYTES`], so that long documents do not pile up.

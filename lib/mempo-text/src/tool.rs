@@ -129,7 +129,24 @@ fn one_query_key(mut arguments: Map<String, Value>) -> Map<String, Value> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20_000))]
+
+        #[test]
+        fn whatever_stands_between_the_tags_it_is_a_call_or_refused(
+            text in r#"([{}\[\]":,\\ 0-9a-z\x00é]|"name"|"arguments"|"query"|"query_list"|"search"|null|1e999){0,24}"#
+        ) {
+            if let Ok(call) = ToolCall::parse(&text) {
+                let rendered = call.render();
+                let inner = rendered.trim_start_matches("<tool_call>").trim_end_matches("</tool_call>");
+                prop_assert_eq!(ToolCall::parse(inner), Ok(call));
+            }
+        }
+    }
 
     #[test]
     fn every_accepted_form_of_a_search() {

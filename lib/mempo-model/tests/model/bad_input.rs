@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use mempo_model::Model;
+use mempo_model::{Model, counter_hash};
 use tch::{Kind, Tensor};
 
 use crate::{CPU, golden};
@@ -115,4 +115,37 @@ fn configs_of_other_families_or_features() {
     check(&edit("\"attention_bias\": false", "\"attention_bias\": true"), &["config.json", "attention_bias"]);
     check(&edit("\"vocab_size\": 199", "\"vocab_size\": 200"), &["embed_tokens", "[199, 32]", "[200, 32]"]);
     check(&edit("\"hidden_size\": 32,", ""), &["config.json", "hidden_size"]);
+}
+
+#[test]
+fn whatever_bytes_a_model_has_loading_it_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    for entry in fs_err::read_dir(golden("qwen2")).unwrap() {
+        let path = entry.unwrap().path();
+        fs_err::copy(&path, dir.path().join(path.file_name().unwrap())).unwrap();
+    }
+    let header =
+        8 + u64::from_le_bytes(fs_err::read(dir.path().join("model.safetensors")).unwrap()[..8].try_into().unwrap());
+    let (mut refused, mut loaded) = (0, 0);
+    for (name, trials) in [("config.json", 600), ("model.safetensors", 600)] {
+        let path = dir.path().join(name);
+        let whole = fs_err::read(&path).unwrap();
+        let reach = if name == "config.json" { whole.len() as u64 } else { header };
+        for trial in 0..trials {
+            let draw = |what: u64| counter_hash(trial, what);
+            let (place, mut bytes) = ((draw(0) % reach) as usize, whole.clone());
+            match draw(1) % 3 {
+                0 => bytes[place] ^= 1 << (draw(2) % 8),
+                1 => bytes[place] = draw(2) as u8,
+                _ => drop(bytes.remove(place)),
+            }
+            fs_err::write(&path, &bytes).unwrap();
+            match Model::load(dir.path(), &CPU) {
+                Ok(_) => loaded += 1,
+                Err(_) => refused += 1,
+            }
+        }
+        fs_err::write(&path, &whole).unwrap();
+    }
+    assert!(refused > 600 && loaded > 0, "{refused} refused, {loaded} loaded");
 }
