@@ -91,7 +91,11 @@ fn matches(row: &Trajectory, column: &str, value: &str) -> anyhow::Result<bool> 
 
 fn steps_of(row: &Trajectory, steps: &mut Cursor<Step>) -> anyhow::Result<Vec<Step>> {
     let keys = (0..row.step_count).map(|step_index| Key { step_index, ..row.key() });
-    keys.map(|key| steps.take(&key).bad_input()?.with_context(|| format!("the table `steps` lacks {key}"))).collect()
+    let step = |key| {
+        let step = steps.take(&key).bad_input()?;
+        step.with_context(|| format!("the table `steps` lacks {key}: damaged, sample again")).bad_input()
+    };
+    keys.map(step).collect()
 }
 
 fn render(index: usize, row: &Trajectory, steps: &[Step]) -> String {
