@@ -68,7 +68,8 @@ impl Input {
         for entry in fs_err::read_dir(dir).bad_input()? {
             let entry = entry.bad_input()?;
             let name = entry.file_name().to_string_lossy().into_owned();
-            if matters(&name) && removed.iter().all(|file| file.path != name) {
+            // A folder may be called `tokenizer`; a pipe or device in the place of a file is refused when it is read.
+            if matters(&name) && !entry.path().is_dir() && removed.iter().all(|file| file.path != name) {
                 paths.push(entry.path());
             }
         }

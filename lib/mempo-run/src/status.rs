@@ -32,7 +32,7 @@ pub(crate) struct Shared {
     ended: Condvar,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct State {
     phase: String,
     work: Option<Work>,
@@ -154,8 +154,9 @@ impl Shared {
     }
 
     fn write_on(&self) {
-        let mut state = self.state();
         loop {
+            // Written from a copy: a slow disk must not keep the work waiting.
+            let state = self.state().clone();
             if let Err(error) = self.write(&state) {
                 // Whoever watches sees that the file is old; the work itself goes on.
                 tracing::debug!("{}: {error}", self.path.display());
@@ -163,8 +164,7 @@ impl Shared {
             if state.has_ended {
                 return;
             }
-            let waited = self.ended.wait_timeout_while(state, INTERVAL, |state| !state.has_ended);
-            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+            drop(self.ended.wait_timeout_while(self.state(), INTERVAL, |state| !state.has_ended));
         }
     }
 
