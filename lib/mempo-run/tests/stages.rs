@@ -297,6 +297,7 @@ fn a_models_digest_is_of_what_changes_its_answers() {
     fs_err::write(dir.join("README.md"), "about").unwrap();
     fs_err::create_dir(dir.join("trainer")).unwrap();
     fs_err::write(dir.join("trainer/state.json"), "{}").unwrap();
+    fs_err::create_dir(dir.join("tokenizer")).unwrap();
     assert_eq!(digest(&dir), before);
     for name in ["config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"]
     {
@@ -306,6 +307,10 @@ fn a_models_digest_is_of_what_changes_its_answers() {
         old.map_or_else(|| fs_err::remove_file(dir.join(name)), |old| fs_err::write(dir.join(name), old)).unwrap();
         assert_eq!(digest(&dir), before);
     }
+    // A device in the place of a file: some would be read without an end.
+    std::os::unix::fs::symlink("/dev/null", dir.join("tokenizer_config.json")).unwrap();
+    check_refused(Input::model("model", &dir), 4, &["tokenizer_config.json: not a plain file"]);
+    fs_err::remove_file(dir.join("tokenizer_config.json")).unwrap();
     fs_err::remove_file(dir.join("model.safetensors")).unwrap();
     check_refused(Input::model("model", &dir), 4, &["no *.safetensors"]);
     fs_err::remove_file(dir.join("config.json")).unwrap();
