@@ -114,6 +114,7 @@ def install(name: str, build) -> None:
     temporary.mkdir(parents=True)
     build(temporary)
     temporary.rename(final)
+    shutil.rmtree(WHEELS, ignore_errors=True)  # unpacked: nothing reads them any more
     print(f"setup: {final.relative_to(ROOT)} is ready", file=sys.stderr)
 
 
