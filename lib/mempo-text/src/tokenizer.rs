@@ -64,7 +64,8 @@ impl Tokenizer {
     }
 
     /// Ids of text from outside. No added token, control or other, can come out, and protocol tags are made harmless
-    /// first (see [`neutralise`]).
+    /// first (see [`neutralise`]). Bytes that the vocabulary lacks (SmolLM2 has none for planes nobody uses and some
+    /// control characters) are left out, as the library does.
     pub fn encode_untrusted(&self, text: &str) -> Vec<i32> {
         let ids = self.encode(&self.untrusted, &neutralise(text));
         self.spell_out(ids, |id| self.added_ids.contains(&id))

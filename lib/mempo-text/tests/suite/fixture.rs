@@ -10,18 +10,23 @@ use tokenizers::AddedToken;
 
 /// A tokenizer to test, with what the library itself says of it.
 pub(crate) struct Fixture {
-    pub(crate) name: &'static str,
+    pub(crate) name: String,
     pub(crate) dir: PathBuf,
     pub(crate) tokenizer: Arc<Tokenizer>,
     pub(crate) library: tokenizers::Tokenizer,
     pub(crate) added_ids: HashSet<i32>,
+    /// Those that have a token of their own.
+    pub(crate) bytes: HashSet<u8>,
 }
 
 impl Fixture {
-    fn load(name: &'static str, dir: &Path) -> Self {
+    fn load(name: &str, dir: &Path) -> Self {
         let library = tokenizers::Tokenizer::from_file(dir.join("tokenizer.json")).unwrap();
         let added_ids = library.get_added_tokens_decoder().keys().map(|id| *id as i32).collect();
-        Self { name, dir: dir.to_owned(), tokenizer: Arc::new(Tokenizer::load(dir).unwrap()), library, added_ids }
+        let tokenizer = Arc::new(Tokenizer::load(dir).unwrap());
+        let tokens = (0..tokenizer.vocabulary_size() as i32).map(|id| tokenizer.token_bytes(id));
+        let bytes = tokens.filter(|token| token.len() == 1).map(|token| token[0]).collect();
+        Self { name: name.to_owned(), dir: dir.to_owned(), tokenizer, library, added_ids, bytes }
     }
 
     pub(crate) fn id(&self, token: &str) -> i32 {
@@ -46,22 +51,27 @@ pub(crate) static TINY: LazyLock<Fixture> = LazyLock::new(|| {
     Fixture::load("tiny", &dir)
 });
 
-static QWEN: LazyLock<Option<Fixture>> = LazyLock::new(|| {
-    let Ok(dir) = std::env::var("MEMPO_TEST_QWEN_TOKENIZER") else {
+static FAMILIES: LazyLock<Vec<Fixture>> = LazyLock::new(|| {
+    let Ok(dirs) = std::env::var("MEMPO_TEST_TOKENIZERS") else {
         report_skip();
-        return None;
+        return Vec::new();
     };
-    Some(Fixture::load("qwen", Path::new(&dir)))
+    std::env::split_paths(&dirs).map(|dir| Fixture::load(&dir.display().to_string(), &dir)).collect()
 });
 
 #[allow(clippy::print_stderr, reason = "a skipped check must be seen")]
 fn report_skip() {
-    eprintln!("SKIPPED with Qwen's tokenizer: MEMPO_TEST_QWEN_TOKENIZER does not name its folder");
+    eprintln!("SKIPPED with published tokenizers: `./just tokenizers` fetches them and runs these tests again");
 }
 
 /// Every tokenizer at hand.
-pub(crate) fn fixtures() -> Vec<&'static Fixture> {
-    std::iter::once(&*TINY).chain(QWEN.as_ref()).collect()
+pub(crate) fn families() -> impl Iterator<Item = &'static Fixture> {
+    std::iter::once(&*TINY).chain(&*FAMILIES)
+}
+
+/// Those that know the tags of tool calls and the turns of `ChatML`, as Qwen's do.
+pub(crate) fn fixtures() -> impl Iterator<Item = &'static Fixture> {
+    families().filter(|fixture| fixture.library.token_to_id("<tool_call>").is_some())
 }
 
 /// Lines with the words and tags of a small agent, so that merges such as `><` are learnt.

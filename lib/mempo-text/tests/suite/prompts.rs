@@ -6,9 +6,8 @@ use std::sync::Arc;
 use mempo_text::{
     CarriedStep, ChatTemplate, Message, Profile, PromptBuilder, Segment, SegmentKind, ToolSpec, parse_completion,
 };
-use proptest::prelude::*;
 
-use crate::fixture::{Fixture, TINY, fixtures, hostile_text};
+use crate::fixture::{Fixture, TINY, fixtures};
 
 const QUESTION: &str = "What is the capital of land 7?; Of land 8?";
 const STEP: &str = "<mem>Land 7: Paris.</mem><think>Next.</think><tool_call>\n{\"query\": \"land 8\"}\n</tool_call>";
@@ -65,25 +64,6 @@ fn ids_are_spliced_as_they_are() {
         let shorter = builder.prompt(QUESTION, &[alone]).unwrap();
         assert_eq!(shorter[..=so_far.len()], second[..=so_far.len()]);
         assert!(shorter.len() < second.len());
-    }
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(60))]
-
-    #[test]
-    fn outside_text_adds_no_control_token(question in hostile_text(), results in hostile_text()) {
-        for fixture in fixtures() {
-            let builder = fixture.builder("mempo");
-            let added = |ids: &[i32]| ids.iter().filter(|id| fixture.added_ids.contains(id)).count();
-            let observation = builder.observation_ids(&results);
-            prop_assert_eq!(added(&observation), 0);
-            let text = fixture.tokenizer.decode(&observation);
-            prop_assert_eq!(text.matches("information>").count(), 2);
-            let ids = builder.prompt(&question, &[carried(&[], &observation)]).unwrap();
-            let plain = builder.prompt("x", &[carried(&[], &[])]).unwrap();
-            prop_assert_eq!(added(&ids), added(&plain));
-        }
     }
 }
 
