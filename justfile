@@ -25,6 +25,12 @@ torture *flags:
     cargo build --locked --workspace --bins --examples
     target/debug/examples/torture runs/torture {{ flags }}
 
+# look for input that breaks a reader: records, table, manifest, config, weights, shard_index, tool_call, completion or
+# template (needs `cargo install cargo-fuzz`; what it learns is kept in runs/fuzz)
+fuzz target seconds="60":
+    mkdir -p runs/fuzz/{{ target }}
+    RUSTC_BOOTSTRAP=1 cargo fuzz run --fuzz-dir tests/fuzz --target-dir target/fuzz --sanitizer none {{ target }} runs/fuzz/{{ target }} $(ls -d tests/fuzz/seeds/{{ target }} 2>/dev/null) -- -max_total_time={{ seconds }} -timeout=60 -rss_limit_mb=4096 -artifact_prefix=runs/fuzz/{{ target }}-
+
 # formatting and lints alone
 lint:
     cargo fmt --all --check

@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use clap::{Args, ValueEnum};
 use mempo_data::{Trajectory, read_rows};
-use mempo_run::{Input, Manifest, ResultExt, finished, is_under_way, overview, print_data, print_table, thin, verify};
+use mempo_run::{
+    Input, Manifest, ResultExt, blocks, finished, is_under_way, overview, print_data, print_table, thin, verify,
+};
 use mempo_train::base_of;
 use serde_json::{Map, Value, json};
 use tracing::{info, warn};
@@ -22,6 +24,10 @@ const TRAINED: [&str; 8] = [
     "last_kl",
     "last_entropy",
 ];
+/// Of the answer probabilities of an iteration's memories, evenly from 0 to 1.
+pub(crate) const HISTOGRAM: &str = "answer_probability_histogram";
+/// Histograms shown, of iterations evenly apart.
+const HISTOGRAMS: usize = 12;
 /// Shown, where there is any.
 const SHOWN: [&str; 9] = [
     "reward_mean",
@@ -127,6 +133,7 @@ fn read_iteration(dir: &Path, dev: &HashMap<String, (PathBuf, Value)>) -> anyhow
     let trained = TRAINED.map(|name| (name.to_owned(), manifest.summary[name].clone()));
     let mut figures = Map::from_iter([("policy".to_owned(), json!(dir))]);
     figures.extend(trained);
+    figures.insert(HISTOGRAM.to_owned(), json!(manifest.summary_counts(HISTOGRAM)));
     if let Some((_, Value::Object(found))) = dev.get(&manifest.model_digest()) {
         figures.extend(found.clone());
     }
@@ -203,11 +210,34 @@ fn show(iterations: &[Iteration], best: Option<usize>, arguments: &HistoryArgume
     } else {
         let (header, rows) = overview(&lines, &SHOWN);
         print_table(&header, &rows);
+        let rows = histograms(&lines);
+        if !rows.is_empty() {
+            print_table(&["iteration", "memories", "mean", "answer probability from 0 to 1"], &rows);
+        }
     }
     if let Some(best) = best {
         let (dir, count, column) = (iterations[best].dir.display(), iterations.len(), arguments.by.column());
         info!("best by {column}: {dir} ({} of {count}), {}", best + 1, lines[best][column]);
     }
+}
+
+/// How probable memories made the answer, early and late: the figure of the paper.
+fn histograms(lines: &[Value]) -> Vec<Vec<String>> {
+    let counts = |line: &Value| line[HISTOGRAM].as_array().map(|bins| bins.iter().filter_map(Value::as_f64).collect());
+    let known: Vec<(usize, Vec<f64>)> =
+        lines.iter().enumerate().filter_map(|(place, line)| Some((place, counts(line)?))).collect();
+    let row = |(place, bins): &(usize, Vec<f64>)| {
+        let (mut sum, mut count) = (0.0, 0.0_f64);
+        for (bin, memories) in bins.iter().enumerate() {
+            sum += memories * (bin as f64 + 0.5) / bins.len() as f64;
+            count += memories;
+        }
+        // Most memories know nothing yet: roots of the shares let the others be seen, too.
+        let heights: Vec<f64> = bins.iter().map(|memories| memories.sqrt()).collect();
+        vec![(place + 1).to_string(), format!("{count}"), format!("{:.3}", sum / count.max(1.0)), blocks(&heights)]
+    };
+    let shown = known.len().min(HISTOGRAMS);
+    (0..shown).map(|index| row(&known[index * (known.len() - 1) / (shown - 1).max(1)])).collect()
 }
 
 /// Makes `link` point to a policy that has weights, at once and whatever it pointed to before.
@@ -367,6 +397,18 @@ mod tests {
         // What is recorded is enough to look back again.
         runs.run(&[1, 2, 3, 4, 5], "--keep 3").unwrap();
         verify(&runs.path("policy-1")).unwrap();
+    }
+
+    #[test]
+    fn answer_probabilities_are_shown_early_and_late() {
+        let line = |place: usize| json!({HISTOGRAM: [40, place, 0, 0]});
+        let mut lines: Vec<Value> = (0..40).map(line).collect();
+        lines.insert(0, json!({HISTOGRAM: null}));
+        let rows = histograms(&lines);
+        assert_eq!(rows.len(), HISTOGRAMS);
+        assert_eq!(rows[0], ["2", "40", "0.125", "█▁▁▁"]);
+        assert_eq!(rows[HISTOGRAMS - 1], ["41", "79", "0.248", "██▁▁"]);
+        assert!(histograms(&lines[..1]).is_empty());
     }
 
     #[test]

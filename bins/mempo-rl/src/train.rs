@@ -10,7 +10,7 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use clap::Args;
 use mempo_model::{DeviceOptions, Model};
-use mempo_run::{MetricsFile, ResultExt, Stage, StageArgs};
+use mempo_run::{Input, MetricsFile, ResultExt, Stage, StageArgs};
 use mempo_train::{
     Beginning, MemoryBudget, OptimizerOptions, PolicyOptions, PolicyStats, PolicyTrajectory, Trainer, learning_rate_at,
     verify_merged, verify_state,
@@ -20,6 +20,7 @@ use serde_json::{Value, json};
 use tracing::{info, warn};
 
 use crate::alarms::AlarmOptions;
+use crate::history::HISTOGRAM;
 use crate::inputs::{Inputs, temperature};
 use crate::load::Source;
 use crate::plan::{PlannedStep, Selection, plan_steps, window};
@@ -120,7 +121,7 @@ pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     let source = inputs.source(arguments)?;
     let mut training = Training::open(arguments, &inputs, stage)?;
     training.walk(&plan, &selection, &source)?;
-    training.finish(&selection)
+    training.finish(&selection, &inputs.advantages)
 }
 
 /// What one optimizer step did, a line of the metrics. A number that is not finite is written as null.
@@ -161,7 +162,7 @@ impl<'a> Training<'a> {
         let model = Model::load(&base, &runtime).bad_input()?;
         let budget = MemoryBudget::new(model.config(), &runtime, &arguments.optimizer);
         info!("{}", budget.describe(arguments.tokens_per_micro_batch));
-        let (resume, before) = (stage.resume_dir(), inputs.trainer.as_ref().map(mempo_run::Input::dir));
+        let (resume, before) = (stage.resume_dir(), inputs.trainer.as_ref().map(Input::dir));
         let saved = resume.as_deref().map_or(Ok(0), read_progress)?;
         if resume.is_some() {
             info!("continuing after optimizer step {saved}");
@@ -280,13 +281,14 @@ impl<'a> Training<'a> {
     }
 
     /// Writes the checkpoint and commits it.
-    fn finish(self, selection: &Selection) -> anyhow::Result<()> {
+    fn finish(self, selection: &Selection, advantages: &Input) -> anyhow::Result<()> {
         self.metrics.sync()?;
         self.stage.write_files(|dir| {
             let saved = self.trainer.save_checkpoint(&self.arguments.model, dir);
             saved.quality_if(mempo_train::Error::is_not_finite)
         })?;
-        let summary = summary(&self.metrics, selection);
+        let mut summary = summary(&self.metrics, selection);
+        summary[HISTOGRAM] = json!(advantages.manifest().and_then(|manifest| manifest.summary_counts(HISTOGRAM)));
         self.metrics.show(&SHOWN);
         info!("{summary}");
         self.stage.finish(&[], summary)

@@ -9,48 +9,53 @@ use serde_json::{Map, Value};
 
 /// A row with its labels.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Record {
+pub struct Record {
     /// `id`, where the row has one.
-    pub(crate) id: Option<String>,
+    pub id: Option<String>,
     /// `task_id`, where the row has one.
-    pub(crate) task_id: Option<String>,
+    pub task_id: Option<String>,
     /// `split`, where the row has one.
-    pub(crate) split: Option<String>,
+    pub split: Option<String>,
     /// What it holds.
-    pub(crate) form: Form,
+    pub form: Form,
 }
 
 /// The forms a row may have.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) enum Form {
+pub enum Form {
     /// A recorded trajectory.
     Chat(Demonstration),
     /// A prompt and what should follow it.
-    Pair { prompt: String, completion: String },
+    Pair {
+        /// What is given.
+        prompt: String,
+        /// What is learnt.
+        completion: String,
+    },
     /// Text to model as it stands.
     Text(String),
 }
 
 /// A question and what was done about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Demonstration {
+pub struct Demonstration {
     /// The first user turn.
-    pub(crate) question: String,
+    pub question: String,
     /// What the expert wrote, and what came back.
-    pub(crate) turns: Vec<Turn>,
+    pub turns: Vec<Turn>,
     /// System messages left out: the profile has its own.
-    pub(crate) system_messages: u64,
+    pub system_messages: u64,
 }
 
 /// One assistant turn.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Turn {
+pub struct Turn {
     /// The assistant's text, tool call included.
-    pub(crate) completion: String,
+    pub completion: String,
     /// What followed it.
-    pub(crate) observation: Option<String>,
+    pub observation: Option<String>,
     /// False where the message's `loss_mask` is 0.
-    pub(crate) trained: bool,
+    pub trained: bool,
 }
 
 #[derive(Deserialize)]
@@ -85,7 +90,7 @@ struct Function {
 }
 
 /// Reads one JSON row.
-pub(crate) fn parse_record(json: &[u8]) -> Result<Record, String> {
+pub fn parse_record(json: &[u8]) -> Result<Record, String> {
     let mut row: Map<String, Value> = serde_json::from_slice(json).map_err(|error| {
         let found = if json.trim_ascii_start().starts_with(b"[") { " (this looks like a JSON array)" } else { "" };
         format!("not a JSON object: {error}{found}; expected one object a line")

@@ -6,7 +6,7 @@
 //! into ids and masks, [`source`] finds and reads rows, [`counts`] keeps the books, [`schedule`] orders the examples.
 
 mod build;
-mod chat;
+pub mod chat;
 mod counts;
 mod dataset;
 mod encode;

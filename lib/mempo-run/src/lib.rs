@@ -53,7 +53,7 @@ pub use input::Input;
 pub use manifest::{FileRecord, InputRecord, Manifest, Run};
 pub use metrics::MetricsFile;
 pub use output::{print_data, print_table};
-pub use overview::overview;
+pub use overview::{blocks, overview};
 pub use progress::Progress;
 pub use stage::Stage;
 pub use standard::StandardCommand;

@@ -138,6 +138,14 @@ impl Manifest {
         Some(numbers.iter().sum::<f64>() / numbers.len() as f64)
     }
 
+    /// A list of counts of the summary; of shards, the sums of theirs.
+    pub fn summary_counts(&self, name: &str) -> Option<Vec<u64>> {
+        let counts = |summary: &Value| summary[name].as_array()?.iter().map(Value::as_u64).collect::<Option<Vec<_>>>();
+        let Value::Array(shards) = &self.summary else { return counts(&self.summary) };
+        let add = |sums: Vec<u64>, more: Vec<u64>| sums.iter().zip(more).map(|(sum, more)| sum + more).collect();
+        shards.iter().map(counts).collect::<Option<Vec<_>>>()?.into_iter().reduce(add)
+    }
+
     /// A directory's manifest, if there is one.
     pub(crate) fn read(dir: &Path) -> anyhow::Result<Option<Self>> {
         let path = dir.join(MANIFEST);
@@ -204,6 +212,17 @@ pub(crate) mod tests {
                 is_trusted: false,
             }],
         }
+    }
+
+    #[test]
+    fn summaries_of_shards_are_put_together() {
+        let of = |summary| Manifest { run: run(), files: vec![], rows: BTreeMap::new(), summary, wall_seconds: 0.0 };
+        let (one, other) = (json!({"mean": 0.5, "bins": [1, 2]}), json!({"mean": 1.5, "bins": [3, 0]}));
+        let whole = of(one.clone());
+        assert_eq!((whole.summary_number("mean"), whole.summary_counts("bins")), (Some(0.5), Some(vec![1, 2])));
+        let shards = of(json!([one, other]));
+        assert_eq!((shards.summary_number("mean"), shards.summary_counts("bins")), (Some(1.0), Some(vec![4, 2])));
+        assert_eq!((shards.summary_number("bins"), shards.summary_counts("mean")), (None, None));
     }
 
     #[test]

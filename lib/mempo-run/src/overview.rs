@@ -34,9 +34,14 @@ fn course(values: &[f64]) -> String {
     });
     let means: Vec<f64> = means.collect();
     let least = means.iter().copied().fold(f64::INFINITY, f64::min);
-    let most = means.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let level = |mean: &f64| if most > least { (mean - least) / (most - least) * 7.0 } else { 0.0 };
-    means.iter().map(|mean| BLOCKS[level(mean).round() as usize]).collect()
+    blocks(&means.iter().map(|mean| mean - least).collect::<Vec<f64>>())
+}
+
+/// One block a value, as high as the value is beside the largest.
+pub fn blocks(values: &[f64]) -> String {
+    let most = values.iter().copied().fold(0.0, f64::max);
+    let level = |value: &f64| if most > 0.0 { value / most * 7.0 } else { 0.0 };
+    values.iter().map(|value| BLOCKS[level(value).round() as usize]).collect()
 }
 
 #[cfg(test)]

@@ -1,0 +1,6 @@
+//! A line of training data.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|line: &[u8]| {
+    let _ = mempo_sft::chat::parse_record(line);
+});
