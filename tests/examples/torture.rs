@@ -12,8 +12,8 @@ use clap::Parser;
 use mempo_run::{print_data, print_table};
 use mempo_tests::chain::Stage;
 use mempo_tests::torture::{
-    Bench, FAULTS, Kills, can_mount, can_trace, count_calls, damage_trial, disk_trial, fault_trial, kill_trial,
-    race_trial,
+    Bench, FAULTS, Kills, can_mount, can_trace, count_calls, cut_trial, damage_trial, disk_trial, fault_trial,
+    kill_trial, race_trial,
 };
 use serde::{Deserialize, Serialize};
 
@@ -25,14 +25,14 @@ struct Arguments {
     /// Processes killed a stage, in all runs together
     #[arg(long, default_value_t = 1000, value_name = "N")]
     kills: u64,
-    /// Failing system calls a stage and kind of failure, spread over all that there are
-    #[arg(long, default_value_t = 20, value_name = "N")]
-    faults: u64,
+    /// Failing system calls a stage and kind of failure, spread over all that there are; all when not given
+    #[arg(long, value_name = "N")]
+    faults: Option<u64>,
     /// Sizes of disk a stage
     #[arg(long, default_value_t = 64, value_name = "N")]
     disks: u64,
-    /// Damaged files a stage
-    #[arg(long, default_value_t = 2000, value_name = "N")]
+    /// Files damaged a stage, one half by a bit, one by a cut; beside all cuts of one file of each kind
+    #[arg(long, default_value_t = 4000, value_name = "N")]
     damages: u64,
     /// Races of two writers a stage
     #[arg(long, default_value_t = 20, value_name = "N")]
@@ -115,6 +115,10 @@ fn run(arguments: &Arguments) -> anyhow::Result<()> {
             let count = damage_trial(&bench, stage, from, (to - from).div_ceil(2))?;
             results.add(stage, "damage", from, [count, 0], 0.0)?;
         }
+        if !results.has(stage, "cut", 0) {
+            let count = cut_trial(&bench, stage)?;
+            results.add(stage, "cut", 0, [count, 0], 0.0)?;
+        }
         if can_trace()? {
             faults(&bench, stage, arguments.faults, &mut results)?;
         }
@@ -140,12 +144,13 @@ fn kills(bench: &Bench, stage: &Stage, duration: Duration, wanted: u64, results:
     Ok(())
 }
 
-fn faults(bench: &Bench, stage: &Stage, wanted: u64, results: &mut Results) -> anyhow::Result<()> {
+fn faults(bench: &Bench, stage: &Stage, wanted: Option<u64>, results: &mut Results) -> anyhow::Result<()> {
     for fault in FAULTS {
         let name = format!("{} {}", fault.kind(), fault.what);
         let calls = count_calls(bench, stage, fault)?;
-        for point in 0..wanted.min(calls) {
-            let number = 1 + point * calls / wanted.min(calls);
+        let wanted = wanted.map_or(calls, |wanted| wanted.min(calls));
+        for point in 0..wanted {
+            let number = 1 + point * calls / wanted;
             if !results.has(stage, &name, number) {
                 let code = fault_trial(bench, stage, fault, number)?;
                 results.add(stage, &name, number, [1, u64::from(code != Some(0))], 0.0)?;

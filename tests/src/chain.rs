@@ -52,13 +52,13 @@ fn demonstration(first: usize, second: usize) -> Value {
     ]})
 }
 
-/// Writes `corpus.jsonl`, `questions.jsonl`, `expert.jsonl` and `config.json` about that many people.
+/// Writes `corpus.jsonl`, `questions.jsonl`, `expert.jsonl` (some 130 attempts) and `config.json` about that many people.
 pub fn write_inputs(directory: &Path, people: usize) {
     let document =
         |p| json!({"id": format!("doc-{p:02}"), "title": name(p), "text": format!("{} likes {}.", name(p), colour(p))});
     let question =
         |p| json!({"id": format!("q{p}"), "question": question(p), "golden_answers": [colour(p)], "source": "colours"});
-    let pairs = (0..people).flat_map(|a| (1..NAMES.len()).map(move |b| (a, (a + b) % people)));
+    let pairs = (0..people).flat_map(|a| (1..=132 / people).map(move |b| (a, (a + b) % people)));
     let config = json!({
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 160,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 600,
@@ -97,15 +97,15 @@ pub const SMALL_UNITS: &[&str] = &[
     "mempo-rollout index --corpus corpus.jsonl --out index",
     "mempo-sft init --config config.json --corpus expert.jsonl corpus.jsonl --vocabulary-size 600 --out base",
     "mempo-sft build --trajectories expert.jsonl --tokenizer base --profile PROFILE --out examples",
-    "mempo-sft train --examples examples --model base --max-steps 12 --save-every 3 --learning-rate 3e-3 \
-     --tokens-per-batch 1024 --threads 1 --dtype f32 --device cpu --out sft",
+    "mempo-sft train --examples examples --model base --epochs 2 --save-every 3 --learning-rate 3e-3 \
+     --tokens-per-batch 8192 --threads 1 --dtype f32 --device cpu --out sft",
     "mempo-rollout sample --tasks tasks --model sft --search index --profile PROFILE --group-size 2 --tasks-per-unit 5 \
      --max-completion-tokens 24 --max-steps 2 --max-error-rate 1 --threads 1 --dtype f32 --device cpu --out rollouts",
     "mempo-score segments --rollouts rollouts --tasks tasks --model sft --threads 1 --dtype f32 --device cpu --out scores",
     "mempo-score logprobs --rollouts rollouts --model sft --reference sft --threads 1 --dtype f32 --device cpu --out logprobs",
     "mempo-score advantages --rollouts rollouts --scores scores --out advantages",
     "mempo-rl train --rollouts rollouts --advantages advantages --logprobs logprobs --model sft --dtype f32 \
-     --device cpu --threads 1 --trajectories-per-step 8 --save-every 2 --out policy",
+     --device cpu --threads 1 --epochs 2 --trajectories-per-step 16 --save-every 3 --out policy",
 ];
 
 /// A stage's command line.

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, bail, ensure};
 use mempo_run::{FileRecord, finished, seed_of, verify};
 
-pub use self::damage::damage_trial;
+pub use self::damage::{cut_trial, damage_trial};
 pub use self::disk::{can_mount, disk_trial};
 pub use self::faults::{FAULTS, Fault, can_trace, count_calls, fault_trial};
 pub use self::kills::{Kills, kill_trial, race_trial};
