@@ -13,7 +13,7 @@ use mempo_run::{Input, ResultExt, Stage, StageArgs, seed_of};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use crate::question::{Defaults, Question};
+use crate::question::{COLUMNS, Defaults, Question};
 use crate::rows;
 
 /// Tasks in one file of the table.
@@ -26,7 +26,7 @@ const PART_ROWS: usize = 20_000;
 /// consecutive questions of one source and split; left-over questions are dropped and counted.
 #[derive(Debug, Args, Serialize)]
 pub(crate) struct ComposeArguments {
-    /// Files of questions, `.parquet` or JSON Lines
+    /// Files of questions, `.parquet` or JSON Lines (also `.gz`, `.zst`)
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     #[serde(skip)]
     questions: Vec<PathBuf>,
@@ -97,12 +97,13 @@ pub(crate) fn run(arguments: &ComposeArguments) -> anyhow::Result<()> {
 fn read_questions(arguments: &ComposeArguments) -> anyhow::Result<(Vec<Question>, Counts)> {
     let mut questions = Vec::new();
     let mut counts = Counts::default();
+    let wanted: Vec<&str> = COLUMNS.into_iter().chain(arguments.distinct.as_deref()).collect();
     for path in &arguments.questions {
         let stem = path.file_stem().unwrap_or_default().to_string_lossy();
         let distinct = arguments.distinct.as_deref();
         let defaults = Defaults { source: &stem, split: &arguments.split, distinct };
         let before = counts.questions;
-        for row in rows::read(path)? {
+        for row in rows::read(path, &wanted)? {
             let (question, rejected) = Question::parse(&row?, &defaults)?;
             counts.questions += 1;
             counts.rejected_answers += rejected;

@@ -23,7 +23,7 @@ pub(crate) const INDEX_FOLDER: &str = "index";
 /// title in quotes. Words are lower-cased, title and text are searched together.
 #[derive(Debug, Args, Serialize)]
 pub(crate) struct IndexArguments {
-    /// Files of documents, `.parquet` or JSON Lines
+    /// Files of documents, `.parquet` or JSON Lines (also `.gz`, `.zst`)
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     #[serde(skip)]
     corpus: Vec<PathBuf>,
@@ -53,12 +53,15 @@ pub(crate) fn run(arguments: &IndexArguments) -> anyhow::Result<()> {
     stage.finish(&[("corpus", count)], json!({}))
 }
 
+/// What a document is read from.
+const COLUMNS: [&str; 5] = ["doc_id", "id", "contents", "title", "text"];
+
 /// All documents, sorted by id.
 fn read_documents(paths: &[PathBuf]) -> anyhow::Result<Vec<Document>> {
     let mut documents = Vec::new();
     for path in paths {
         let before = documents.len();
-        for row in rows::read(path)? {
+        for row in rows::read(path, &COLUMNS)? {
             documents.push(document(&row?)?);
         }
         ensure!(documents.len() > before, "{} holds no documents", path.display());

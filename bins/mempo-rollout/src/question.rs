@@ -29,6 +29,10 @@ pub(crate) struct Defaults<'a> {
     pub(crate) distinct: Option<&'a str>,
 }
 
+/// What a question is read from, beside the column that [`Question::distinct`] is.
+pub(crate) const COLUMNS: [&str; 10] =
+    ["id", "question", "query", "golden_answers", "answers", "answer", "source", "data_source", "split", "metadata"];
+
 impl Question {
     /// Reads a row; also gives how many answers were left out because they hold `;`, which separates answers. Without any
     /// answer left there is no question.

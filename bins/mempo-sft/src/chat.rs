@@ -7,6 +7,9 @@ use mempo_text::python_json;
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
+/// What a row is read from; other columns do not matter.
+pub const COLUMNS: [&str; 8] = ["id", "task_id", "split", "messages", "prompt", "completion", "response", "text"];
+
 /// A row with its labels.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Record {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
 use fs_err as fs;
+use mempo_data::{has_extension, json_rows};
 use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, Stage, StageArgs};
 use mempo_text::{NewTokenizer, Tokenizer, train_tokenizer};
@@ -14,8 +15,8 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tracing::info;
 
-use crate::chat::{Form, parse_record};
-use crate::source::{data_files, has_extension, lines};
+use crate::chat::{COLUMNS, Form, parse_record};
+use crate::source::data_files;
 
 /// Make a fresh model directory: random weights and a tokenizer trained on text.
 ///
@@ -181,14 +182,14 @@ fn corpus_files(paths: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
 
 /// The texts of one file, one after another.
 fn texts_of(path: &Path) -> Box<dyn Iterator<Item = anyhow::Result<String>> + Send> {
-    let lines = match lines(path) {
-        Ok(lines) => lines,
+    let rows = match json_rows(path, &COLUMNS).bad_input() {
+        Ok(rows) => rows,
         Err(error) => return Box::new(std::iter::once(Err(error))),
     };
     let plain = has_extension(path, ".txt");
     let path = path.to_path_buf();
-    Box::new(lines.map(move |line| {
-        let (number, bytes) = line?;
+    Box::new(rows.map(move |row| {
+        let (number, bytes) = row.bad_input()?;
         let text =
             if plain { String::from_utf8(bytes).map_err(|error| error.to_string()) } else { text_of_row(&bytes) };
         text.map_err(|problem| anyhow!("{}:{number}: {problem}", path.display())).bad_input()

@@ -1,29 +1,24 @@
 //! Where rows come from: finds the input files, cuts them into units of bounded size, reads a unit's rows.
 //!
-//! JSON lines (plain or `.gz`) and foreign Parquet files both yield JSON text, so that what follows knows one form;
-//! a rollout directory yields trajectories with their steps as they are stored. A unit is cut by row count and bytes
+//! JSON lines and foreign Parquet files both yield JSON text, so that what follows knows one form; a rollout directory
+//! yields trajectories with their steps as they are stored. A unit is cut by row count and bytes
 //! alone: it does not depend on what was done before.
 
-use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, anyhow, bail};
+use anyhow::{anyhow, bail};
 use fs_err as fs;
-use mempo_data::{Step, Trajectory, groups, parquet_batches, parquet_builder, read_rows};
+use mempo_data::{
+    JSON_ROWS_EXTENSIONS, JsonRows, Step, Trajectory, groups, has_extension, json_rows, parquet_row_count, read_rows,
+};
 use mempo_run::{Input, ResultExt};
-use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+
+use crate::chat::COLUMNS;
 
 /// Most rows of a unit.
 const UNIT_ROWS: u64 = 512;
 /// A unit is closed once its rows hold this much text.
 const UNIT_BYTES: usize = 16 << 20;
-/// Longest line read.
-const LINE_BYTES: u64 = 64 << 20;
-/// Rows turned to JSON at a time.
-const BATCH_ROWS: usize = 64;
-/// Text files read.
-const EXTENSIONS: [&str; 6] = [".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz"];
-
 /// One file, or one part of a rollout directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Source {
@@ -76,11 +71,6 @@ pub(crate) enum RowContent {
     Rollout(Box<Trajectory>, Vec<Step>),
 }
 
-/// A line of a file with its number, from 1.
-pub(crate) type Line = (u64, Vec<u8>);
-/// The lines of a file, one after another.
-pub(crate) type Lines = Box<dyn Iterator<Item = anyhow::Result<Line>> + Send>;
-
 /// Finds the sources that `paths` name, and the inputs whose digests a resume must match.
 pub(crate) fn find_sources(paths: &[PathBuf]) -> anyhow::Result<(Vec<Source>, Vec<Input>)> {
     let (mut sources, mut inputs) = (Vec::new(), Vec::new());
@@ -126,11 +116,11 @@ fn rollout_sources(input: &Input) -> anyhow::Result<Vec<Source>> {
 
 /// `path` itself, or the data files in the folder `path`, sorted by name.
 pub(crate) fn data_files(path: &Path) -> anyhow::Result<Vec<PathBuf>> {
-    let known = |file: &Path| EXTENSIONS.iter().chain(&[".parquet"]).any(|extension| has_extension(file, extension));
+    let known = |file: &Path| JSON_ROWS_EXTENSIONS.iter().any(|extension| has_extension(file, extension));
     if !path.is_dir() {
         if !known(path) {
-            return Err(anyhow!("{}: expected a name ending in .parquet, {}", path.display(), EXTENSIONS.join(", ")))
-                .bad_input();
+            let (path, extensions) = (path.display(), JSON_ROWS_EXTENSIONS.join(", "));
+            return Err(anyhow!("{path}: expected a name ending in {extensions}")).bad_input();
         }
         return Ok(vec![path.to_path_buf()]);
     }
@@ -138,14 +128,10 @@ pub(crate) fn data_files(path: &Path) -> anyhow::Result<Vec<PathBuf>> {
     let mut files: Vec<PathBuf> = entries.into_iter().map(|entry| entry.path()).filter(|file| known(file)).collect();
     files.sort();
     if files.is_empty() {
-        return Err(anyhow!("{}: no file ends in .parquet, {}", path.display(), EXTENSIONS.join(", "))).bad_input();
+        let (path, extensions) = (path.display(), JSON_ROWS_EXTENSIONS.join(", "));
+        return Err(anyhow!("{path}: no file ends in {extensions}")).bad_input();
     }
     Ok(files)
-}
-
-/// Whether the file's name ends in `extension`, upper or lower case.
-pub(crate) fn has_extension(path: &Path, extension: &str) -> bool {
-    path.file_name().is_some_and(|name| name.to_string_lossy().to_lowercase().ends_with(extension))
 }
 
 /// Cuts the sources into units; reads every line file once to count.
@@ -153,12 +139,15 @@ pub(crate) fn plan_units(sources: &[Source]) -> anyhow::Result<Vec<Unit>> {
     let (mut units, mut first_row) = (Vec::new(), 0);
     for (source, found) in sources.iter().enumerate() {
         let sizes = match found {
-            Source::Lines(path) => unit_sizes(lines(path)?.map(|line| line.map(|(_, text)| text.len())))?,
+            Source::Lines(path) => {
+                let rows = json_rows(path, &COLUMNS).bad_input()?;
+                unit_sizes(rows.map(|row| Ok(row.bad_input()?.1.len())))?
+            }
             Source::Table(path) => {
-                let rows = parquet_rows(path)?;
+                let rows = parquet_row_count(path).bad_input()?;
                 unit_sizes((0..rows).map(|_| Ok(0)))?
             }
-            Source::Rollout { trajectories, .. } => vec![parquet_rows(trajectories)?],
+            Source::Rollout { trajectories, .. } => vec![parquet_row_count(trajectories).bad_input()?],
         };
         for rows in sizes {
             units.push(Unit { source, first_row, rows });
@@ -186,7 +175,7 @@ fn unit_sizes(row_bytes: impl Iterator<Item = anyhow::Result<usize>>) -> anyhow:
 /// Reads units in their order; a file stays open from one of its units to the next.
 pub(crate) struct Reader<'a> {
     sources: &'a [Source],
-    open: Option<(usize, Lines)>,
+    open: Option<(usize, JsonRows)>,
 }
 
 impl<'a> Reader<'a> {
@@ -200,7 +189,8 @@ impl<'a> Reader<'a> {
         match &self.sources[unit.source] {
             Source::Rollout { .. } => Ok(()),
             Source::Lines(path) | Source::Table(path) => {
-                self.lines_of(unit.source, path)?.take(unit.rows as usize).try_for_each(|line| line.map(drop))
+                let mut rows = self.rows_of(unit.source, path)?.take(unit.rows as usize);
+                rows.try_for_each(|row| row.map(drop)).bad_input()
             }
         }
     }
@@ -215,91 +205,22 @@ impl<'a> Reader<'a> {
                 .map(|(content, number)| Row { number, line: number - unit.first_row + 1, content })
                 .collect()),
             Source::Lines(path) | Source::Table(path) => {
-                let lines = self.lines_of(unit.source, path)?.take(unit.rows as usize);
-                lines
-                    .zip(number)
-                    .map(|(line, number)| {
-                        line.map(|(line, text)| Row { number, line, content: RowContent::Json(text) })
-                    })
-                    .collect()
+                let rows = self.rows_of(unit.source, path)?.take(unit.rows as usize).zip(number);
+                let row = |(row, number)| -> anyhow::Result<Row> {
+                    let (line, text) = Result::bad_input(row)?;
+                    Ok(Row { number, line, content: RowContent::Json(text) })
+                };
+                rows.map(row).collect()
             }
         }
     }
 
-    fn lines_of(&mut self, source: usize, path: &Path) -> anyhow::Result<&mut Lines> {
+    fn rows_of(&mut self, source: usize, path: &Path) -> anyhow::Result<&mut JsonRows> {
         if self.open.as_ref().is_none_or(|(open, _)| *open != source) {
-            self.open = Some((source, lines(path)?));
+            self.open = Some((source, json_rows(path, &COLUMNS).bad_input()?));
         }
         Ok(&mut self.open.as_mut().expect("opened above").1)
     }
-}
-
-/// The rows of a JSON lines file, or those of a Parquet file as JSON text; blank lines are left out.
-pub(crate) fn lines(path: &Path) -> anyhow::Result<Lines> {
-    if has_extension(path, ".parquet") {
-        return parquet_lines(path);
-    }
-    let file = fs::File::open(path).bad_input()?;
-    let reader: Box<dyn BufRead + Send> = if has_extension(path, ".gz") {
-        Box::new(BufReader::new(flate2::read::MultiGzDecoder::new(BufReader::new(file))))
-    } else {
-        Box::new(BufReader::new(file))
-    };
-    let path = path.to_path_buf();
-    let mut numbered = (1..).zip(RawLines(reader)).map(move |(number, line)| match line {
-        Ok(text) => Ok((number, text)),
-        Err(error) => Err(error).with_context(|| format!("{}:{number}", path.display())).bad_input(),
-    });
-    let blank = |line: &anyhow::Result<Line>| line.as_ref().is_ok_and(|(_, text)| text.trim_ascii().is_empty());
-    Ok(Box::new(std::iter::from_fn(move || numbered.find(|line| !blank(line)))))
-}
-
-/// Lines as bytes, of bounded length; a byte order mark at the start of the file is left out.
-struct RawLines(Box<dyn BufRead + Send>);
-
-impl Iterator for RawLines {
-    type Item = anyhow::Result<Vec<u8>>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        let mut line = Vec::new();
-        match self.0.by_ref().take(LINE_BYTES).read_until(b'\n', &mut line) {
-            Ok(0) => None,
-            Ok(read) if read as u64 == LINE_BYTES && !line.ends_with(b"\n") => {
-                Some(Err(anyhow!("a line longer than {} MiB; expected one JSON object a line", LINE_BYTES >> 20)))
-            }
-            Ok(_) => Some(Ok(line.strip_prefix(b"\xef\xbb\xbf").map_or(line.clone(), <[u8]>::to_vec))),
-            Err(error) => Some(Err(error.into())),
-        }
-    }
-}
-
-fn open_parquet(path: &Path) -> anyhow::Result<ParquetRecordBatchReaderBuilder<std::fs::File>> {
-    let (file, _) = fs::File::open(path).bad_input()?.into_parts();
-    parquet_builder(file).with_context(|| format!("{}: not Parquet", path.display())).bad_input()
-}
-
-fn parquet_rows(path: &Path) -> anyhow::Result<u64> {
-    Ok(open_parquet(path)?.metadata().file_metadata().num_rows() as u64)
-}
-
-/// The rows of a Parquet file as JSON objects without null fields.
-fn parquet_lines(path: &Path) -> anyhow::Result<Lines> {
-    let batches = parquet_batches(open_parquet(path)?.with_batch_size(BATCH_ROWS))?;
-    let path = path.to_path_buf();
-    let rows = batches.flat_map(move |batch| {
-        let text = batch.and_then(|batch| {
-            let mut writer = arrow_json::LineDelimitedWriter::new(Vec::new());
-            writer.write(&batch)?;
-            Ok(writer.into_inner())
-        });
-        match text.with_context(|| path.display().to_string()).bad_input() {
-            Ok(text) => {
-                text.split(|byte| *byte == b'\n').filter(|row| !row.is_empty()).map(|row| Ok(row.to_vec())).collect()
-            }
-            Err(error) => vec![Err(error)],
-        }
-    });
-    Ok(Box::new((1..).zip(rows).map(|(number, row)| row.map(|row| (number, row)))))
 }
 
 /// The trajectories of one part with their steps.
@@ -330,28 +251,11 @@ fn read_trajectories(trajectories: &Path, steps: &Path) -> anyhow::Result<Vec<Ro
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
 
     use super::*;
 
     fn write(path: &Path, text: &str) {
         fs::write(path, text).unwrap();
-    }
-
-    #[test]
-    fn lines_are_numbered_as_an_editor_numbers_them() {
-        let dir = tempfile::tempdir().unwrap();
-        let (plain, packed) = (dir.path().join("a.jsonl"), dir.path().join("a.jsonl.gz"));
-        let text = "\u{feff}{\"a\":1}\n\n  \n{\"b\":2}";
-        write(&plain, text);
-        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
-        encoder.write_all(text.as_bytes()).unwrap();
-        fs::write(&packed, encoder.finish().unwrap()).unwrap();
-        for path in [plain, packed] {
-            let found: Vec<Line> = lines(&path).unwrap().map(Result::unwrap).collect();
-            let expected = vec![(1, b"{\"a\":1}\n".to_vec()), (4, b"{\"b\":2}".to_vec())];
-            assert_eq!(found, expected, "{}", path.display());
-        }
     }
 
     #[test]

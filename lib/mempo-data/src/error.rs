@@ -15,6 +15,16 @@ pub enum Error {
         /// The cause.
         source: std::io::Error,
     },
+    /// A line of a text file cannot be read.
+    #[error("{}:{line}", file.display())]
+    Line {
+        /// The file.
+        file: PathBuf,
+        /// The line, from 1.
+        line: u64,
+        /// The cause.
+        source: std::io::Error,
+    },
     /// The file is not Parquet, or is damaged.
     #[error("{}: not a whole Parquet file; copy or make it again", file.display())]
     Parquet {

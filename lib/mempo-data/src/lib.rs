@@ -18,6 +18,7 @@
 mod caught;
 mod conform;
 mod error;
+mod json_rows;
 mod merge;
 mod read;
 mod row;
@@ -28,6 +29,7 @@ mod write;
 
 pub use caught::{parquet_batches, parquet_builder};
 pub use error::Error;
+pub use json_rows::{JSON_ROWS_EXTENSIONS, JsonRow, JsonRows, has_extension, json_rows, parquet_row_count};
 pub use merge::{Cursor, groups};
 pub use read::{RowReader, read_rows};
 pub use row::{Key, Row};
