@@ -3,7 +3,7 @@
 //! One file a subcommand. [`compose`] joins questions into tasks of n objectives; [`index`] makes a corpus table and a
 //! BM25 index; [`sample`] lets a checkpoint work on the tasks and records every step; [`show`] prints what it did.
 //! Beside them: [`rows`] reads JSON Lines and Parquet, [`question`] understands question rows, [`local_engine`] puts a
-//! model behind the agent, [`stored`] gives states to go on from, [`tally`] keeps the books.
+//! model behind the agent, [`server`] one of a vLLM or SGLang server, [`stored`] gives states to go on from, [`tally`] keeps the books.
 
 mod compose;
 mod index;
@@ -11,6 +11,7 @@ mod local_engine;
 mod question;
 mod rows;
 mod sample;
+mod server;
 mod show;
 mod stored;
 mod tally;
@@ -44,6 +45,7 @@ enum Command {
     Compose(compose::ComposeArguments),
     Index(index::IndexArguments),
     Sample(sample::SampleArguments),
+    ServedName(sample::ServedNameArguments),
     Show(show::ShowArguments),
     Doctor(DoctorArguments),
     #[command(flatten)]
@@ -57,6 +59,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Compose(arguments) => compose::run(&arguments),
         Command::Index(arguments) => index::run(&arguments),
         Command::Sample(arguments) => sample::run(arguments),
+        Command::ServedName(arguments) => sample::print_served_name(&arguments),
         Command::Show(arguments) => show::run(&arguments),
         Command::Doctor(arguments) => arguments.run(),
         Command::Standard(command) => command.run(Arguments::command()),

@@ -1,0 +1,197 @@
+//! A vLLM or SGLang server that generates in this program's place, once it is known to serve the checkpoint.
+//!
+//! A checkpoint has a name that only its own files give ([`served_name`]). vLLM bears it as `--served-model-name`, and refuses
+//! requests for another; SGLang bears it as the version of its weights, and says it with every answer.
+
+mod client;
+mod engine;
+mod protocol;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use mempo_agent::{Request, SamplingOptions};
+use mempo_text::PromptBuilder;
+use serde_json::{Value, json};
+
+use self::client::{Client, Failure};
+use self::engine::ServerEngine;
+use self::protocol::{Asking, Kind};
+
+/// Hexadecimal digits of a digest in a name.
+const NAME_DIGITS: usize = 16;
+
+/// Where completions come from, if not from this process.
+#[derive(Debug, Args)]
+pub(crate) struct ServerOptions {
+    /// Let this vLLM or SGLang server generate. It has to serve --model: vLLM started with
+    /// `--served-model-name "$(mempo-rollout served-name --model DIR)" --logprobs-mode processed_logprobs`, SGLang given its
+    /// weights by --update-server. A key, if it wants one, is read from the environment as MEMPO_SERVER_KEY
+    #[arg(long, value_name = "URL")]
+    pub(crate) server: Option<String>,
+    /// Have SGLang load the weights of --model first, from the same path
+    #[arg(long, requires = "server")]
+    pub(crate) update_server: bool,
+    /// Take it on trust that the server has the weights of --model
+    #[arg(long, requires = "server", conflicts_with = "update_server")]
+    pub(crate) trust_server: bool,
+    /// Longest time for one completion
+    #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) server_timeout: u64,
+    /// How often a request is made again that failed, each time after a longer pause
+    #[arg(long, value_name = "N", default_value_t = 6)]
+    pub(crate) server_retries: u32,
+}
+
+/// What a server has to call the checkpoint with this digest.
+pub(crate) fn served_name(digest: &str) -> String {
+    format!("mempo-{}", &digest[..NAME_DIGITS.min(digest.len())])
+}
+
+/// A server that is known to serve the checkpoint.
+pub(crate) struct Server {
+    client: Arc<Client>,
+    asking: Asking,
+    /// Whether its name is the checkpoint's.
+    is_proven: bool,
+}
+
+impl Server {
+    /// Looks what kind of server it is and which model it serves, of which `digest` has to be the digest and `dir` the place.
+    pub(crate) fn open(
+        url: &str,
+        options: &ServerOptions,
+        (dir, digest): (&Path, &str),
+        builder: &PromptBuilder,
+        sampling: &SamplingOptions,
+    ) -> Result<Self, String> {
+        let client = Client::new(url, Duration::from_secs(options.server_timeout), options.server_retries)?;
+        let name = served_name(digest);
+        let kind = kind(&client)?;
+        if options.update_server {
+            update(&client, kind, dir, &name)?;
+        }
+        let model = match kind {
+            Kind::Vllm => vllm_model(&client, &name, options.trust_server)?,
+            Kind::Sglang => name.clone(),
+        };
+        let tokenizer = builder.tokenizer();
+        let mut end_ids = tokenizer.end_of_turn_ids().to_vec();
+        end_ids.extend(builder.end_of_turn_id().filter(|id| !tokenizer.end_of_turn_ids().contains(id)));
+        let is_proven = model == name && (kind == Kind::Vllm || !options.trust_server);
+        let asking = Asking {
+            kind,
+            model,
+            weights: (kind == Kind::Sglang && !options.trust_server).then_some(name),
+            sampling: sampling.clone(),
+            stop: builder.profile().stop.clone(),
+            end_ids,
+            vocabulary_size: tokenizer.vocabulary_size(),
+        };
+        let server = Self { client: Arc::new(client), asking, is_proven };
+        server.check_answers(builder)?;
+        Ok(server)
+    }
+
+    /// The agent's engine, with at most so many requests under way.
+    pub(crate) fn engine(self, concurrency: usize, interrupted: &dyn Fn() -> bool) -> ServerEngine<'_> {
+        ServerEngine::new(&self.client, self.asking, concurrency, interrupted)
+    }
+
+    /// For the manifest: who generated.
+    pub(crate) fn describe(&self) -> Value {
+        let kind = match self.asking.kind {
+            Kind::Vllm => "vllm",
+            Kind::Sglang => "sglang",
+        };
+        json!({"protocol": kind, "model": self.asking.model, "is_proven": self.is_proven})
+    }
+
+    /// One completion, read as all will be; and log-probabilities have to be those at the sampling temperature: what is not
+    /// most probable becomes more so as the temperature grows, unless they are of the model's raw numbers.
+    fn check_answers(&self, builder: &PromptBuilder) -> Result<(), String> {
+        let prompt_ids = builder.prompt("?", &[]).map_err(|error| error.to_string())?;
+        let request = Request { trajectory: 0, prompt_ids, seed: 1 };
+        let runner_up = |temperature: f64| {
+            let sampling = SamplingOptions { temperature, max_completion_tokens: 1, ..self.asking.sampling.clone() };
+            let asking = Asking { sampling, ..self.asking.clone() };
+            let read = |answer: &Value| asking.generation(answer).map(|_| asking.runner_up(answer));
+            self.ask(asking.path(), Some(&asking.body(&request, 5)), read)
+        };
+        let temperature = self.asking.sampling.temperature;
+        let cold = runner_up(temperature)?;
+        if temperature == 0.0 {
+            return Ok(());
+        }
+        if let (Some(cold), Some(warm)) = (cold, runner_up(4.0 * temperature)?)
+            && (cold.1 - warm.1).abs() < 1e-4
+        {
+            return Err(format!(
+                "{}: its log-probabilities do not depend on the temperature, so they are not those it samples from; start \
+                 vLLM with --logprobs-mode processed_logprobs",
+                self.client.url()
+            ));
+        }
+        Ok(())
+    }
+
+    fn ask<T>(
+        &self,
+        path: &str,
+        body: Option<&Value>,
+        read: impl Fn(&Value) -> Result<T, String>,
+    ) -> Result<T, String> {
+        self.client.ask(path, body, read).map_err(|failure| told(&self.client, path, failure))
+    }
+}
+
+fn told(client: &Client, path: &str, failure: Failure) -> String {
+    let (Failure::Passing(problem, _) | Failure::Final(problem)) = failure;
+    format!("{}{path}: {problem}", client.url())
+}
+
+/// SGLang tells of its model where vLLM has nothing.
+fn kind(client: &Client) -> Result<Kind, String> {
+    match client.ask("/get_model_info", None, |_| Ok(())) {
+        Ok(()) => Ok(Kind::Sglang),
+        Err(Failure::Final(_)) => Ok(Kind::Vllm),
+        Err(failure) => Err(told(client, "/get_model_info", failure)),
+    }
+}
+
+/// The name to ask vLLM for.
+fn vllm_model(client: &Client, name: &str, is_trusted: bool) -> Result<String, String> {
+    let path = "/v1/models";
+    let names = |answer: &Value| {
+        let models = answer["data"].as_array().ok_or("it lists no models")?;
+        Ok(models.iter().filter_map(|model| Some(model["id"].as_str()?.to_owned())).collect::<Vec<_>>())
+    };
+    let names = client.ask(path, None, names).map_err(|failure| told(client, path, failure))?;
+    match names.first() {
+        _ if names.iter().any(|found| found == name) => Ok(name.to_owned()),
+        Some(first) if is_trusted => Ok(first.clone()),
+        _ => Err(format!(
+            "{}: serves `{}`, expected `{name}`, as this checkpoint is called: start vLLM on it with --served-model-name \
+             {name}, or give --trust-server",
+            client.url(),
+            names.join("`, `")
+        )),
+    }
+}
+
+/// Has SGLang load other weights.
+fn update(client: &Client, kind: Kind, dir: &Path, name: &str) -> Result<(), String> {
+    if kind == Kind::Vllm {
+        let url = client.url();
+        return Err(format!("{url}: vLLM cannot be told to load --model; start it anew, without --update-server"));
+    }
+    let path = "/update_weights_from_disk";
+    let body = json!({"model_path": dir, "weight_version": name, "flush_cache": true});
+    let done = |answer: &Value| if answer["success"] == true { Ok(()) } else { Err(format!("it says {answer}")) };
+    client.ask(path, Some(&body), done).map_err(|failure| told(client, path, failure))
+}
+
+#[cfg(test)]
+mod tests;

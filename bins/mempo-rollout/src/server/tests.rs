@@ -1,0 +1,271 @@
+//! Against a server made for the test, which speaks as vLLM and SGLang do, and misbehaves as servers do.
+
+use std::collections::HashMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use mempo_agent::{Engine, Generation};
+use mempo_data::StopReason;
+
+use super::protocol::tests::{answer, asking};
+use super::*;
+
+/// What the server does with a request.
+enum Reply {
+    Json(u16, Value),
+    /// These bytes, and then the connection ends.
+    Bytes(Vec<u8>),
+    /// Nothing, for so long.
+    Silence(Duration),
+}
+
+type Handler = dyn Fn(&str, &Value) -> Reply + Send + Sync;
+
+/// Serves at an address of this machine until the test ends.
+fn serve(handler: impl Fn(&str, &Value) -> Reply + Send + Sync + 'static) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let handler: Arc<Handler> = Arc::new(handler);
+    std::thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let handler = Arc::clone(&handler);
+            std::thread::spawn(move || talk(stream, &*handler));
+        }
+    });
+    url
+}
+
+/// One request after another on a connection.
+fn talk(stream: TcpStream, handler: &Handler) -> Option<()> {
+    let mut reader = BufReader::new(stream.try_clone().ok()?);
+    let mut writer = stream;
+    loop {
+        let mut first = String::new();
+        reader.read_line(&mut first).ok().filter(|read| *read > 0)?;
+        let path = first.split(' ').nth(1)?.to_owned();
+        let mut length = 0;
+        loop {
+            let mut line = String::new();
+            reader.read_line(&mut line).ok()?;
+            if line.trim().is_empty() {
+                break;
+            }
+            if let Some(value) = line.to_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse().ok()?;
+            }
+        }
+        let mut body = vec![0; length];
+        reader.read_exact(&mut body).ok()?;
+        match handler(&path, &serde_json::from_slice(&body).unwrap_or(Value::Null)) {
+            Reply::Json(status, value) => {
+                let text = value.to_string();
+                let length = text.len();
+                write!(writer, "HTTP/1.1 {status} Said\r\ncontent-length: {length}\r\n\r\n{text}").ok()?;
+            }
+            Reply::Bytes(bytes) => {
+                writer.write_all(&bytes).ok()?;
+                return None;
+            }
+            Reply::Silence(time) => std::thread::sleep(time),
+        }
+    }
+}
+
+/// The ids that the server writes after a prompt.
+fn continuation(prompt: &Value) -> Vec<i32> {
+    prompt.as_array().unwrap().iter().rev().map(|id| (id.as_i64().unwrap() % 97) as i32 + 3).collect()
+}
+
+/// A well-behaved answer to a request.
+fn good(kind: Kind, body: &Value) -> Reply {
+    let prompt = if kind == Kind::Vllm { &body["prompt"] } else { &body["input_ids"] };
+    Reply::Json(200, answer(kind, &continuation(prompt), "length", &Value::Null))
+}
+
+/// Two steps of each of so many trajectories; what came of them, by prompt.
+fn two_steps(engine: &mut ServerEngine<'_>, count: usize) -> (Result<(), String>, HashMap<Vec<i32>, Generation>) {
+    let request =
+        |trajectory: usize, step: i32| Request { trajectory, prompt_ids: vec![trajectory as i32, step], seed: 7 };
+    let mut found = HashMap::new();
+    let mut steps = vec![0; count];
+    let result = engine.run((0..count).map(|trajectory| request(trajectory, 0)).collect(), &mut |finished| {
+        let mut next = Vec::new();
+        for (trajectory, generation) in finished {
+            let doubled = found.insert(vec![trajectory as i32, steps[trajectory]], generation);
+            assert!(doubled.is_none(), "{trajectory} is answered twice");
+            steps[trajectory] += 1;
+            if steps[trajectory] < 2 {
+                next.push(request(trajectory, 1));
+            }
+        }
+        next
+    });
+    (result, found)
+}
+
+fn engine<'a>(url: &str, kind: Kind, timeout: Duration, interrupted: &'a dyn Fn() -> bool) -> ServerEngine<'a> {
+    let client = Client::new(url, timeout, 6).unwrap();
+    ServerEngine::new(&Arc::new(client), asking(kind), 64, interrupted)
+}
+
+const LONG: Duration = Duration::from_mins(1);
+
+#[test]
+fn every_request_is_answered_once_however_the_server_misbehaves() {
+    for kind in [Kind::Vllm, Kind::Sglang] {
+        let calls = AtomicU64::new(0);
+        let url = serve(move |_, body| {
+            let text = answer(kind, &[5], "length", &Value::Null).to_string();
+            let cut = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{}", text.len(), &text[..text.len() / 2]);
+            match calls.fetch_add(1, Ordering::Relaxed) % 50 {
+                1 => Reply::Json(429, json!("too many")),
+                3 => Reply::Json(500, json!({"error": "out of memory"})),
+                5 => Reply::Bytes(Vec::new()),
+                7 => Reply::Bytes(cut.into_bytes()),
+                9 => Reply::Bytes(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\n{{{{{".to_vec()),
+                11 => Reply::Bytes(b"\0\0 no HTTP at all".to_vec()),
+                13 => Reply::Silence(Duration::from_secs(2)),
+                15 => Reply::Bytes(b"HTTP/1.1 503 Busy\r\nretry-after: 0\r\ncontent-length: 0\r\n\r\n".to_vec()),
+                _ => good(kind, body),
+            }
+        });
+        let (result, found) = two_steps(&mut engine(&url, kind, Duration::from_secs(1), &|| false), 500);
+        assert_eq!(result, Ok(()));
+        assert_eq!(found.len(), 1000);
+        for (prompt, generation) in found {
+            assert_eq!(generation.ids, continuation(&json!(prompt)), "{prompt:?}");
+            assert_eq!(generation.stop_reason, StopReason::MaxTokens);
+        }
+    }
+}
+
+#[test]
+fn what_a_server_will_not_do_ends_the_run_and_says_why() {
+    let run = |reply: fn() -> Reply| {
+        let url = serve(move |_, _| reply());
+        two_steps(&mut engine(&url, Kind::Vllm, LONG, &|| false), 4).0.unwrap_err()
+    };
+    let told = run(|| Reply::Json(404, json!({"message": "The model `mempo-1` does not exist."})));
+    assert!(told.contains("404") && told.contains("does not exist"), "{told}");
+    let told =
+        run(|| Reply::Bytes(b"HTTP/1.1 307 Go\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n".to_vec()));
+    assert!(told.contains("307"), "{told}");
+    let told = run(|| Reply::Json(200, json!({"choices": [{"text": "no ids"}]})));
+    assert!(told.contains("no token ids"), "{told}");
+}
+
+#[test]
+fn an_answer_without_end_is_not_read_to_its_end() {
+    let url = serve(|_, _| {
+        let head = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n", 1_u64 << 30);
+        Reply::Bytes([head.into_bytes(), vec![b' '; 65 << 20]].concat())
+    });
+    let (result, _) = two_steps(&mut engine(&url, Kind::Vllm, LONG, &|| false), 1);
+    assert!(result.unwrap_err().contains("more than 67108864 bytes"));
+}
+
+#[test]
+fn a_server_that_only_fails_is_given_up_and_a_run_can_be_interrupted() {
+    let url = serve(|_, _| Reply::Bytes(Vec::new()));
+    let client = Client::new(&url, LONG, 0).unwrap();
+    let mut failing = ServerEngine::new(&Arc::new(client), asking(Kind::Vllm), 8, &|| false);
+    let (result, found) = two_steps(&mut failing, 100);
+    assert!(result.unwrap_err().contains("16 requests in a row came to nothing"));
+    assert!(found.values().all(|generation| generation.stop_reason == StopReason::Error));
+
+    let url = serve(|_, _| Reply::Silence(LONG));
+    let start = Instant::now();
+    let interrupted = || start.elapsed() > Duration::from_millis(300);
+    let (result, _) = two_steps(&mut engine(&url, Kind::Vllm, LONG, &interrupted), 4);
+    assert_eq!(result, Err("interrupted".to_owned()));
+    assert!(start.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn one_silent_request_does_not_hold_the_others() {
+    let held = Mutex::new(true);
+    let url = serve(move |_, body| {
+        if body["prompt"] == json!([0, 0]) && std::mem::take(&mut *held.lock().unwrap()) {
+            return Reply::Silence(Duration::from_secs(4));
+        }
+        good(Kind::Vllm, body)
+    });
+    let start = Instant::now();
+    let last = Mutex::new(Duration::ZERO);
+    let mut engine = engine(&url, Kind::Vllm, Duration::from_secs(2), &|| false);
+    let requests = (0..40).map(|trajectory| Request { trajectory, prompt_ids: vec![trajectory as i32, 0], seed: 1 });
+    let result = engine.run(requests.collect(), &mut |finished| {
+        if finished[0].0 != 0 {
+            *last.lock().unwrap() = start.elapsed();
+        }
+        Vec::new()
+    });
+    assert_eq!(result, Ok(()));
+    assert!(*last.lock().unwrap() < Duration::from_secs(2), "{last:?}");
+    assert!(start.elapsed() >= Duration::from_secs(2));
+}
+
+/// A server as it is met at the start: which model it has, with log-probabilities at the temperature or raw.
+fn met(kind: Kind, name: &'static str, is_raw: bool) -> String {
+    let weights = Mutex::new(name.to_owned());
+    serve(move |path, body| match path {
+        "/get_model_info" if kind == Kind::Sglang => Reply::Json(200, json!({"model_path": "m"})),
+        "/v1/models" => Reply::Json(200, json!({"data": [{"id": name}]})),
+        "/update_weights_from_disk" => {
+            body["weight_version"].as_str().unwrap().clone_into(&mut weights.lock().unwrap());
+            Reply::Json(200, json!({"success": true, "message": "done"}))
+        }
+        "/v1/completions" | "/generate" => {
+            let temperature = body.pointer("/temperature").or_else(|| body.pointer("/sampling_params/temperature"));
+            let second = if is_raw { -6.0 } else { -6.0 / temperature.unwrap().as_f64().unwrap() };
+            let mut answer = answer(kind, &[5], "length", &Value::Null);
+            if kind == Kind::Vllm {
+                answer["choices"][0]["logprobs"]["top_logprobs"] = json!([{"token_id:5": -0.01, "token_id:6": second}]);
+            } else {
+                answer["meta_info"]["output_top_logprobs"] = json!([[[-0.01, 5, null], [second, 6, null]]]);
+                answer["meta_info"]["weight_version"] = json!(*weights.lock().unwrap());
+            }
+            Reply::Json(200, answer)
+        }
+        _ => Reply::Json(404, json!("Not Found")),
+    })
+}
+
+#[test]
+fn a_server_must_have_the_checkpoint_and_give_the_log_probabilities_that_it_samples_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines = (0..200).map(|line| format!("<mem>Land {line}</mem><answer>Paris {line}</answer>"));
+    mempo_text::train_tokenizer(lines, &mempo_text::NewTokenizer::of_size(400), dir.path()).unwrap();
+    let profile = mempo_text::Profile::load("mempo").unwrap();
+    let builder = PromptBuilder::load(dir.path(), profile, &[mempo_text::ToolSpec::search()]).unwrap();
+    let sampling = SamplingOptions { temperature: 0.7, top_p: 1.0, max_completion_tokens: 9 };
+    let digest = "0123456789abcdef0123";
+    let open = |url: &str, update_server: bool, trust_server: bool| {
+        let (server, server_timeout, server_retries) = (None, 60, 0);
+        let options = ServerOptions { server, update_server, trust_server, server_timeout, server_retries };
+        Server::open(url, &options, (dir.path(), digest), &builder, &sampling).map(|server| server.describe())
+    };
+    let mine = "mempo-0123456789abcdef";
+    let proven = |kind: &str| Ok(json!({"protocol": kind, "model": mine, "is_proven": true}));
+    assert_eq!(open(&met(Kind::Vllm, mine, false), false, false), proven("vllm"));
+    let (vllm, sglang) = (met(Kind::Vllm, "another", false), met(Kind::Sglang, "another", false));
+    let told = open(&vllm, false, false).unwrap_err();
+    assert!(told.contains("serves `another`, expected `mempo-0123456789abcdef`"), "{told}");
+    assert!(open(&vllm, true, false).unwrap_err().contains("vLLM cannot be told"));
+    let trusted = json!({"protocol": "vllm", "model": "another", "is_proven": false});
+    assert_eq!(open(&vllm, false, true), Ok(trusted));
+    let told = open(&sglang, false, false).unwrap_err();
+    assert!(
+        told.contains("its weights are \"another\", not \"mempo-0123456789abcdef\": give --update-server"),
+        "{told}"
+    );
+    assert_eq!(open(&sglang, true, false), proven("sglang"));
+    assert_eq!(open(&sglang, false, false), proven("sglang"));
+    let told = open(&met(Kind::Vllm, mine, true), false, false).unwrap_err();
+    assert!(told.contains("do not depend on the temperature"), "{told}");
+    assert!(open("localhost:8000", false, false).unwrap_err().contains("expected http://HOST:PORT"));
+    assert!(open("http://127.0.0.1:9", false, false).unwrap_err().contains("1 attempts"));
+}
