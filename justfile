@@ -51,6 +51,29 @@ parity *models="pipelines/demo/base": (setup "python")
 tokenizers: (setup "tokenizers") smollm2::model
     MEMPO_TEST_TOKENIZERS=$PWD/.tools/tokenizers/qwen2.5:$PWD/.tools/tokenizers/llama3.2:$PWD/runs/smollm2/model cargo test --locked --workspace --test suite -- --nocapture
 
+# hold `sample --server` to the engine here: the same greedy rollouts from servers that speak as vLLM and SGLang do
+serving port="8100": (setup "python") build
+    #!/usr/bin/env bash
+    set -euo pipefail
+    data=runs/demo-1 model=pipelines/demo/base out=runs/serving
+    if [ ! -f $data/index/manifest.json ]; then MEMPO_SEED=1 {{ just_executable() }} demo data; fi
+    sample() { # NAME MORE
+        target/debug/mempo-rollout sample --tasks $data/tasks-dev --model $model --search $data/index --profile pipelines/demo/profiles/mempo --max-tasks 4 --group-size 1 --max-steps 4 --max-completion-tokens 64 --temperature 0 --dtype f32 --device cpu --restart --out $out/$1 "${@:2}"
+    }
+    serve() { # KIND PORT NAME
+        .tools/python/bin/python tools/peers/serve.py $model $1 $2 $3 & trap "kill $(jobs -p | xargs)" EXIT
+        until (echo > /dev/tcp/127.0.0.1/$2) 2> /dev/null; do sleep 1; done
+    }
+    sample here
+    serve vllm {{ port }} $(target/debug/mempo-rollout served-name --model $model)
+    sample vllm --server http://127.0.0.1:{{ port }}
+    serve sglang $(({{ port }} + 1)) another
+    if sample sglang --server http://127.0.0.1:$(({{ port }} + 1)); then echo "other weights were not noticed" >&2; exit 1; fi
+    sample sglang --server http://127.0.0.1:$(({{ port }} + 1)) --update-server
+    cmp $out/here/trajectories/part-00000.parquet $out/vllm/trajectories/part-00000.parquet
+    cmp $out/here/trajectories/part-00000.parquet $out/sglang/trajectories/part-00000.parquet
+    echo "the same trajectories, here and by both servers"
+
 # speed of the engine beside transformers, plain PyTorch and TRL: `tiny`, or also `0.5b`
 bench *shapes: (setup "python")
     cargo build --locked --release --package mempo-train --example engine
