@@ -31,8 +31,9 @@ const TOKENIZER_FILES: [&str; 6] = [
 
 /// Turn trajectories into training examples: one a model call, with a loss mask.
 ///
-/// Rows may be chat messages (`messages`, as OpenAI and Hugging Face write them), `prompt` and `completion` (or
-/// `response`), or plain `text`; files are JSON lines (also .gz, .zst) or Parquet. A directory written by `mempo-rollout
+/// Rows may be chat messages (`messages` or `conversations`, as OpenAI, Hugging Face, ShareGPT and Swift write them), a
+/// `question` and its `transcript` with <information> between the turns, `prompt` and `completion` (or `response`, texts or
+/// messages), or plain `text`; files are JSON lines (also .gz, .zst) or Parquet. A directory written by `mempo-rollout
 /// sample` is read as it stands, with the ids that were sampled. Each assistant turn of a trajectory becomes one
 /// example whose prompt is what the agent would see at that step; only the assistant's own tokens are targets.
 #[derive(Debug, clap::Args, Serialize)]

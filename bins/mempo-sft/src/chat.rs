@@ -1,43 +1,11 @@
-//! Rows of training data as people have them: JSON text -> question and turns, or prompt and completion, or plain text.
+//! Chat messages as OpenAI, Hugging Face, ShareGPT and Swift write them -> a question and what was done about it.
 //!
-//! Knows nothing of tokens. Messages follow OpenAI's form and what Hugging Face makes of it (arguments as an object,
-//! parts, nulls). Every error is a sentence for the person who owns the file.
+//! They differ in the names of keys and roles, and in where a tool call stands: beside the assistant's text (OpenAI's
+//! `tool_calls`, arguments as text; Hugging Face's as an object), or in a message of its own (ShareGPT, Swift).
 
 use mempo_text::python_json;
 use serde::Deserialize;
-use serde_json::{Map, Value};
-
-/// What a row is read from; other columns do not matter.
-pub const COLUMNS: [&str; 8] = ["id", "task_id", "split", "messages", "prompt", "completion", "response", "text"];
-
-/// A row with its labels.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Record {
-    /// `id`, where the row has one.
-    pub id: Option<String>,
-    /// `task_id`, where the row has one.
-    pub task_id: Option<String>,
-    /// `split`, where the row has one.
-    pub split: Option<String>,
-    /// What it holds.
-    pub form: Form,
-}
-
-/// The forms a row may have.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Form {
-    /// A recorded trajectory.
-    Chat(Demonstration),
-    /// A prompt and what should follow it.
-    Pair {
-        /// What is given.
-        prompt: String,
-        /// What is learnt.
-        completion: String,
-    },
-    /// Text to model as it stands.
-    Text(String),
-}
+use serde_json::Value;
 
 /// A question and what was done about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -61,12 +29,49 @@ pub struct Turn {
     pub trained: bool,
 }
 
+/// One message, in any of the forms.
 #[derive(Deserialize)]
-struct Message {
+pub(crate) struct Message {
+    #[serde(alias = "from")]
     role: String,
+    #[serde(alias = "value")]
     content: Option<Content>,
     tool_calls: Option<Vec<ToolCall>>,
     loss_mask: Option<u8>,
+}
+
+impl Message {
+    /// What an assistant says.
+    pub(crate) fn assistant(text: String) -> Self {
+        Self { role: "assistant".to_owned(), content: Some(Content::Text(text)), tool_calls: None, loss_mask: None }
+    }
+
+    /// Makes it something to see and not to learn.
+    pub(crate) fn not_trained(&mut self) {
+        self.loss_mask = Some(0);
+    }
+
+    fn speaker(&self) -> Result<Speaker, String> {
+        match self.role.as_str() {
+            "system" | "developer" => Ok(Speaker::System),
+            "assistant" | "gpt" => Ok(Speaker::Assistant),
+            "tool_call" | "function_call" => Ok(Speaker::Call),
+            "user" | "human" | "tool" | "tool_response" | "observation" => Ok(Speaker::World),
+            other => {
+                Err(format!("role `{other}`, expected system, user, assistant or tool, or ShareGPT's or Swift's names"))
+            }
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Speaker {
+    System,
+    Assistant,
+    /// The assistant's tool call, in a message of its own.
+    Call,
+    /// The user or a tool.
+    World,
 }
 
 #[derive(Deserialize)]
@@ -92,84 +97,34 @@ struct Function {
     arguments: Value,
 }
 
-/// Reads one JSON row.
-pub fn parse_record(json: &[u8]) -> Result<Record, String> {
-    let mut row: Map<String, Value> = serde_json::from_slice(json).map_err(|error| {
-        let found = if json.trim_ascii_start().starts_with(b"[") { " (this looks like a JSON array)" } else { "" };
-        format!("not a JSON object: {error}{found}; expected one object a line")
-    })?;
-    Ok(Record {
-        id: label(&row, "id")?,
-        task_id: label(&row, "task_id")?,
-        split: label(&row, "split")?,
-        form: parse_form(&mut row)?,
-    })
-}
-
-fn parse_form(row: &mut Map<String, Value>) -> Result<Form, String> {
-    if let Some(messages) = row.remove("messages") {
-        let messages = Vec::<Message>::deserialize(messages)
-            .map_err(|error| format!("`messages` is not a list of chat messages: {error}"))?;
-        return Ok(Form::Chat(demonstration(messages)?));
-    }
-    let completion = ["completion", "response"].into_iter().find(|name| row.contains_key(*name));
-    if let (Some(name), Some(prompt)) = (completion, row.remove("prompt")) {
-        let completion = row.remove(name).unwrap_or_default();
-        return Ok(Form::Pair { prompt: text_of(prompt, "prompt")?, completion: text_of(completion, name)? });
-    }
-    if let Some(text) = row.remove("text") {
-        return Ok(Form::Text(text_of(text, "text")?));
-    }
-    let names: Vec<&str> = row.keys().map(String::as_str).collect();
-    Err(format!(
-        "unknown columns [{}]; expected `messages`, or `prompt` and `completion` (or `response`), or `text`",
-        names.join(", ")
-    ))
-}
-
-fn label(row: &Map<String, Value>, name: &str) -> Result<Option<String>, String> {
-    match row.get(name) {
-        None | Some(Value::Null) => Ok(None),
-        Some(Value::String(text)) => Ok(Some(text.clone())),
-        Some(Value::Number(number)) => Ok(Some(number.to_string())),
-        Some(other) => Err(format!("`{name}` is {}, expected text", kind_of(other))),
-    }
-}
-
-fn text_of(value: Value, name: &str) -> Result<String, String> {
-    match value {
-        Value::String(text) => Ok(text),
-        other => Err(format!("`{name}` is {}, expected text", kind_of(&other))),
-    }
-}
-
-fn kind_of(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "text",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
-}
-
-fn demonstration(messages: Vec<Message>) -> Result<Demonstration, String> {
+/// The trajectory that messages tell of.
+pub(crate) fn demonstration(messages: Vec<Message>) -> Result<Demonstration, String> {
     let mut question = None;
     let mut turns: Vec<Turn> = Vec::new();
     let mut system_messages = 0;
-    for (index, message) in messages.into_iter().enumerate() {
+    let mut messages = messages.into_iter().enumerate().peekable();
+    while let Some((index, message)) = messages.next() {
         let at = |problem: String| format!("message {index}: {problem}");
-        match message.role.as_str() {
-            "system" | "developer" => system_messages += 1,
-            "assistant" if question.is_none() => return Err(at("an assistant turn before the question".into())),
-            "assistant" => {
-                if turns.last().is_some_and(|turn| turn.observation.is_none()) {
-                    return Err(at("two assistant turns in a row, expected a user or tool turn between them".into()));
-                }
-                turns.push(turn(message).map_err(at)?);
+        let speaker = message.speaker().map_err(at)?;
+        let open = turns.last_mut().filter(|turn| turn.observation.is_none());
+        match (speaker, open) {
+            (Speaker::System, _) => system_messages += 1,
+            (Speaker::Assistant | Speaker::Call, _) if question.is_none() => {
+                return Err(at("an assistant turn before the question".into()));
             }
-            "user" | "tool" => {
+            (Speaker::Assistant, Some(_)) => {
+                return Err(at("two assistant turns in a row, expected a user or tool turn between them".into()));
+            }
+            (Speaker::Call, Some(turn)) => add_call(&mut turn.completion, call_of(message).map_err(at)?).map_err(at)?,
+            (Speaker::Assistant | Speaker::Call, None) => {
+                let turn = turn(message, speaker).map_err(at)?;
+                let goes_on = messages.peek().is_some_and(|(_, next)| next.speaker() == Ok(Speaker::Call));
+                if turn.trained && turn.completion.is_empty() && !goes_on {
+                    return Err(at("an empty assistant turn: there is nothing to learn".into()));
+                }
+                turns.push(turn);
+            }
+            (Speaker::World, _) => {
                 let text = content_text(message.content).map_err(at)?;
                 match turns.last_mut() {
                     Some(turn) => observe(&mut turn.observation, &text),
@@ -179,7 +134,6 @@ fn demonstration(messages: Vec<Message>) -> Result<Demonstration, String> {
                     None => question = Some(text),
                 }
             }
-            other => return Err(at(format!("role `{other}`, expected system, user, assistant or tool"))),
         }
     }
     let question = question.ok_or("no user turn: there is no question")?;
@@ -189,30 +143,55 @@ fn demonstration(messages: Vec<Message>) -> Result<Demonstration, String> {
     Ok(Demonstration { question, turns, system_messages })
 }
 
-fn turn(message: Message) -> Result<Turn, String> {
-    let mut completion = content_text(message.content)?;
-    let calls = message.tool_calls.unwrap_or_default();
-    if calls.len() > 1 {
-        return Err(format!("{} tool calls in one turn, expected at most one a step", calls.len()));
-    }
-    for call in calls {
-        if !completion.is_empty() && !completion.ends_with('\n') {
-            completion.push('\n');
-        }
-        completion.push_str(&render_tool_call(call.function)?);
-    }
+fn turn(mut message: Message, speaker: Speaker) -> Result<Turn, String> {
     let trained = match message.loss_mask {
         None | Some(1) => true,
         Some(0) => false,
         Some(other) => return Err(format!("loss_mask {other}, expected 0 or 1")),
     };
-    if trained && completion.is_empty() {
-        return Err("an empty assistant turn: there is nothing to learn".into());
+    let calls = message.tool_calls.take().unwrap_or_default();
+    let mut completion = String::new();
+    if speaker == Speaker::Call {
+        add_call(&mut completion, call_of(message)?)?;
+    } else {
+        completion = content_text(message.content)?;
+    }
+    if calls.len() > 1 {
+        return Err(format!("{} tool calls in one turn, expected at most one a step", calls.len()));
+    }
+    for call in calls {
+        add_call(&mut completion, call.function)?;
     }
     Ok(Turn { completion, observation: None, trained })
 }
 
-/// Texts of a step's results, one below the other, without the wrapper that the prompt adds again.
+/// The call that a message consists of.
+fn call_of(message: Message) -> Result<Function, String> {
+    let text = content_text(message.content)?;
+    serde_json::from_str(&text).map_err(|error| format!("not a tool call as `name` and `arguments`: {error}"))
+}
+
+/// Adds a call, the only one of its turn; JSON spaced as Hugging Face's templates space it.
+fn add_call(completion: &mut String, function: Function) -> Result<(), String> {
+    if completion.trim_end().ends_with("</tool_call>") {
+        return Err("2 tool calls in one turn, expected at most one a step".to_owned());
+    }
+    if !completion.is_empty() && !completion.ends_with('\n') {
+        completion.push('\n');
+    }
+    let arguments = match function.arguments {
+        Value::String(text) => serde_json::from_str(&text)
+            .map_err(|error| format!("arguments of tool `{}` are not JSON: {error}", function.name))?,
+        other => other,
+    };
+    let call = serde_json::json!({ "name": function.name, "arguments": arguments });
+    completion.push_str("<tool_call>\n");
+    completion.push_str(&python_json(&call));
+    completion.push_str("\n</tool_call>");
+    Ok(())
+}
+
+/// Adds what came back, without the tags that some keep around it.
 fn observe(observation: &mut Option<String>, text: &str) {
     let trimmed = text.trim();
     let inner = trimmed.strip_prefix("<information>").and_then(|rest| rest.strip_suffix("</information>"));
@@ -237,66 +216,12 @@ fn content_text(content: Option<Content>) -> Result<String, String> {
     }
 }
 
-/// A call as the policy writes it; JSON spaced as Hugging Face's templates space it.
-fn render_tool_call(function: Function) -> Result<String, String> {
-    let arguments = match function.arguments {
-        Value::String(text) => serde_json::from_str(&text)
-            .map_err(|error| format!("arguments of tool `{}` are not JSON: {error}", function.name))?,
-        other => other,
-    };
-    let call = serde_json::json!({ "name": function.name, "arguments": arguments });
-    Ok(format!("<tool_call>\n{}\n</tool_call>", python_json(&call)))
-}
-
 #[cfg(test)]
 mod tests {
-    use proptest::prelude::*;
-
     use super::*;
 
-    /// Rows as they come, cut, glued and with foreign pieces in between.
-    fn rows() -> impl Strategy<Value = Vec<u8>> {
-        const PIECES: [&str; 14] = [
-            r#"{"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "<answer>Ann</answer>"}]}"#,
-            r#"{"prompt": "a", "completion": "b", "id": 7}"#,
-            r#"{"messages": ["#,
-            r#"{"role": "assistant", "content": null, "tool_calls": [{"function": {"name": "search", "arguments": "{"}}]},"#,
-            r#"{"role": "tool", "content": [{"type": "text"}]}"#,
-            "]}",
-            "null",
-            "1e999",
-            "\"\\ud800\"",
-            "{",
-            "[[[[[[[[",
-            "\u{feff}",
-            "\0",
-            ",",
-        ];
-        let piece = prop_oneof![
-            (0..PIECES.len(), 0.0..1.0_f64).prop_map(|(piece, share)| {
-                let bytes = PIECES[piece].as_bytes();
-                bytes[..(bytes.len() as f64 * share).ceil() as usize].to_vec()
-            }),
-            (0..PIECES.len()).prop_map(|piece| PIECES[piece].as_bytes().to_vec()),
-            proptest::collection::vec(any::<u8>(), 0..8),
-        ];
-        proptest::collection::vec(piece, 0..5).prop_map(|pieces| pieces.concat())
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(20_000))]
-
-        #[test]
-        fn whatever_a_row_holds_it_is_read_or_refused(row in rows()) {
-            let _ = parse_record(&row);
-        }
-    }
-
     fn chat(messages: &str) -> Result<Demonstration, String> {
-        match parse_record(format!("{{\"messages\": [{messages}]}}").as_bytes())?.form {
-            Form::Chat(demonstration) => Ok(demonstration),
-            other => panic!("expected a chat, found {other:?}"),
-        }
+        demonstration(serde_json::from_str(&format!("[{messages}]")).unwrap())
     }
 
     const USER: &str = r#"{"role": "user", "content": "Who?"}"#;
@@ -337,32 +262,40 @@ mod tests {
     }
 
     #[test]
-    fn labels_and_the_other_forms() {
-        let record =
-            parse_record(br#"{"id": 7, "task_id": "t1", "split": "dev", "prompt": "p", "response": "r"}"#).unwrap();
-        assert_eq!(
-            (record.id.as_deref(), record.task_id.as_deref(), record.split.as_deref()),
-            (Some("7"), Some("t1"), Some("dev"))
+    fn sharegpt_and_swift_say_the_same() {
+        let call = r#"{\"name\": \"search\", \"arguments\": {\"query\": \"x\"}}"#;
+        let share = format!(
+            r#"{{"from": "system", "value": "Be good."}}, {{"from": "human", "value": "Who?"}}, {{"from": "function_call", "value": "{call}"}},
+            {{"from": "observation", "value": "found"}}, {{"from": "gpt", "value": "<answer>Ann</answer>"}}"#
         );
-        assert_eq!(record.form, Form::Pair { prompt: "p".into(), completion: "r".into() });
-        let record = parse_record(br#"{"prompt": "p", "completion": "c", "text": "x"}"#).unwrap();
-        assert_eq!(record.form, Form::Pair { prompt: "p".into(), completion: "c".into() });
-        assert_eq!(parse_record(br#"{"text": "x"}"#).unwrap().form, Form::Text("x".into()));
+        let swift = share
+            .replace("from", "role")
+            .replace("value", "content")
+            .replace("human", "user")
+            .replace("function_call", "tool_call")
+            .replace("observation", "tool_response")
+            .replace("gpt", "assistant");
+        let found = chat(&share).unwrap();
+        assert_eq!(found, chat(&swift).unwrap());
+        let written = "<tool_call>\n{\"name\": \"search\", \"arguments\": {\"query\": \"x\"}}\n</tool_call>";
+        assert_eq!(
+            (found.turns[0].completion.as_str(), found.turns[0].observation.as_deref()),
+            (written, Some("found"))
+        );
+        let thought = format!(
+            r#"{USER}, {{"role": "assistant", "content": "<think>hm</think>"}}, {{"role": "tool_call", "content": "{call}"}}"#
+        );
+        assert_eq!(chat(&thought).unwrap().turns[0].completion, format!("<think>hm</think>\n{written}"));
+        let silent = thought.replace("<think>hm</think>", "");
+        assert_eq!(chat(&silent).unwrap().turns[0].completion, written);
+        let twice = format!(r#"{thought}, {{"role": "tool_call", "content": "{call}"}}"#);
+        assert!(chat(&twice).unwrap_err().contains("message 3: 2 tool calls in one turn"));
+        let words = format!(r#"{USER}, {{"role": "tool_call", "content": "search x"}}"#);
+        assert!(chat(&words).unwrap_err().contains("message 1: not a tool call as `name` and `arguments`"));
     }
 
     #[test]
     fn refusals_say_what_was_found() {
-        let check = |json: &str, expected: &str| {
-            let error = parse_record(json.as_bytes()).unwrap_err();
-            assert!(error.contains(expected), "{json}\n  found    {error}\n  expected {expected}");
-        };
-        check("{\"text\": ", "not a JSON object: EOF");
-        check("[{}]", "looks like a JSON array");
-        check(r#"{"question": "q", "answer": "a"}"#, "unknown columns [question, answer]; expected `messages`");
-        check(r#"{"prompt": [], "completion": "c"}"#, "`prompt` is a list, expected text");
-        check(r#"{"text": 3}"#, "`text` is a number");
-        check(r#"{"id": [], "text": "x"}"#, "`id` is a list");
-        check(r#"{"messages": "hello"}"#, "`messages` is not a list of chat messages");
         let check = |messages: String, expected: &str| {
             let error = chat(&messages).unwrap_err();
             assert!(error.contains(expected), "{messages}\n  found    {error}\n  expected {expected}");

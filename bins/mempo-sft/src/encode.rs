@@ -15,8 +15,8 @@ use mempo_data::{Objective, Segment, SegmentKind, SftExample, Status, Step, Stop
 use mempo_run::ResultExt;
 use mempo_text::{ChatTemplate, ParsedCompletion, Profile, PromptBuilder, Tokenizer, ToolSpec, parse_completion};
 
-use crate::chat::{Demonstration, Form, Record, Turn, parse_record};
 use crate::counts::{Counts, count};
+use crate::record::{Demonstration, Form, Record, Turn, parse_record};
 use crate::source::{Row, RowContent};
 
 /// Which trajectories become examples.

@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tracing::info;
 
-use crate::chat::{COLUMNS, Form, parse_record};
+use crate::record::{COLUMNS, Form, parse_record};
 use crate::source::data_files;
 
 /// Make a fresh model directory: random weights and a tokenizer trained on text.

@@ -2,19 +2,21 @@
 //!
 //! One file a subcommand. [`build`] turns demonstrations, our own rollouts, prompt and completion pairs or plain text
 //! into the table `sft_examples`; [`show`] prints one of them coloured by its loss mask; [`init`] makes a fresh model
-//! directory; [`train`] fits a model to the examples. Beside them: [`chat`] reads chat messages, [`encode`] turns text
+//! directory; [`train`] fits a model to the examples. Beside them: [`record`] reads rows (`chat` messages, a `transcript` with tags), [`encode`] turns text
 //! into ids and masks, [`source`] finds and reads rows, [`counts`] keeps the books, [`schedule`] orders the examples.
 
 mod build;
-pub mod chat;
+mod chat;
 mod counts;
 mod dataset;
 mod encode;
 mod init;
+pub mod record;
 mod schedule;
 mod show;
 mod source;
 mod train;
+mod transcript;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use mempo_doctor::DoctorArguments;

@@ -13,7 +13,7 @@ use mempo_data::{
 };
 use mempo_run::{Input, ResultExt};
 
-use crate::chat::COLUMNS;
+use crate::record::COLUMNS;
 
 /// Most rows of a unit.
 const UNIT_ROWS: u64 = 512;
