@@ -1,5 +1,7 @@
 //! Question rows as question-answering data sets ship them.
 
+use std::borrow::Cow;
+
 use anyhow::{Context, bail};
 use serde_json::Value;
 
@@ -37,6 +39,7 @@ impl Question {
     /// Reads a row; also gives how many answers were left out because they hold `;`, which separates answers. Without any
     /// answer left there is no question.
     pub(crate) fn parse(row: &Located, defaults: &Defaults<'_>) -> anyhow::Result<(Option<Self>, u64)> {
+        let row = &*plain(row);
         let place = &row.place;
         let text = row.text(&["question", "query"])?.trim().to_owned();
         if text.is_empty() {
@@ -60,6 +63,24 @@ impl Question {
         };
         Ok((Some(question), rejected))
     }
+}
+
+/// A row of verl's prompts for reinforcement learning with its question and answers where other rows have them: the question
+/// from `extra_info`, or else what the user says last.
+fn plain(row: &Located) -> Cow<'_, Located> {
+    let Some(truth) = row.fields.get("reward_model").and_then(|reward| reward.get("ground_truth")) else {
+        return Cow::Borrowed(row);
+    };
+    let said = |message: &&Value| message["role"] == "user";
+    let prompt = row.fields.get("prompt").and_then(Value::as_array);
+    let prompt = || Some(&prompt?.iter().rev().find(said)?["content"]);
+    let question = row.fields.get("extra_info").and_then(|extra| extra.get("question")).or_else(prompt);
+    let mut fields = row.fields.clone();
+    fields.entry("golden_answers").or_insert_with(|| truth.get("target").unwrap_or(truth).clone());
+    if let Some(question) = question {
+        fields.entry("question").or_insert_with(|| question.clone());
+    }
+    Cow::Owned(Located { place: row.place.clone(), fields })
 }
 
 fn answers(row: &Located) -> anyhow::Result<Vec<String>> {
@@ -119,6 +140,19 @@ mod tests {
         let question = parse(&full, Some("entities")).unwrap().0.unwrap();
         assert_eq!((question.id.as_str(), question.source.as_str(), question.split.as_str()), ("3", "web", "dev"));
         assert_eq!((question.answers, question.distinct), (vec!["1889".to_owned()], vec!["E".to_owned()]));
+    }
+
+    #[test]
+    fn rows_of_verl_are_questions() {
+        let truth = json!({"style": "rule", "ground_truth": {"target": ["Paris", "paris"]}});
+        let prompt = json!([{"role": "system", "content": "s"}, {"role": "user", "content": "Answer: where?"}]);
+        let row = json!({"data_source": "searchR1_nq", "prompt": prompt, "reward_model": truth, "extra_info": {"question": "Where"}});
+        let question = parse(&row, None).unwrap().0.unwrap();
+        assert_eq!((question.text.as_str(), question.source.as_str()), ("Where?", "searchR1_nq"));
+        assert_eq!(question.answers, ["Paris", "paris"]);
+        let row = json!({"prompt": prompt, "reward_model": {"ground_truth": "Paris"}, "extra_info": null});
+        let question = parse(&row, None).unwrap().0.unwrap();
+        assert_eq!((question.text.as_str(), question.answers), ("Answer: where?", vec!["Paris".to_owned()]));
     }
 
     #[test]

@@ -7,6 +7,7 @@ use mempo_data::json_rows;
 use serde_json::{Map, Value};
 
 /// A row and where it stands, as messages name it: `FILE:LINE`, or `FILE:ROW` (from 1) of a table.
+#[derive(Clone)]
 pub(crate) struct Located {
     pub(crate) place: String,
     pub(crate) fields: Map<String, Value>,
