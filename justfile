@@ -57,19 +57,22 @@ serving port="8100": (setup "python") build
     set -euo pipefail
     data=runs/demo-1 model=pipelines/demo/base out=runs/serving
     if [ ! -f $data/index/manifest.json ]; then MEMPO_SEED=1 {{ just_executable() }} demo data; fi
-    sample() { # NAME MORE
-        target/debug/mempo-rollout sample --tasks $data/tasks-dev --model $model --search $data/index --profile pipelines/demo/profiles/mempo --max-tasks 4 --group-size 1 --max-steps 4 --max-completion-tokens 64 --temperature 0 --dtype f32 --device cpu --restart --out $out/$1 "${@:2}"
+    sample() { # NAME TEMPERATURE MORE
+        target/debug/mempo-rollout sample --tasks $data/tasks-dev --model $model --search $data/index --profile pipelines/demo/profiles/mempo --max-tasks 4 --group-size 1 --max-steps 4 --max-completion-tokens 64 --temperature $2 --dtype f32 --device cpu --restart --out $out/$1 "${@:3}"
     }
     serve() { # KIND PORT NAME
         .tools/python/bin/python tools/peers/serve.py $model $1 $2 $3 & trap "kill $(jobs -p | xargs)" EXIT
-        until (echo > /dev/tcp/127.0.0.1/$2) 2> /dev/null; do sleep 1; done
+        until (echo > /dev/tcp/127.0.0.1/$2) 2> /dev/null; do kill -0 $!; sleep 1; done
     }
-    sample here
-    serve vllm {{ port }} $(target/debug/mempo-rollout served-name --model $model)
-    sample vllm --server http://127.0.0.1:{{ port }}
+    sample here 0
+    name=$(target/debug/mempo-rollout served-name --model $model)
+    serve vllm {{ port }} $name
+    sample vllm 0 --server http://127.0.0.1:{{ port }}
+    sample warm 0.7 --server http://127.0.0.1:{{ port }}
+    target/debug/mempo-score logprobs --rollouts $out/warm --model $model --dtype f32 --device cpu --restart --out $out/logprobs
     serve sglang $(({{ port }} + 1)) another
-    if sample sglang --server http://127.0.0.1:$(({{ port }} + 1)); then echo "other weights were not noticed" >&2; exit 1; fi
-    sample sglang --server http://127.0.0.1:$(({{ port }} + 1)) --update-server
+    if sample sglang 0 --server http://127.0.0.1:$(({{ port }} + 1)); then echo "other weights were not noticed" >&2; exit 1; fi
+    sample sglang 0 --server http://127.0.0.1:$(({{ port }} + 1)) --update-server
     cmp $out/here/trajectories/part-00000.parquet $out/vllm/trajectories/part-00000.parquet
     cmp $out/here/trajectories/part-00000.parquet $out/sglang/trajectories/part-00000.parquet
     echo "the same trajectories, here and by both servers"

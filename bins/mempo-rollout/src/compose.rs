@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, ensure};
 use clap::Args;
-use mempo_data::{Objective, Task, write_rows};
+use mempo_data::{Objective, Task, has_extension, write_rows};
 use mempo_run::{Input, ResultExt, Stage, StageArgs, seed_of};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -100,7 +100,7 @@ fn read_questions(arguments: &ComposeArguments) -> anyhow::Result<(Vec<Question>
     let mut counts = Counts::default();
     let wanted: Vec<&str> = COLUMNS.into_iter().chain(arguments.distinct.as_deref()).collect();
     for path in &arguments.questions {
-        let stem = path.file_stem().unwrap_or_default().to_string_lossy();
+        let stem = stem(path);
         let distinct = arguments.distinct.as_deref();
         let defaults = Defaults { source: &stem, split: &arguments.split, distinct };
         let before = counts.questions;
@@ -114,6 +114,13 @@ fn read_questions(arguments: &ComposeArguments) -> anyhow::Result<(Vec<Question>
         ensure_rows(path, counts.questions - before)?;
     }
     Ok((questions, counts))
+}
+
+/// A file's name without its extension, and without that of its compression.
+fn stem(path: &Path) -> String {
+    let compressed = has_extension(path, ".gz") || has_extension(path, ".zst");
+    let path = if compressed { path.with_extension("") } else { path.to_owned() };
+    path.file_stem().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 fn ensure_rows(path: &Path, rows: u64) -> anyhow::Result<()> {

@@ -7,6 +7,24 @@ use mempo_data::StopReason;
 use mempo_model::{Finish, GenerateEvents, GenerateOptions, GenerateRequest, Generated, Model, generate};
 use mempo_text::{PromptBuilder, Tokenizer};
 
+/// What the tokenizer says of the ids that may be sampled.
+pub(crate) struct SampledIds {
+    /// Those that end a turn.
+    pub(crate) end_ids: Vec<i32>,
+    /// The other control ids.
+    pub(crate) banned_ids: Vec<i32>,
+}
+
+impl SampledIds {
+    pub(crate) fn of(builder: &PromptBuilder) -> Self {
+        let tokenizer = builder.tokenizer();
+        let mut end_ids = tokenizer.end_of_turn_ids().to_vec();
+        end_ids.extend(builder.end_of_turn_id().filter(|id| !tokenizer.end_of_turn_ids().contains(id)));
+        let banned_ids = tokenizer.control_ids().iter().filter(|id| !end_ids.contains(id)).copied().collect();
+        Self { end_ids, banned_ids }
+    }
+}
+
 /// Generates with a model in this process.
 pub(crate) struct LocalEngine<'a> {
     model: &'a Model,
@@ -26,15 +44,12 @@ impl<'a> LocalEngine<'a> {
         max_rows: usize,
         interrupted: &'a dyn Fn() -> bool,
     ) -> Self {
-        let tokenizer = builder.tokenizer();
-        let mut end_ids = tokenizer.end_of_turn_ids().to_vec();
-        end_ids.extend(builder.end_of_turn_id().filter(|id| !tokenizer.end_of_turn_ids().contains(id)));
-        let banned = tokenizer.control_ids().iter().filter(|id| !end_ids.contains(id));
+        let (tokenizer, SampledIds { end_ids, banned_ids }) = (builder.tokenizer(), SampledIds::of(builder));
         let options = GenerateOptions {
             temperature: sampling.temperature,
             top_p: sampling.top_p,
             max_tokens: sampling.max_completion_tokens,
-            banned_ids: banned.copied().collect(),
+            banned_ids,
             end_ids,
             vocabulary_limit: tokenizer.vocabulary_size(),
             max_rows,

@@ -32,8 +32,21 @@ pub(crate) struct Defaults<'a> {
 }
 
 /// What a question is read from, beside the column that [`Question::distinct`] is.
-pub(crate) const COLUMNS: [&str; 10] =
-    ["id", "question", "query", "golden_answers", "answers", "answer", "source", "data_source", "split", "metadata"];
+pub(crate) const COLUMNS: [&str; 13] = [
+    "id",
+    "question",
+    "query",
+    "golden_answers",
+    "answers",
+    "answer",
+    "source",
+    "data_source",
+    "split",
+    "metadata",
+    "prompt",
+    "reward_model",
+    "extra_info",
+];
 
 impl Question {
     /// Reads a row; also gives how many answers were left out because they hold `;`, which separates answers. Without any
@@ -165,7 +178,7 @@ mod tests {
     #[test]
     fn faults_name_file_and_line() {
         for (row, told) in [
-            (json!({"answer": "x"}), "`question` or `query`, found `answer`"),
+            (json!({"answer": "x"}), "`question` or `query`, found of those that are read `answer`"),
             (json!({"question": "q"}), "`golden_answers` or `answers` or `answer`"),
             (json!({"question": "q", "answers": []}), "no answer"),
             (json!({"question": "q", "answers": [" "]}), "no answer"),

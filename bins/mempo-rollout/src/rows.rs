@@ -39,7 +39,12 @@ impl Located {
         let found = names.iter().find_map(|name| self.fields.get(*name));
         found.with_context(|| {
             let there: Vec<&str> = self.fields.keys().map(String::as_str).collect();
-            format!("{}: expected a column `{}`, found `{}`", self.place, names.join("` or `"), there.join("`, `"))
+            format!(
+                "{}: expected a column `{}`, found of those that are read `{}`",
+                self.place,
+                names.join("` or `"),
+                there.join("`, `")
+            )
         })
     }
 

@@ -13,12 +13,14 @@ use std::time::Duration;
 
 use clap::Args;
 use mempo_agent::{Request, SamplingOptions};
+use mempo_model::Config;
 use mempo_text::PromptBuilder;
 use serde_json::{Value, json};
 
 use self::client::{Client, Failure};
 use self::engine::ServerEngine;
 use self::protocol::{Asking, Kind};
+use crate::local_engine::SampledIds;
 
 /// Hexadecimal digits of a digest in a name.
 const NAME_DIGITS: usize = 16;
@@ -45,6 +47,14 @@ pub(crate) struct ServerOptions {
     pub(crate) server_retries: u32,
 }
 
+impl ServerOptions {
+    /// What a rollout is known by: parts of two engines must not be mixed.
+    pub(crate) fn recorded(&self) -> Option<&'static str> {
+        let _ = self.server.as_ref()?;
+        Some(if self.trust_server { "trusted" } else { "proven" })
+    }
+}
+
 /// What a server has to call the checkpoint with this digest.
 pub(crate) fn served_name(digest: &str) -> String {
     format!("mempo-{}", &digest[..NAME_DIGITS.min(digest.len())])
@@ -63,7 +73,7 @@ impl Server {
     pub(crate) fn open(
         url: &str,
         options: &ServerOptions,
-        (dir, digest): (&Path, &str),
+        (dir, digest, config): (&Path, &str, &Config),
         builder: &PromptBuilder,
         sampling: &SamplingOptions,
     ) -> Result<Self, String> {
@@ -77,9 +87,9 @@ impl Server {
             Kind::Vllm => vllm_model(&client, &name, options.trust_server)?,
             Kind::Sglang => name.clone(),
         };
-        let tokenizer = builder.tokenizer();
-        let mut end_ids = tokenizer.end_of_turn_ids().to_vec();
-        end_ids.extend(builder.end_of_turn_id().filter(|id| !tokenizer.end_of_turn_ids().contains(id)));
+        let (tokenizer, SampledIds { end_ids, mut banned_ids }) = (builder.tokenizer(), SampledIds::of(builder));
+        // Rows of the embedding that no text has.
+        banned_ids.extend((tokenizer.vocabulary_size() as i32)..config.vocab_size as i32);
         let is_proven = model == name && (kind == Kind::Vllm || !options.trust_server);
         let asking = Asking {
             kind,
@@ -88,6 +98,7 @@ impl Server {
             sampling: sampling.clone(),
             stop: builder.profile().stop.clone(),
             end_ids,
+            banned_ids,
             vocabulary_size: tokenizer.vocabulary_size(),
         };
         let server = Self { client: Arc::new(client), asking, is_proven };
@@ -96,7 +107,11 @@ impl Server {
     }
 
     /// The agent's engine, with at most so many requests under way.
-    pub(crate) fn engine(self, concurrency: usize, interrupted: &dyn Fn() -> bool) -> ServerEngine<'_> {
+    pub(crate) fn engine(
+        self,
+        concurrency: usize,
+        interrupted: &dyn Fn() -> bool,
+    ) -> std::io::Result<ServerEngine<'_>> {
         ServerEngine::new(&self.client, self.asking, concurrency, interrupted)
     }
 
@@ -115,9 +130,14 @@ impl Server {
         let prompt_ids = builder.prompt("?", &[]).map_err(|error| error.to_string())?;
         let request = Request { trajectory: 0, prompt_ids, seed: 1 };
         let runner_up = |temperature: f64| {
-            let sampling = SamplingOptions { temperature, max_completion_tokens: 1, ..self.asking.sampling.clone() };
+            let sampling = SamplingOptions { temperature, top_p: 1.0, max_completion_tokens: 1 };
             let asking = Asking { sampling, ..self.asking.clone() };
-            let read = |answer: &Value| asking.generation(answer).map(|_| asking.runner_up(answer));
+            let read = |answer: &Value| {
+                asking.generation(answer)?;
+                asking
+                    .runner_up(answer)
+                    .ok_or_else(|| Failure::One("it names no second most probable token".to_owned()))
+            };
             self.ask(asking.path(), Some(&asking.body(&request, 5)), read)
         };
         let temperature = self.asking.sampling.temperature;
@@ -125,30 +145,29 @@ impl Server {
         if temperature == 0.0 {
             return Ok(());
         }
-        if let (Some(cold), Some(warm)) = (cold, runner_up(4.0 * temperature)?)
-            && (cold.1 - warm.1).abs() < 1e-4
-        {
-            return Err(format!(
-                "{}: its log-probabilities do not depend on the temperature, so they are not those it samples from; start \
-                 vLLM with --logprobs-mode processed_logprobs",
-                self.client.url()
-            ));
+        let warm = runner_up(4.0 * temperature)?;
+        if (cold - warm).abs() >= 1e-4 {
+            return Ok(());
         }
-        Ok(())
+        Err(format!(
+            "{}: its log-probabilities do not depend on the temperature, so they are not those it samples from (vLLM gives \
+             these when started with --logprobs-mode processed_logprobs)",
+            self.client.url()
+        ))
     }
 
     fn ask<T>(
         &self,
         path: &str,
         body: Option<&Value>,
-        read: impl Fn(&Value) -> Result<T, String>,
+        read: impl Fn(&Value) -> Result<T, Failure>,
     ) -> Result<T, String> {
         self.client.ask(path, body, read).map_err(|failure| told(&self.client, path, failure))
     }
 }
 
 fn told(client: &Client, path: &str, failure: Failure) -> String {
-    let (Failure::Passing(problem, _) | Failure::Final(problem)) = failure;
+    let (Failure::Passing(problem, _) | Failure::One(problem) | Failure::Final(problem)) = failure;
     format!("{}{path}: {problem}", client.url())
 }
 
@@ -165,7 +184,7 @@ fn kind(client: &Client) -> Result<Kind, String> {
 fn vllm_model(client: &Client, name: &str, is_trusted: bool) -> Result<String, String> {
     let path = "/v1/models";
     let names = |answer: &Value| {
-        let models = answer["data"].as_array().ok_or("it lists no models")?;
+        let models = answer["data"].as_array().ok_or_else(|| Failure::One("it lists no models".to_owned()))?;
         Ok(models.iter().filter_map(|model| Some(model["id"].as_str()?.to_owned())).collect::<Vec<_>>())
     };
     let names = client.ask(path, None, names).map_err(|failure| told(client, path, failure))?;
@@ -189,7 +208,9 @@ fn update(client: &Client, kind: Kind, dir: &Path, name: &str) -> Result<(), Str
     }
     let path = "/update_weights_from_disk";
     let body = json!({"model_path": dir, "weight_version": name, "flush_cache": true});
-    let done = |answer: &Value| if answer["success"] == true { Ok(()) } else { Err(format!("it says {answer}")) };
+    let done = |answer: &Value| {
+        if answer["success"] == true { Ok(()) } else { Err(Failure::Final(format!("it says {answer}"))) }
+    };
     client.ask(path, Some(&body), done).map_err(|failure| told(client, path, failure))
 }
 

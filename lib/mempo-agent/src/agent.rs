@@ -49,7 +49,8 @@ pub struct Unit {
 
 impl Agent<'_> {
     /// Runs trajectories from where each is to start; the rows begin with the steps that were given. What the policy does
-    /// wrong and what fails around it is in the rows' status; an `Err` means that a prompt can't be built at all.
+    /// wrong and what fails for one of them is in the rows' status; an `Err` means that a prompt can't be built at all, or
+    /// that the engine can do no more.
     pub fn run(&self, engine: &mut dyn Engine, starts: Vec<Start<'_>>) -> Result<Unit, Error> {
         let mut attempts: Vec<Attempt<'_>> = starts.into_iter().map(Attempt::new).collect();
         let first = self.requests(attempts.iter_mut().enumerate().collect())?;
@@ -64,9 +65,9 @@ impl Agent<'_> {
         if let Some(error) = unbuilt {
             return Err(error);
         }
-        let error = result.err().unwrap_or_else(|| "the engine left this prompt without a completion".to_owned());
+        result.map_err(Error::Engine)?;
         for attempt in attempts.iter_mut().filter(|attempt| attempt.is_active()) {
-            attempt.stop(Status::EngineError, &error);
+            attempt.stop(Status::EngineError, "the engine left this prompt without a completion");
         }
         Ok(self.rows(attempts))
     }

@@ -30,7 +30,7 @@ pub type Next<'a> = dyn FnMut(Vec<(usize, Generation)>) -> Vec<Request> + 'a;
 
 /// Generates completions.
 pub trait Engine {
-    /// Completes every request, and those that follow from them, until none is left. An `Err` says in words why those
-    /// still open could not be completed.
+    /// Completes every request, and those that follow from them, until none is left. An `Err` says in words why the engine
+    /// can do no more; what was completed in this run is lost then.
     fn run(&mut self, requests: Vec<Request>, next: &mut Next<'_>) -> Result<(), String>;
 }

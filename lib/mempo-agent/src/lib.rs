@@ -56,6 +56,9 @@ pub enum Error {
         /// The field.
         field: &'static str,
     },
+    /// The engine can do no more.
+    #[error("{0}")]
+    Engine(String),
     /// A prompt can't be built, whatever the policy does.
     #[error("task `{task_id}`: {source}")]
     Prompt {

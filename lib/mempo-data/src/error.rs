@@ -8,7 +8,7 @@ use crate::Key;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The file cannot be opened or read.
-    #[error("cannot read a table from {}", file.display())]
+    #[error("cannot read rows from {}", file.display())]
     Open {
         /// The file.
         file: PathBuf,

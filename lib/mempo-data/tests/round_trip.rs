@@ -364,5 +364,5 @@ proptest! {
 #[test]
 fn a_missing_file_is_named() {
     let error = read_rows::<Task>(&[PathBuf::from("/nowhere/part-00000.parquet")]).err().unwrap();
-    assert_eq!(error.to_string(), "cannot read a table from /nowhere/part-00000.parquet");
+    assert_eq!(error.to_string(), "cannot read rows from /nowhere/part-00000.parquet");
 }

@@ -23,7 +23,9 @@ const KEY: &str = "MEMPO_SERVER_KEY";
 pub(crate) enum Failure {
     /// Another attempt may succeed; the pause that the server asks for.
     Passing(String, Option<Duration>),
-    /// The server understood, and will say the same again.
+    /// This request will never succeed; others may.
+    One(String),
+    /// No request will succeed.
     Final(String),
 }
 
@@ -41,8 +43,9 @@ impl Client {
     /// `url` is `http://HOST:PORT`, with or without `/v1`; a request may take `timeout` in all.
     pub(crate) fn new(url: &str, timeout: Duration, retries: u32) -> Result<Self, String> {
         let url = url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
-        if !url.starts_with("http://") && !url.starts_with("https://") {
-            return Err(format!("{url}: expected http://HOST:PORT"));
+        let host = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
+        if host.is_none_or(|host| host.is_empty() || host.contains('@')) {
+            return Err(format!("--server: expected http://HOST:PORT; a key is read from the environment as {KEY}"));
         }
         let config = ureq::Agent::config_builder()
             .timeout_global(Some(timeout))
@@ -50,11 +53,12 @@ impl Client {
             .max_redirects(0)
             .max_redirects_will_error(false)
             .http_status_as_error(false)
+            .max_idle_connections(1024)
             .max_idle_connections_per_host(1024)
             // A cluster's proxy must not stand between a job and a server on its own machine.
             .proxy(None)
             .user_agent(concat!("mempo-rollout/", env!("CARGO_PKG_VERSION")));
-        let key = std::env::var(KEY).ok();
+        let key = std::env::var(KEY).ok().filter(|key| !key.is_empty());
         Ok(Self { agent: config.build().into(), url, key, retries, draws: AtomicU64::new(0) })
     }
 
@@ -67,11 +71,11 @@ impl Client {
         &self,
         path: &str,
         body: Option<&Value>,
-        read: impl Fn(&Value) -> Result<T, String>,
+        read: impl Fn(&Value) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
         let mut attempt = 0;
         loop {
-            let result = self.ask_once(path, body).and_then(|answer| read(&answer).map_err(Failure::Final));
+            let result = self.ask_once(path, body).and_then(|answer| read(&answer));
             let Err(Failure::Passing(problem, pause)) = result else { return result };
             if attempt == self.retries {
                 return Err(Failure::Passing(format!("{problem} ({} attempts)", attempt + 1), None));
@@ -79,8 +83,8 @@ impl Client {
             let pause = pause.unwrap_or(FIRST_PAUSE * 2_u32.saturating_pow(attempt)).min(LONGEST_PAUSE);
             let draw = counter_uniform(u64::from(std::process::id()), self.draws.fetch_add(1, Ordering::Relaxed));
             debug!("{}{path}: {problem}; again in {pause:?}", self.url);
-            // Half of the pause to one and a half of it, so that not all come back at once.
-            std::thread::sleep(pause.mul_f32(0.5 + draw));
+            // Up to twice the pause, so that not all come back at once.
+            std::thread::sleep(pause.mul_f32(1.0 + draw));
             attempt += 1;
         }
     }
@@ -99,7 +103,7 @@ impl Client {
         let (status, pause) = (response.status(), retry_after(response.headers()));
         let body = response.body_mut().with_config().limit(ANSWER_BYTES).read_to_vec();
         let body = body.map_err(|error| match error {
-            ureq::Error::BodyExceedsLimit(_) => Failure::Final(format!("an answer of more than {ANSWER_BYTES} bytes")),
+            ureq::Error::BodyExceedsLimit(_) => Failure::One(format!("an answer of more than {ANSWER_BYTES} bytes")),
             error => passing(&error),
         })?;
         if status.is_success() {
@@ -111,6 +115,9 @@ impl Client {
         match status {
             StatusCode::REQUEST_TIMEOUT | StatusCode::TOO_MANY_REQUESTS => Err(Failure::Passing(problem, pause)),
             status if status.is_server_error() => Err(Failure::Passing(problem, pause)),
+            StatusCode::BAD_REQUEST | StatusCode::PAYLOAD_TOO_LARGE | StatusCode::UNPROCESSABLE_ENTITY => {
+                Err(Failure::One(problem))
+            }
             _ => Err(Failure::Final(problem)),
         }
     }

@@ -1,5 +1,7 @@
 //! A server as the agent's engine: many requests under way, each trajectory going on as soon as its own completion is there.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -16,13 +18,21 @@ const GIVE_UP: usize = 16;
 /// How long nothing may come before it is said.
 const SILENCE: Duration = Duration::from_mins(1);
 const TICK: Duration = Duration::from_millis(100);
+const NO_THREAD: &str = "no thread is left to ask the server";
 
-type Answer = (usize, Result<Generation, Failure>);
+/// A request of a run.
+type Question = (u64, Request);
+/// What came of a trajectory's request.
+type Outcome = (usize, Result<Generation, Failure>);
+/// The same, and of which run.
+type Answer = (u64, Outcome);
 
 /// Generates with a server's model.
 pub(crate) struct ServerEngine<'a> {
-    questions: Sender<Request>,
+    questions: Sender<Question>,
     answers: Receiver<Answer>,
+    /// Number of the run under way: what is left of an earlier one is nobody's any more.
+    run: Arc<AtomicU64>,
     url: String,
     interrupted: &'a dyn Fn() -> bool,
 }
@@ -35,44 +45,57 @@ impl<'a> ServerEngine<'a> {
         asking: Asking,
         concurrency: usize,
         interrupted: &'a dyn Fn() -> bool,
-    ) -> Self {
+    ) -> std::io::Result<Self> {
         let (questions, open) = channel();
         let (done, answers) = channel();
-        let (open, asking) = (Arc::new(Mutex::new(open)), Arc::new(asking));
+        let (open, asking, run) = (Arc::new(Mutex::new(open)), Arc::new(asking), Arc::new(AtomicU64::new(0)));
         let url = client.url().to_owned();
         for _ in 0..concurrency {
-            let (open, done, asking, client) =
-                (Arc::clone(&open), done.clone(), Arc::clone(&asking), Arc::clone(client));
-            std::thread::spawn(move || work(&open, &done, &asking, &client));
+            let (open, done, run) = (Arc::clone(&open), done.clone(), Arc::clone(&run));
+            let (asking, client) = (Arc::clone(&asking), Arc::clone(client));
+            std::thread::Builder::new().spawn(move || work(&open, &done, &run, &asking, &client))?;
         }
-        Self { questions, answers, url, interrupted }
+        Ok(Self { questions, answers, run, url, interrupted })
     }
 
-    fn ask(&self, requests: Vec<Request>) -> Result<usize, String> {
+    fn ask(&self, run: u64, requests: Vec<Request>) -> Result<usize, String> {
         let count = requests.len();
         for request in requests {
-            self.questions.send(request).map_err(|_| "no thread is left to ask the server".to_owned())?;
+            self.questions.send((run, request)).map_err(|_| NO_THREAD.to_owned())?;
         }
         Ok(count)
     }
 
-    /// The next answer; none for the time being.
-    fn wait(&self) -> Result<Option<Answer>, String> {
-        match self.answers.recv_timeout(TICK) {
-            Ok(answer) => Ok(Some(answer)),
-            Err(RecvTimeoutError::Timeout) => Ok(None),
-            Err(RecvTimeoutError::Disconnected) => Err("no thread is left to ask the server".to_owned()),
-        }
+    /// The answers that are there, once there is one; none for the time being.
+    fn wait(&self, run: u64) -> Result<Vec<Outcome>, String> {
+        let first = match self.answers.recv_timeout(TICK) {
+            Ok(answer) => answer,
+            Err(RecvTimeoutError::Timeout) => return Ok(Vec::new()),
+            Err(RecvTimeoutError::Disconnected) => return Err(NO_THREAD.to_owned()),
+        };
+        let all = std::iter::once(first).chain(self.answers.try_iter());
+        Ok(all.filter(|(of, _)| *of == run).map(|(_, outcome)| outcome).collect())
     }
 }
 
 /// Asks for one completion after another until there is no engine any more.
-fn work(open: &Mutex<Receiver<Request>>, done: &Sender<Answer>, asking: &Asking, client: &Client) {
+fn work(
+    open: &Mutex<Receiver<Question>>,
+    done: &Sender<Answer>,
+    current: &AtomicU64,
+    asking: &Asking,
+    client: &Client,
+) {
     loop {
         let next = open.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok(request) = next else { return };
-        let result = client.ask(asking.path(), Some(&asking.body(&request, 0)), |answer| asking.generation(answer));
-        if done.send((request.trajectory, result)).is_err() {
+        let Ok((run, request)) = next else { return };
+        if run != current.load(Ordering::Relaxed) {
+            continue;
+        }
+        let ask = || client.ask(asking.path(), Some(&asking.body(&request, 0)), |answer| asking.generation(answer));
+        let result = catch_unwind(AssertUnwindSafe(ask));
+        let result = result.unwrap_or_else(|_| Err(Failure::One("asking for it panicked".to_owned())));
+        if done.send((run, (request.trajectory, result))).is_err() {
             return;
         }
     }
@@ -80,40 +103,44 @@ fn work(open: &Mutex<Receiver<Request>>, done: &Sender<Answer>, asking: &Asking,
 
 impl Engine for ServerEngine<'_> {
     fn run(&mut self, requests: Vec<Request>, next: &mut Next<'_>) -> Result<(), String> {
-        let mut under_way = self.ask(requests)?;
+        let run = self.run.fetch_add(1, Ordering::Relaxed) + 1;
+        let mut under_way = self.ask(run, requests)?;
         let (mut in_vain, mut last) = (0, Instant::now());
         while under_way > 0 {
             if (self.interrupted)() {
                 return Err("interrupted".to_owned());
             }
-            let Some((trajectory, result)) = self.wait()? else {
-                if last.elapsed() >= SILENCE {
-                    warn!("{}: no answer for {SILENCE:?}; {under_way} requests are under way", self.url);
-                    last = Instant::now();
-                }
-                continue;
-            };
-            (under_way, last) = (under_way - 1, Instant::now());
-            let generation = match result {
-                Ok(generation) => {
-                    in_vain = 0;
-                    generation
-                }
-                Err(Failure::Final(problem)) => return Err(format!("{}: {problem}", self.url)),
-                Err(Failure::Passing(problem, _)) => {
-                    warn!("{}: {problem}", self.url);
-                    in_vain += 1;
-                    if in_vain == GIVE_UP {
-                        return Err(format!(
-                            "{}: {GIVE_UP} requests in a row came to nothing, the last by {problem}",
-                            self.url
-                        ));
-                    }
-                    Generation { ids: Vec::new(), logprobs: Vec::new(), stop_reason: StopReason::Error }
-                }
-            };
-            under_way += self.ask(next(vec![(trajectory, generation)]))?;
+            let answers = self.wait(run)?;
+            if !answers.is_empty() {
+                last = Instant::now();
+            } else if last.elapsed() >= SILENCE {
+                warn!("{}: no answer for {SILENCE:?}; {under_way} requests are under way", self.url);
+                last = Instant::now();
+            }
+            under_way -= answers.len();
+            let mut finished = Vec::with_capacity(answers.len());
+            for (trajectory, result) in answers {
+                in_vain = if result.is_ok() { 0 } else { in_vain + 1 };
+                finished.push((trajectory, self.generation(result, in_vain)?));
+            }
+            under_way += self.ask(run, next(finished))?;
         }
         Ok(())
+    }
+}
+
+impl ServerEngine<'_> {
+    /// A completion, or that there is none; an error once the server is of no use, after so many requests `in_vain` in a row.
+    fn generation(&self, result: Result<Generation, Failure>, in_vain: usize) -> Result<Generation, String> {
+        let problem = match result {
+            Ok(generation) => return Ok(generation),
+            Err(Failure::Final(problem)) => return Err(format!("{}: {problem}", self.url)),
+            Err(Failure::Passing(problem, _) | Failure::One(problem)) => problem,
+        };
+        warn!("{}: {problem}", self.url);
+        if in_vain >= GIVE_UP {
+            return Err(format!("{}: {in_vain} requests in a row came to nothing, the last by {problem}", self.url));
+        }
+        Ok(Generation { ids: Vec::new(), logprobs: Vec::new(), stop_reason: StopReason::Error })
     }
 }

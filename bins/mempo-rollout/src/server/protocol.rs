@@ -5,7 +5,9 @@
 
 use mempo_agent::{Generation, Request, SamplingOptions};
 use mempo_data::StopReason;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
+
+use super::client::Failure;
 
 /// The two protocols.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,6 +30,8 @@ pub(crate) struct Asking {
     /// Texts that end a completion; they stay in it.
     pub(crate) stop: Vec<String>,
     pub(crate) end_ids: Vec<i32>,
+    /// Never to be sampled.
+    pub(crate) banned_ids: Vec<i32>,
     /// Ids are below.
     pub(crate) vocabulary_size: usize,
 }
@@ -42,8 +46,12 @@ impl Asking {
     }
 
     /// The body that asks for one completion, with log-probabilities of the `alternatives` most probable tokens beside.
+    ///
+    /// What changes the distribution is said even where it changes nothing: servers take what is not said from the model's
+    /// `generation_config.json`.
     pub(crate) fn body(&self, request: &Request, alternatives: usize) -> Value {
         let SamplingOptions { temperature, top_p, max_completion_tokens } = &self.sampling;
+        let bias: Map<String, Value> = self.banned_ids.iter().map(|id| (id.to_string(), json!(-100))).collect();
         match self.kind {
             Kind::Vllm => json!({
                 "model": self.model,
@@ -51,6 +59,12 @@ impl Asking {
                 "max_tokens": max_completion_tokens,
                 "temperature": temperature,
                 "top_p": top_p,
+                "top_k": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                "presence_penalty": 0.0,
+                "frequency_penalty": 0.0,
+                "logit_bias": bias,
                 // Signed 64 bits hold it.
                 "seed": request.seed >> 1,
                 "logprobs": alternatives,
@@ -68,6 +82,12 @@ impl Asking {
                     "max_new_tokens": max_completion_tokens,
                     "temperature": temperature,
                     "top_p": top_p,
+                    "top_k": -1,
+                    "min_p": 0.0,
+                    "repetition_penalty": 1.0,
+                    "presence_penalty": 0.0,
+                    "frequency_penalty": 0.0,
+                    "logit_bias": bias,
                     "sampling_seed": request.seed >> 33,
                     "stop": self.stop,
                     "stop_token_ids": self.end_ids,
@@ -81,8 +101,17 @@ impl Asking {
         }
     }
 
-    /// The completion that an answer holds; the error says what it lacks.
-    pub(crate) fn generation(&self, answer: &Value) -> Result<Generation, String> {
+    /// The completion that an answer holds.
+    pub(crate) fn generation(&self, answer: &Value) -> Result<Generation, Failure> {
+        self.check_weights(answer)?;
+        if self.finish(answer).0 == "abort" {
+            return Err(Failure::Passing("it broke off a completion".to_owned(), None));
+        }
+        self.read(answer).map_err(Failure::One)
+    }
+
+    /// The same; the error says what is lacking.
+    fn read(&self, answer: &Value) -> Result<Generation, String> {
         let (ids, logprobs) = match self.kind {
             Kind::Vllm => {
                 let choice = &answer["choices"][0];
@@ -104,7 +133,6 @@ impl Asking {
             return Err(format!("it gives {found} as a log-probability"));
         }
         let logprobs = logprobs.into_iter().map(|logprob| logprob.min(0.0) as f32).collect();
-        self.check_weights(answer)?;
         Ok(Generation { stop_reason: self.stop_reason(answer, &ids)?, ids, logprobs })
     }
 
@@ -114,18 +142,19 @@ impl Asking {
     }
 
     /// SGLang says with every answer which weights it has.
-    fn check_weights(&self, answer: &Value) -> Result<(), String> {
+    fn check_weights(&self, answer: &Value) -> Result<(), Failure> {
         let found = &answer["meta_info"]["weight_version"];
         match &self.weights {
             Some(expected) if found != expected.as_str() => {
-                Err(format!("its weights are {found}, not \"{expected}\": give --update-server"))
+                Err(Failure::Final(format!("its weights are {found}, not \"{expected}\": give --update-server")))
             }
             _ => Ok(()),
         }
     }
 
-    fn stop_reason(&self, answer: &Value, ids: &[i32]) -> Result<StopReason, String> {
-        let (finish, matched) = match self.kind {
+    /// How a completion ended, and what ended it.
+    fn finish<'v>(&self, answer: &'v Value) -> (&'v Value, &'v Value) {
+        match self.kind {
             Kind::Vllm => {
                 let choice = &answer["choices"][0];
                 (&choice["finish_reason"], &choice["stop_reason"])
@@ -134,7 +163,11 @@ impl Asking {
                 let finish = &answer["meta_info"]["finish_reason"];
                 (&finish["type"], &finish["matched"])
             }
-        };
+        }
+    }
+
+    fn stop_reason(&self, answer: &Value, ids: &[i32]) -> Result<StopReason, String> {
+        let (finish, matched) = self.finish(answer);
         match finish.as_str() {
             Some("length") => Ok(StopReason::MaxTokens),
             Some("stop") if ids.last().is_some_and(|id| self.end_ids.contains(id)) => Ok(StopReason::Eos),
@@ -144,21 +177,20 @@ impl Asking {
         }
     }
 
-    /// The second most probable first token of an answer with alternatives, and its log-probability.
-    pub(crate) fn runner_up(&self, answer: &Value) -> Option<(String, f64)> {
-        let found: Vec<(String, f64)> = match self.kind {
+    /// The log-probability of the second most probable first token of an answer with alternatives.
+    pub(crate) fn runner_up(&self, answer: &Value) -> Option<f64> {
+        let mut found: Vec<f64> = match self.kind {
             Kind::Vllm => {
                 let first = answer["choices"][0]["logprobs"]["top_logprobs"][0].as_object()?;
-                first.iter().filter_map(|(token, logprob)| Some((token.clone(), logprob.as_f64()?))).collect()
+                first.values().filter_map(Value::as_f64).collect()
             }
             Kind::Sglang => {
                 let first = answer["meta_info"]["output_top_logprobs"][0].as_array()?;
-                first.iter().filter_map(|pair| Some((pair[1].to_string(), pair[0].as_f64()?))).collect()
+                first.iter().filter_map(|pair| pair[0].as_f64()).collect()
             }
         };
-        let mut found = found;
-        found.sort_by(|one, other| other.1.total_cmp(&one.1));
-        found.into_iter().nth(1)
+        found.sort_by(|one, other| other.total_cmp(one));
+        found.get(1).copied()
     }
 }
 
@@ -178,6 +210,7 @@ pub(crate) mod tests {
             sampling: SamplingOptions { temperature: 0.7, top_p: 1.0, max_completion_tokens: 9 },
             stop: vec!["</answer>".to_owned()],
             end_ids: vec![2],
+            banned_ids: vec![1, 7],
             vocabulary_size: 100,
         }
     }
@@ -214,8 +247,27 @@ pub(crate) mod tests {
             assert_eq!(read(&[], "stop", json!(null)), Ok((vec![], StopReason::Eos)));
             let found = asking(kind).generation(&answer(kind, &[0, 32], "length", &json!(null))).unwrap();
             assert_eq!(found.logprobs, [0.0, -0.5]);
-            assert!(read(&[100], "stop", json!(null)).unwrap_err().contains("100 as a token id of 100"));
-            assert!(read(&[5], "abort", json!(null)).unwrap_err().contains("abort"));
+            let odd = Failure::One("it gives 100 as a token id of 100".to_owned());
+            assert_eq!(read(&[100], "stop", json!(null)), Err(odd));
+            assert!(matches!(read(&[5], "abort", json!(null)), Err(Failure::Passing(..))));
+            assert!(matches!(read(&[5], "moved", json!(null)), Err(Failure::One(_))));
+        }
+    }
+
+    #[test]
+    fn nothing_of_the_distribution_is_left_to_the_server() {
+        let request = Request { trajectory: 0, prompt_ids: vec![5], seed: u64::MAX };
+        let vllm = asking(Kind::Vllm).body(&request, 0);
+        let sglang = asking(Kind::Sglang).body(&request, 0)["sampling_params"].clone();
+        assert_eq!((&vllm["top_k"], &sglang["top_k"]), (&json!(0), &json!(-1)));
+        for said in [vllm, sglang] {
+            assert_eq!(said["logit_bias"], json!({"1": -100, "7": -100}));
+            for (name, neutral) in
+                [("min_p", 0.0), ("repetition_penalty", 1.0), ("presence_penalty", 0.0), ("frequency_penalty", 0.0)]
+            {
+                assert_eq!(said[name], json!(neutral), "{name}");
+            }
+            assert_eq!(said["temperature"], json!(0.7));
         }
     }
 
@@ -224,7 +276,9 @@ pub(crate) mod tests {
         let refused = |kind: Kind, pointer: &str, value: Value, told: &str| {
             let mut answer = answer(kind, &[5, 6], "length", &json!(null));
             *answer.pointer_mut(pointer).unwrap() = value;
-            let error = asking(kind).generation(&answer).unwrap_err();
+            let (Failure::One(error) | Failure::Final(error)) = asking(kind).generation(&answer).unwrap_err() else {
+                panic!("it will not pass")
+            };
             assert!(error.contains(told), "{error}");
         };
         refused(Kind::Vllm, "/choices/0/token_ids", json!(null), "no token ids (vLLM does from 0.10.2 on)");
@@ -239,9 +293,9 @@ pub(crate) mod tests {
     #[test]
     fn the_second_most_probable_token_is_found() {
         let vllm = json!({"choices": [{"logprobs": {"top_logprobs": [{"token_id:7": -3.0, "token_id:9": -0.1}]}}]});
-        assert_eq!(asking(Kind::Vllm).runner_up(&vllm), Some(("token_id:7".to_owned(), -3.0)));
+        assert_eq!(asking(Kind::Vllm).runner_up(&vllm), Some(-3.0));
         let sglang = json!({"meta_info": {"output_top_logprobs": [[[-0.1, 9, null], [-3.0, 7, null]]]}});
-        assert_eq!(asking(Kind::Sglang).runner_up(&sglang), Some(("7".to_owned(), -3.0)));
+        assert_eq!(asking(Kind::Sglang).runner_up(&sglang), Some(-3.0));
         assert_eq!(asking(Kind::Sglang).runner_up(&vllm), None);
     }
 }

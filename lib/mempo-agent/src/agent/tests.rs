@@ -234,11 +234,9 @@ fn what_fails_in_the_engine_has_no_reward() {
         if call == 1 { Err("out of memory".to_owned()) } else { Ok((SEARCH.to_owned(), StopReason::StopString)) }
     };
     let mut engine = Scripted { builder: &builder, calls: Vec::new(), bytewise: false, script: all_fail };
-    let unit = setting.run(&mut engine, &[task("a")]);
-    for trajectory in &unit.trajectories {
-        assert_eq!((trajectory.status, trajectory.reward), (Status::EngineError, None));
-        assert_eq!(trajectory.error.as_deref(), Some("step 1: out of memory"));
-    }
+    let start = Start { task: &task("a"), trajectory_index: 0, steps: &[] };
+    let error = setting.with_agent(|agent| agent.run(&mut engine, vec![start]).unwrap_err());
+    assert_eq!(error.to_string(), "out of memory");
     let one_fails =
         |_, row, _| Ok((RIGHT.to_owned(), if row == 0 { StopReason::Error } else { StopReason::StopString }));
     let mut engine = Scripted { builder: &builder, calls: Vec::new(), bytewise: false, script: one_fails };
