@@ -10,6 +10,7 @@ mod byte_table;
 mod error;
 mod guard;
 mod json;
+mod namespaces;
 mod neutralise;
 mod profile;
 mod prompt;

@@ -13,6 +13,7 @@ use serde::Serialize;
 use crate::error::Error;
 use crate::guard::bounded;
 use crate::json::{python_json, python_json_indented};
+use crate::namespaces::check_namespaces;
 use crate::tokenizer::{read_json, token_text};
 
 /// Instructions a template may run; Qwen's needs some hundred for a short conversation.
@@ -86,6 +87,7 @@ impl ChatTemplate {
         if source.len() > SOURCE_BYTES {
             return Err(error(format!("it has {} bytes, more than {SOURCE_BYTES}", source.len())));
         }
+        check_namespaces(&source).map_err(error)?;
         let environment = bounded(|| environment(source)).flatten().map_err(error)?;
         Ok(Self { environment: Arc::new(environment), special_tokens, path })
     }
