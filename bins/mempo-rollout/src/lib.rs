@@ -1,11 +1,13 @@
 //! `mempo-rollout`: questions -> tasks, documents -> search index, tasks and checkpoint -> rollouts.
 //!
 //! One file a subcommand. [`compose`] joins questions into tasks of n objectives; [`index`] makes a corpus table and a
-//! BM25 index; [`sample`] lets a checkpoint work on the tasks and records every step; [`show`] prints what it did.
+//! BM25 index; [`sample`] lets a checkpoint work on the tasks and records every step; [`show`] prints what it did, [`context`]
+//! what a step saw.
 //! Beside them: [`rows`] reads JSON Lines and Parquet, [`question`] understands question rows, [`local_engine`] puts a
 //! model behind the agent, [`server`] one of a vLLM or SGLang server, [`stored`] gives states to go on from, [`tally`] keeps the books.
 
 mod compose;
+mod context;
 mod index;
 mod local_engine;
 mod question;
@@ -45,6 +47,7 @@ enum Command {
     Compose(compose::ComposeArguments),
     Index(index::IndexArguments),
     Sample(sample::SampleArguments),
+    Context(context::ContextArguments),
     ServedName(sample::ServedNameArguments),
     Show(show::ShowArguments),
     Doctor(DoctorArguments),
@@ -59,6 +62,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Compose(arguments) => compose::run(&arguments),
         Command::Index(arguments) => index::run(&arguments),
         Command::Sample(arguments) => sample::run(arguments),
+        Command::Context(arguments) => context::run(&arguments),
         Command::ServedName(arguments) => sample::print_served_name(&arguments),
         Command::Show(arguments) => show::run(&arguments),
         Command::Doctor(arguments) => arguments.run(),

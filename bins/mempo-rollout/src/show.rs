@@ -56,7 +56,7 @@ pub(crate) fn run(arguments: &ShowArguments) -> anyhow::Result<()> {
 }
 
 /// The parts of a table that are there so far.
-fn parts(dir: &Path, table: &str) -> anyhow::Result<Vec<PathBuf>> {
+pub(crate) fn parts(dir: &Path, table: &str) -> anyhow::Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     let folder = dir.join(table);
     if folder.is_dir() {
@@ -142,7 +142,7 @@ fn render_step(step: &Step) -> String {
 }
 
 /// Text without characters that steer a terminal.
-fn printable(text: &str) -> String {
+pub(crate) fn printable(text: &str) -> String {
     let visible = |c: char| match c {
         '\n' | '\t' => c,
         c if c.is_control() => '\u{fffd}',
