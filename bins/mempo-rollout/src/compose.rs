@@ -23,8 +23,8 @@ const PART_ROWS: usize = 20_000;
 ///
 /// Reads JSON Lines or Parquet rows with a column `question` (or `query`) and `golden_answers` (or `answers`, `answer`): a
 /// text, a list, or SQuAD's {"text": [...]}; or verl's `prompt`, `reward_model` and `extra_info`. Optional columns: id, source
-/// (or data_source), split, metadata. A task joins N
-/// consecutive questions of one source and split; left-over questions are dropped and counted.
+/// (or data_source), split, metadata. A task joins N consecutive questions of one source and split; left-over questions are
+/// dropped and counted.
 #[derive(Debug, Args, Serialize)]
 pub(crate) struct ComposeArguments {
     /// Files of questions, `.parquet` or JSON Lines (also `.gz`, `.zst`)

@@ -70,22 +70,24 @@ pub fn parse_record(json: &[u8]) -> Result<Record, String> {
 }
 
 fn parse_form(row: &mut Map<String, Value>) -> Result<Form, String> {
-    let mut take = |names: &[&'static str]| names.iter().find_map(|name| Some((*name, row.remove(*name)?)));
-    if let Some((name, list)) = take(&["messages", "conversations"]) {
-        return Ok(Form::Chat(demonstration(messages(list, name)?)?));
+    let found = |names: &[&'static str]| names.iter().copied().find(|name| row.contains_key(*name));
+    let (list, completion) = (found(&["messages", "conversations"]), found(&["completion", "response"]));
+    let transcript = found(&["transcript", "trajectory"]);
+    let (has_prompt, has_question, has_text) =
+        (row.contains_key("prompt"), row.contains_key("question"), row.contains_key("text"));
+    let mut take = |name: &str| row.remove(name).unwrap_or_default();
+    if let Some(name) = list {
+        return Ok(Form::Chat(demonstration(messages(take(name), name)?)?));
     }
-    if let Some((name, completion)) = take(&["completion", "response"])
-        && let Some((_, prompt)) = take(&["prompt"])
-    {
-        return prompted(prompt, name, completion);
+    if let Some(name) = completion.filter(|_| has_prompt) {
+        return prompted(take("prompt"), name, take(name));
     }
-    if let Some((name, text)) = take(&["transcript", "trajectory"])
-        && let Some((_, question)) = take(&["question"])
-    {
-        return Ok(Form::Chat(transcript::split(&text_of(question, "question")?, &text_of(text, name)?)?));
+    if let Some(name) = transcript.filter(|_| has_question) {
+        let (question, text) = (text_of(take("question"), "question")?, text_of(take(name), name)?);
+        return Ok(Form::Chat(transcript::split(&question, &text)?));
     }
-    if let Some((_, text)) = take(&["text"]) {
-        return Ok(Form::Text(text_of(text, "text")?));
+    if has_text {
+        return Ok(Form::Text(text_of(take("text"), "text")?));
     }
     let names: Vec<&str> = row.keys().map(String::as_str).collect();
     Err(format!(
@@ -219,6 +221,7 @@ mod tests {
         check("{\"text\": ", "not a JSON object: EOF");
         check("[{}]", "looks like a JSON array");
         check(r#"{"question": "q", "answer": "a"}"#, "unknown columns [question, answer]; expected `messages`");
+        check(r#"{"question": "q", "response": "a"}"#, "unknown columns [question, response]; expected `messages`");
         check(r#"{"prompt": 1, "completion": "c"}"#, "`prompt` is a number, expected text");
         check(r#"{"prompt": [], "completion": "c"}"#, "message 0: an assistant turn before the question");
         check(r#"{"prompt": "p", "completion": []}"#, "`completion` is a list, expected text");
