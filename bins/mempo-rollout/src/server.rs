@@ -17,7 +17,7 @@ use mempo_model::Config;
 use mempo_text::PromptBuilder;
 use serde_json::{Value, json};
 
-use self::client::{Client, Failure};
+use self::client::{Client, Failure, address};
 use self::engine::ServerEngine;
 use self::protocol::{Asking, Kind};
 use crate::local_engine::SampledIds;
@@ -31,7 +31,7 @@ pub(crate) struct ServerOptions {
     /// Let this vLLM or SGLang server generate. It has to serve --model: vLLM started with
     /// `--served-model-name "$(mempo-rollout served-name --model DIR)" --logprobs-mode processed_logprobs`, SGLang given its
     /// weights by --update-server. A key, if it wants one, is read from the environment as MEMPO_SERVER_KEY
-    #[arg(long, value_name = "URL")]
+    #[arg(long, value_name = "URL", value_parser = address)]
     pub(crate) server: Option<String>,
     /// Have SGLang load the weights of --model first, from the same path
     #[arg(long, requires = "server")]
@@ -77,7 +77,7 @@ impl Server {
         builder: &PromptBuilder,
         sampling: &SamplingOptions,
     ) -> Result<Self, String> {
-        let client = Client::new(url, Duration::from_secs(options.server_timeout), options.server_retries)?;
+        let client = Client::new(url, Duration::from_secs(options.server_timeout), options.server_retries);
         let name = served_name(digest);
         let kind = kind(&client)?;
         if options.update_server {

@@ -39,14 +39,19 @@ pub(crate) struct Client {
     draws: AtomicU64,
 }
 
+/// A server's address, without what may stand at its end.
+pub(crate) fn address(text: &str) -> Result<String, String> {
+    let url = text.trim_end_matches('/').trim_end_matches("/v1");
+    let host = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
+    if host.is_none_or(|host| host.is_empty() || host.contains('@')) {
+        return Err(format!("expected http://HOST:PORT; a key is read from the environment as {KEY}"));
+    }
+    Ok(url.to_owned())
+}
+
 impl Client {
-    /// `url` is `http://HOST:PORT`, with or without `/v1`; a request may take `timeout` in all.
-    pub(crate) fn new(url: &str, timeout: Duration, retries: u32) -> Result<Self, String> {
-        let url = url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
-        let host = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
-        if host.is_none_or(|host| host.is_empty() || host.contains('@')) {
-            return Err(format!("--server: expected http://HOST:PORT; a key is read from the environment as {KEY}"));
-        }
+    /// To the server at an [`address`]; a request may take `timeout` in all.
+    pub(crate) fn new(url: &str, timeout: Duration, retries: u32) -> Self {
         let config = ureq::Agent::config_builder()
             .timeout_global(Some(timeout))
             .timeout_connect(Some(CONNECT.min(timeout)))
@@ -59,7 +64,7 @@ impl Client {
             .proxy(None)
             .user_agent(concat!("mempo-rollout/", env!("CARGO_PKG_VERSION")));
         let key = std::env::var(KEY).ok().filter(|key| !key.is_empty());
-        Ok(Self { agent: config.build().into(), url, key, retries, draws: AtomicU64::new(0) })
+        Self { agent: config.build().into(), url: url.to_owned(), key, retries, draws: AtomicU64::new(0) }
     }
 
     pub(crate) fn url(&self) -> &str {

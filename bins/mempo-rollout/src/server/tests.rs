@@ -107,7 +107,7 @@ fn two_steps(engine: &mut ServerEngine<'_>, count: usize) -> (Result<(), String>
 }
 
 fn engine<'a>(url: &str, kind: Kind, timeout: Duration, interrupted: &'a dyn Fn() -> bool) -> ServerEngine<'a> {
-    let client = Client::new(url, timeout, 6).unwrap();
+    let client = Client::new(url, timeout, 6);
     ServerEngine::new(&Arc::new(client), asking(kind), 64, interrupted).unwrap()
 }
 
@@ -199,7 +199,7 @@ fn what_is_left_of_a_run_that_failed_is_not_taken_for_the_next_one_s() {
 #[test]
 fn a_server_that_only_fails_is_given_up_and_a_run_can_be_interrupted() {
     let url = serve(|_, _| Reply::Bytes(Vec::new()));
-    let client = Client::new(&url, LONG, 0).unwrap();
+    let client = Client::new(&url, LONG, 0);
     let mut failing = ServerEngine::new(&Arc::new(client), asking(Kind::Vllm), 8, &|| false).unwrap();
     let (result, found) = two_steps(&mut failing, 100);
     assert!(result.unwrap_err().contains("16 requests in a row came to nothing"));
@@ -299,7 +299,9 @@ fn a_server_must_have_the_checkpoint_and_give_the_log_probabilities_that_it_samp
     assert_eq!(open(&sglang, false, false), proven("sglang"));
     let told = open(&met(Kind::Vllm, mine, true), false, false).unwrap_err();
     assert!(told.contains("do not depend on the temperature"), "{told}");
-    assert!(open("localhost:8000", false, false).unwrap_err().contains("expected http://HOST:PORT"));
-    assert!(open("http://me:secret@localhost:8000", false, false).unwrap_err().contains("MEMPO_SERVER_KEY"));
+    assert_eq!(address("http://gpu:8000/v1/"), Ok("http://gpu:8000".to_owned()));
+    for wrong in ["localhost:8000", "http://", "http://me:secret@localhost:8000"] {
+        assert!(address(wrong).unwrap_err().contains("MEMPO_SERVER_KEY"), "{wrong}");
+    }
     assert!(open("http://127.0.0.1:9", false, false).unwrap_err().contains("1 attempts"));
 }
