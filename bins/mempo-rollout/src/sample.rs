@@ -6,11 +6,13 @@ use std::time::Instant;
 
 use anyhow::{Context, anyhow};
 use clap::Args;
-use mempo_agent::{Agent, Engine, LimitOptions, SamplingOptions, SearchIndex, Start, Toolbox, Unit, context_policy};
+use mempo_agent::{
+    Agent, ContextOptions, Engine, LimitOptions, SamplingOptions, SearchIndex, Start, Toolbox, Unit, context_policy,
+};
 use mempo_data::{Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage, print_data, seed_of};
-use mempo_text::{Profile, PromptBuilder, Tokenizer, ToolSpec};
+use mempo_text::{Profile, PromptBuilder, ToolSpec};
 use serde::Serialize;
 use serde_json::json;
 
@@ -41,10 +43,9 @@ pub(crate) struct SampleArguments {
     /// Trajectories a task
     #[arg(long, value_name = "N", default_value = "16")]
     group_size: NonZeroUsize,
-    /// What a step sees of the past: its last step alone (mempo), every step (react), or nothing, so that it must
-    /// answer at once (closed-book)
-    #[arg(long, default_value = "mempo", value_parser = ["mempo", "react", "closed-book"])]
-    context: String,
+    #[command(flatten)]
+    #[serde(flatten)]
+    context: ContextOptions,
     /// How the agent talks: a built-in profile or a folder with profile.json and system.txt [default: as --context;
     /// react for closed-book]
     #[arg(long, value_name = "NAME|DIR")]
@@ -131,18 +132,18 @@ impl Inputs {
     }
 
     /// The trajectories to go on from, if they are to be.
-    fn stored(&self, arguments: &SampleArguments, tokenizer: &Tokenizer) -> anyhow::Result<Option<Stored>> {
+    fn stored(&self, arguments: &SampleArguments, builder: &PromptBuilder) -> anyhow::Result<Option<Stored>> {
         let Some(from) = &self.from else { return Ok(None) };
         from.check_made_from("tasks", &self.tasks, "mempo-rollout sample")?;
         let (max_steps, count) = (arguments.limits.max_steps, arguments.group_size.get());
-        Stored::read(from, tokenizer, FromOptions { max_steps, count, control: arguments.memory }).map(Some)
+        let (control, tags) = (arguments.memory, builder.profile().tags.clone());
+        Stored::read(from, builder.tokenizer(), FromOptions { max_steps, count, control, tags }).map(Some)
     }
 }
 
 impl SampleArguments {
     fn profile(&self) -> &str {
-        let default = if self.context == "closed-book" { "react" } else { &self.context };
-        self.profile.as_deref().unwrap_or(default)
+        self.profile.as_deref().unwrap_or(self.context.profile())
     }
 
     /// The server that generates, if there is one to.
@@ -172,6 +173,7 @@ pub(crate) fn print_served_name(arguments: &ServedNameArguments) -> anyhow::Resu
 /// Runs `sample`.
 pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     arguments.stage.stage().check_free()?;
+    let context = context_policy(&arguments.context).usage()?;
     let inputs = Inputs::open(&arguments)?;
     let task_files = inputs.tasks.table("tasks")?;
     let task_count = count_tasks(&task_files, arguments.max_tasks)?;
@@ -185,8 +187,7 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     };
     let index = SearchIndex::open(&inputs.search.dir().join(INDEX_FOLDER)).bad_input()?;
     let toolbox = Toolbox::new(index, builder.profile(), arguments.limits.top_k);
-    let context = context_policy(&arguments.context).usage()?;
-    let stored = inputs.stored(&arguments, builder.tokenizer())?;
+    let stored = inputs.stored(&arguments, &builder)?;
     let (seed, policy) = (arguments.stage.stage().seed, inputs.model.digest());
     let seed_of = |task_id: &str, trajectory_index: i32, step_index: i32| {
         seed_of(seed, &["sample", policy, task_id, &trajectory_index.to_string(), &step_index.to_string()])

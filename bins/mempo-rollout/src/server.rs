@@ -14,7 +14,7 @@ use std::time::Duration;
 use clap::Args;
 use mempo_agent::{Request, SamplingOptions};
 use mempo_model::Config;
-use mempo_text::PromptBuilder;
+use mempo_text::{Carried, PromptBuilder};
 use serde_json::{Value, json};
 
 use self::client::{Client, Failure, address};
@@ -127,7 +127,7 @@ impl Server {
     /// One completion, read as all will be; and log-probabilities have to be those at the sampling temperature: what is not
     /// most probable becomes more so as the temperature grows, unless they are of the model's raw numbers.
     fn check_answers(&self, builder: &PromptBuilder) -> Result<(), String> {
-        let prompt_ids = builder.prompt("?", &[]).map_err(|error| error.to_string())?;
+        let prompt_ids = builder.prompt("?", &Carried::default()).map_err(|error| error.to_string())?;
         let request = Request { trajectory: 0, prompt_ids, seed: 1 };
         let runner_up = |temperature: f64| {
             let sampling = SamplingOptions { temperature, top_p: 1.0, max_completion_tokens: 1 };

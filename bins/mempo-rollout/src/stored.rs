@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use mempo_agent::Start;
 use mempo_data::{Row, SegmentKind, Step, Task, read_rows};
 use mempo_run::{Input, ResultExt};
-use mempo_text::{Segment, Tokenizer, between_tags};
+use mempo_text::{Segment, Tags, Tokenizer, between_tags};
 use serde::Serialize;
 
 /// What is done to a memory before it is gone on from: two controls of what a policy really takes from its memory.
@@ -29,6 +29,8 @@ pub(crate) struct FromOptions {
     /// Trajectories from each state.
     pub(crate) count: usize,
     pub(crate) control: Option<MemoryControl>,
+    /// The profile's tags.
+    pub(crate) tags: Tags,
 }
 
 /// A memory that was answered, with the steps up to it.
@@ -83,7 +85,7 @@ impl Stored {
         let Some(memory) = memory else { return };
         let range = memory.start as usize..memory.end as usize;
         let segment = Segment { kind: mempo_text::SegmentKind::Memory, range };
-        let inside = between_tags(tokenizer, &step.completion_ids, &segment);
+        let inside = between_tags(tokenizer, &self.options.tags, &step.completion_ids, &segment);
         if self.options.control.is_none() || !inside.is_empty() {
             let state = State { trajectory_index: step.trajectory_index, steps: steps.to_vec(), inside };
             self.states.entry(step.task_id.clone()).or_default().push(state);
@@ -142,7 +144,7 @@ impl Stored {
     /// `count` starts from every state. The trajectory index is `(i * max_steps + t) * count + j` for the `j`-th from step
     /// `t` of trajectory `i`.
     pub(crate) fn starts<'t>(&'t self, task: &'t Task) -> Vec<Start<'t>> {
-        let FromOptions { max_steps, count, .. } = self.options;
+        let FromOptions { max_steps, count, .. } = &self.options;
         let states = self.states.get(&task.task_id).into_iter().flatten();
         let starts = states.flat_map(|state| {
             let first = (state.trajectory_index as usize * max_steps + state.steps.len() - 1) * count;
@@ -216,7 +218,7 @@ mod tests {
     }
 
     fn stored(tokenizer: &Tokenizer, trajectories: &[&[Step]], control: Option<MemoryControl>) -> Stored {
-        let options = FromOptions { max_steps: 4, count: 2, control };
+        let options = FromOptions { max_steps: 4, count: 2, control, tags: Tags::default() };
         let mut stored = Stored { states: BTreeMap::new(), options };
         for steps in trajectories {
             (1..=steps.len()).for_each(|count| stored.keep(&steps[..count], tokenizer));

@@ -10,7 +10,7 @@ use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use mempo_data::{Advantage, write_rows};
 use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage};
-use mempo_text::Tokenizer;
+use mempo_text::{Tags, Tokenizer};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -105,7 +105,7 @@ pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
             return Err(anyhow!("--estimator mempo needs --scores DIR, the output of `mempo-score segments`")).usage();
         }
     };
-    let tokenizer = arguments.inside_of()?;
+    let inside_of = arguments.inside_of(&rollouts)?;
     if let Some(scores) = &scores {
         scores.table("scores")?;
         scores.check_made_from("rollouts", &rollouts.input, "mempo-score segments")?;
@@ -115,11 +115,11 @@ pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
         return Ok(());
     };
     let session = Session::new((arguments.memory_limit_mib as usize) << 20)?;
-    let mut rows = joined_rows(&session, &rollouts, scores.as_ref(), tokenizer.is_some())?.peekable();
+    let mut rows = joined_rows(&session, &rollouts, scores.as_ref(), inside_of.is_some())?.peekable();
     let task_count = rollouts.count_tasks()?;
     let parts = stage.shard_range(task_count.div_ceil(TASKS_PER_PART));
     let progress = stage.progress("advantages", (parts.len() * TASKS_PER_PART).min(task_count) as u64, "tasks");
-    let mut estimation = Estimation { arguments, tokenizer, sums: Sums::default(), explained: Explained::default() };
+    let mut estimation = Estimation { arguments, inside_of, sums: Sums::default(), explained: Explained::default() };
     let mut written = 0;
     for part in 0..parts.end {
         let mut advantages = Vec::new();
@@ -145,11 +145,11 @@ pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
 }
 
 impl AdvantagesArguments {
-    /// The tokenizer that tells where a memory's tags end, if that matters.
-    fn inside_of(&self) -> anyhow::Result<Option<Tokenizer>> {
+    /// The tokenizer and tags that tell where a memory's tags end, if that matters.
+    fn inside_of(&self, rollouts: &Rollouts) -> anyhow::Result<Option<(Tokenizer, Tags)>> {
         match (self.credit, &self.tokenizer) {
             (Credit::Tags, _) => Ok(None),
-            (Credit::Inside, Some(dir)) => Tokenizer::load(dir).bad_input().map(Some),
+            (Credit::Inside, Some(dir)) => Ok(Some((Tokenizer::load(dir).bad_input()?, rollouts.profile()?.tags))),
             (Credit::Inside, None) => Err(anyhow!("--credit inside needs --tokenizer DIR, a model directory")).usage(),
         }
     }
@@ -158,7 +158,8 @@ impl AdvantagesArguments {
 /// Advantages on their way, task by task.
 struct Estimation<'a> {
     arguments: &'a AdvantagesArguments,
-    tokenizer: Option<Tokenizer>,
+    /// What tells where a memory's tags end, where these have no credit.
+    inside_of: Option<(Tokenizer, Tags)>,
     sums: Sums,
     explained: Explained,
 }
@@ -250,11 +251,11 @@ impl Estimation<'_> {
 
     /// The completion ids that a memory's advantage applies to.
     fn credited(&self, row: &JoinedRow, segment: &SegmentCells) -> Range<i32> {
-        match (&self.tokenizer, &row.completion_ids) {
-            (Some(tokenizer), Some(ids)) => {
+        match (&self.inside_of, &row.completion_ids) {
+            (Some((tokenizer, tags)), Some(ids)) => {
                 let range = segment.start as usize..segment.end as usize;
                 let memory = mempo_text::Segment { kind: mempo_text::SegmentKind::Memory, range };
-                let inside = mempo_text::between_tags(tokenizer, ids, &memory);
+                let inside = mempo_text::between_tags(tokenizer, tags, ids, &memory);
                 inside.start as i32..inside.end as i32
             }
             _ => segment.start..segment.end,

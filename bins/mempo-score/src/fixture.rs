@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Parser;
-use mempo_agent::{ContextPolicy, Mempo, row_segments};
+use mempo_agent::{ContextPolicy, Mempo, Past, row_segments};
 use mempo_data::{Objective, Row, SegmentKind, Status, Step, StopReason, Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model, ScoreOptions, ScoredSequence};
 use mempo_run::{Failure, Input, Stage, StageArgs};
@@ -250,17 +250,19 @@ fn make_steps(builder: &PromptBuilder, task: &Task, trajectory_index: i32) -> Ve
         let completion_ids = builder.completion_ids_from_text(&text);
         let parsed = parse_completion(builder.tokenizer(), &completion_ids, builder.profile());
         let last = step_index == 2;
+        let past = Past { question: &task.question, steps: &steps, builder };
+        let prompt_ids = builder.prompt(&task.question, &Mempo::default().carried(&past)).unwrap();
         steps.push(Step {
             task_id: task.task_id.clone(),
             trajectory_index,
             step_index,
-            prompt_ids: builder.prompt(&task.question, &Mempo.carried(&steps)).unwrap(),
+            prompt_ids,
             segments: row_segments(&parsed),
             completion: parsed.text,
             sampling_logprobs: vec![0.0; completion_ids.len()],
             completion_ids,
             observation: (!last).then(|| "found".to_owned()),
-            observation_ids: (!last).then(|| builder.observation_ids("found")),
+            observation_ids: (!last).then(|| builder.observation_ids("found", None)),
             stop_reason: StopReason::StopString,
         });
     }

@@ -7,10 +7,10 @@ use std::ops::Range;
 
 use anyhow::{anyhow, ensure};
 use clap::{Args, ValueEnum};
-use mempo_agent::{ContextPolicy, React};
+use mempo_agent::{ContextPolicy, Past, React};
 use mempo_data::{Key, Segment, SegmentKind, Step, StopReason, Task};
 use mempo_run::ResultExt;
-use mempo_text::PromptBuilder;
+use mempo_text::{Carried, PromptBuilder};
 use serde::Serialize;
 
 use crate::rollouts::Attempt;
@@ -109,6 +109,10 @@ pub(crate) struct ProbeOptions {
     /// Which gold answer of an objective is scored, where it has several
     #[arg(long, value_enum, default_value = "first")]
     pub(crate) alias: Alias,
+    /// Most tokens of a memory, as the rollout's steps saw it.
+    #[arg(skip)]
+    #[serde(skip)]
+    pub(crate) max_memory_tokens: Option<usize>,
 }
 
 /// Which of an objective's answers is scored, by its place; the first where nothing is said.
@@ -188,7 +192,7 @@ impl<'a> Layout<'a> {
             return Err(anyhow!("task {}: an objective has no answer to score: compose the tasks again", task.task_id))
                 .bad_input();
         }
-        let question_prompt = builder.prompt(&task.question, &[]).bad_input()?;
+        let question_prompt = builder.prompt(&task.question, &Carried::default()).bad_input()?;
         Ok((Self { builder, options, task, question_prompt, answer: answer.ids }, answer.spans))
     }
 
@@ -204,22 +208,31 @@ impl<'a> Layout<'a> {
         let step = &steps[index];
         let Some(memory) = memory_segment(step)? else { return Ok(None) };
         let bias = self.bias_context(steps, index)?;
+        let (context, is_capped) = self.memory_context(step, memory);
+        let is_cut = step.stop_reason == StopReason::MaxTokens && memory.end as usize == step.completion_ids.len();
         Ok(Some(MemoryProbes {
             key: key(step),
-            memory: self.probe(self.memory_context(step, memory)),
+            memory: self.probe(context),
             bias: bias.map(|context| self.probe(context)),
-            truncated: step.stop_reason == StopReason::MaxTokens && memory.end as usize == step.completion_ids.len(),
+            truncated: is_capped || is_cut,
         }))
     }
 
-    fn memory_context(&self, step: &Step, memory: Segment) -> Vec<i32> {
+    /// A memory as the next step saw it, after what the options say; and whether it was capped.
+    fn memory_context(&self, step: &Step, memory: Segment) -> (Vec<i32>, bool) {
         let range = memory.start as usize..memory.end as usize;
         let before = match self.options.probe {
             ProbeKind::Memory => self.question_prompt.clone(),
             ProbeKind::InPlace => [&step.prompt_ids, &step.completion_ids[..range.start]].concat(),
         };
         let segment = mempo_text::Segment { kind: mempo_text::SegmentKind::Memory, range };
-        [before, self.builder.memory_ids(&step.completion_ids, &segment)].concat()
+        let most = self.options.max_memory_tokens;
+        let capped = most.and_then(|most| self.builder.cap_memory(&step.completion_ids, &segment, most));
+        let memory = match &capped {
+            Some((ids, segment)) => self.builder.memory_ids(ids, segment),
+            None => self.builder.memory_ids(&step.completion_ids, &segment),
+        };
+        ([before, memory].concat(), capped.is_some())
     }
 
     fn bias_context(&self, steps: &[Step], index: usize) -> anyhow::Result<Option<Vec<i32>>> {
@@ -228,12 +241,15 @@ impl<'a> Layout<'a> {
             Bias::None | Bias::Reference => None,
             Bias::Null => Some(self.question_prompt.clone()),
             Bias::Context => Some(step.prompt_ids.clone()),
-            Bias::Prefix => Some(self.builder.prompt(&self.task.question, &React.carried(earlier)).bad_input()?),
+            Bias::Prefix => {
+                let past = Past { question: &self.task.question, steps: earlier, builder: self.builder };
+                Some(self.builder.prompt(past.question, &React.carried(&past)).bad_input()?)
+            }
             Bias::PreviousMemory => {
                 let memory =
                     earlier.last().map(|step| Ok::<_, anyhow::Error>((step, memory_segment(step)?))).transpose()?;
                 Some(match memory {
-                    Some((step, Some(memory))) => self.memory_context(step, memory),
+                    Some((step, Some(memory))) => self.memory_context(step, memory).0,
                     _ => self.question_prompt.clone(),
                 })
             }

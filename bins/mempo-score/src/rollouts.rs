@@ -16,6 +16,9 @@ pub(crate) const TASKS_PER_UNIT: usize = 16;
 pub(crate) struct Settings {
     pub(crate) profile: String,
     pub(crate) context: String,
+    /// Most tokens of a memory that the next step saw.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) max_memory_tokens: Option<usize>,
     pub(crate) temperature: f64,
     pub(crate) top_p: f64,
     pub(crate) group_size: u64,
@@ -53,9 +56,14 @@ impl Rollouts {
         if self.settings.temperature > 0.0 { self.settings.temperature } else { 1.0 }
     }
 
+    /// How the agent talked.
+    pub(crate) fn profile(&self) -> anyhow::Result<Profile> {
+        Profile::load(&self.settings.profile).bad_input()
+    }
+
     /// The builder of the prompts that were sampled from, with the tokenizer and chat template of `model`.
     pub(crate) fn prompt_builder(&self, model: &Path) -> anyhow::Result<PromptBuilder> {
-        let profile = Profile::load(&self.settings.profile).bad_input()?;
+        let profile = self.profile()?;
         PromptBuilder::load(model, profile, &[ToolSpec::search()]).bad_input()
     }
 

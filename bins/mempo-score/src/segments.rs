@@ -69,7 +69,7 @@ pub(crate) fn run(arguments: &SegmentsArguments) -> anyhow::Result<()> {
     let range = stage.shard_range(task_count.div_ceil(TASKS_PER_UNIT));
     let mut task_rows = Cursor::new(read_rows::<Task>(&task_files).bad_input()?);
     let mut reader = rollouts.reader()?;
-    let judge = Judge::load(arguments)?;
+    let judge = Judge::load(arguments, &rollouts)?;
     let progress = stage.progress("segments", (range.len() * TASKS_PER_UNIT).min(task_count) as u64, "tasks");
     for unit in 0..range.end {
         stage.check_interrupt()?;
@@ -97,12 +97,14 @@ fn task_of(rows: &mut Cursor<Task>, group: &[Attempt], tasks: &Input) -> anyhow:
 struct Judge<'a> {
     model: Model,
     arguments: &'a SegmentsArguments,
+    options: ProbeOptions,
 }
 
 impl<'a> Judge<'a> {
-    fn load(arguments: &'a SegmentsArguments) -> anyhow::Result<Self> {
+    fn load(arguments: &'a SegmentsArguments, rollouts: &Rollouts) -> anyhow::Result<Self> {
         let runtime = arguments.device.resolve().usage()?;
-        Ok(Self { model: Model::load(&arguments.model, &runtime).bad_input()?, arguments })
+        let options = ProbeOptions { max_memory_tokens: rollouts.settings.max_memory_tokens, ..arguments.probe };
+        Ok(Self { model: Model::load(&arguments.model, &runtime).bad_input()?, arguments, options })
     }
 
     fn score_unit(
@@ -112,7 +114,7 @@ impl<'a> Judge<'a> {
         builder: &PromptBuilder,
         pairs: &[(Task, Vec<Attempt>)],
     ) -> anyhow::Result<()> {
-        let options = self.arguments.probe;
+        let options = self.options;
         let (chosen, mut sums) = self.choose_aliases(builder, pairs)?;
         let probes = pairs.par_iter().zip(&chosen);
         let probes = probes.map(|((task, group), chosen)| task_probes(builder, options, task, group, chosen));
@@ -137,10 +139,11 @@ impl<'a> Judge<'a> {
         pairs: &[(Task, Vec<Attempt>)],
     ) -> anyhow::Result<(Vec<Chosen>, Sums)> {
         let mut sums = Sums::default();
-        if self.arguments.probe.alias == Alias::First {
+        let options = self.options;
+        if options.alias == Alias::First {
             return Ok((vec![Chosen::new(); pairs.len()], sums));
         }
-        let probes = pairs.par_iter().map(|(task, _)| alias_probes(builder, self.arguments.probe, task));
+        let probes = pairs.par_iter().map(|(task, _)| alias_probes(builder, options, task));
         let probes = probes.collect::<anyhow::Result<Vec<Vec<AliasProbe>>>>()?;
         let answers = self.ask(probes.iter().flatten().map(|tried| &tried.probe))?;
         answers.count_tokens(&mut sums);
@@ -201,9 +204,10 @@ fn finish(stage: Stage, units: Range<usize>, explain: bool) -> anyhow::Result<()
 
 #[cfg(test)]
 mod tests {
-    use mempo_agent::{ContextPolicy, React};
+    use mempo_agent::{ContextPolicy, Past, React};
     use mempo_data::{Context, Score, SegmentKind, Step};
     use mempo_run::Failure;
+    use mempo_text::Carried;
 
     use super::mean;
     use crate::fixture::{Chain, TASKS, failure};
@@ -235,10 +239,15 @@ mod tests {
             let task = chain.tasks.iter().find(|task| task.task_id == row.task_id).unwrap();
             let answer = builder.answer_ids(&[&task.objectives[0].answers[0], &task.objectives[1].answers[0]]);
             let opening = builder.answer_opening_ids();
-            let memory =
-                [builder.prompt(&task.question, &[]).unwrap(), memory_ids(&chain, step), opening.clone()].concat();
+            let memory = [
+                builder.prompt(&task.question, &Carried::default()).unwrap(),
+                memory_ids(&chain, step),
+                opening.clone(),
+            ]
+            .concat();
             let earlier = &chain.steps[place - row.step_index as usize..place];
-            let prefix = [builder.prompt(&task.question, &React.carried(earlier)).unwrap(), opening].concat();
+            let past = Past { question: &task.question, steps: earlier, builder: &builder };
+            let prefix = [builder.prompt(past.question, &React.carried(&past)).unwrap(), opening].concat();
             assert_eq!((&contexts[2 * place].context_ids, &contexts[2 * place + 1].context_ids), (&memory, &prefix));
             assert_eq!(contexts[2 * place].answer_ids, answer.ids);
 
@@ -316,7 +325,8 @@ mod tests {
         let mut places = std::collections::BTreeSet::new();
         for context in contexts.iter().filter(|context| context.trajectory_index == 0 && context.step_index == 0) {
             let task = chain.tasks.iter().find(|task| task.task_id == context.task_id).unwrap();
-            let prompt = [builder.prompt(&task.question, &[]).unwrap(), builder.answer_opening_ids()].concat();
+            let prompt =
+                [builder.prompt(&task.question, &Carried::default()).unwrap(), builder.answer_opening_ids()].concat();
             let tried = task.objectives[1].answers.iter().map(|alias| {
                 let answer = builder.answer_ids(&[&task.objectives[0].answers[0], alias]);
                 let logprobs = Chain::logprobs(&model, &prompt, &answer.ids);

@@ -8,6 +8,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
+use mempo_agent::ContextOptions;
 use mempo_data::{Task, read_rows, write_rows};
 use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage};
 use rayon::prelude::*;
@@ -46,9 +47,9 @@ pub(crate) struct BuildArguments {
     #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     tokenizer: PathBuf,
-    /// What a step sees: `mempo` the last step, `react` the whole history
-    #[arg(long, default_value = "mempo")]
-    context: String,
+    #[command(flatten)]
+    #[serde(flatten)]
+    context: ContextOptions,
     /// How the agent talks: a built-in name or a folder [default: as --context]
     #[arg(long, value_name = "NAME|DIR")]
     #[serde(serialize_with = "profile_name")]
@@ -89,7 +90,7 @@ pub(crate) fn run(arguments: &BuildArguments) -> anyhow::Result<()> {
     inputs.extend(profile_input(arguments)?);
     let all_inputs: Vec<&Input> = inputs.iter().chain(&tasks).collect();
     // Before the directory is begun: a misspelt name must not be what a later start has to match.
-    let profile = arguments.profile.as_deref().unwrap_or(&arguments.context);
+    let profile = arguments.profile.as_deref().unwrap_or(arguments.context.profile());
     let mut encoder = Encoder::load(&arguments.tokenizer, profile, &arguments.context)?;
     let Some(stage) = Stage::open("mempo-sft", "build", &arguments.stage.stage(), arguments, &all_inputs)? else {
         return Ok(());

@@ -10,10 +10,12 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::anyhow;
-use mempo_agent::{ContextPolicy, context_policy, format_problem, outcome, row_segments};
+use mempo_agent::{ContextOptions, ContextPolicy, Past, context_policy, format_problem, outcome, row_segments};
 use mempo_data::{Objective, Segment, SegmentKind, SftExample, Status, Step, StopReason, Trajectory};
 use mempo_run::ResultExt;
-use mempo_text::{ChatTemplate, ParsedCompletion, Profile, PromptBuilder, Tokenizer, ToolSpec, parse_completion};
+use mempo_text::{
+    Carried, ChatTemplate, ParsedCompletion, Profile, PromptBuilder, Tokenizer, ToolSpec, parse_completion,
+};
 
 use crate::counts::{Counts, count};
 use crate::record::{Demonstration, Form, Record, Turn, parse_record};
@@ -41,7 +43,7 @@ pub(crate) struct TaskFacts {
 pub(crate) struct Encoder {
     steps: PromptBuilder,
     pairs: PromptBuilder,
-    context: Box<dyn ContextPolicy + Send + Sync>,
+    context: Box<dyn ContextPolicy>,
     end_of_turn: i32,
     /// Tasks by name, where they were given.
     pub(crate) tasks: HashMap<String, TaskFacts>,
@@ -75,11 +77,11 @@ struct Labels {
 
 impl Encoder {
     /// Loads tokenizer and template from `dir`; `profile` is a name or a folder.
-    pub(crate) fn load(dir: &Path, profile: &str, context: &str) -> anyhow::Result<Self> {
+    pub(crate) fn load(dir: &Path, profile: &str, context: &ContextOptions) -> anyhow::Result<Self> {
         let context = context_policy(context).usage()?;
         if context.answers_at_once() {
             let name = context.name();
-            return Err(anyhow!("--context {name} is for evaluation; choose `mempo` or `react`")).usage();
+            return Err(anyhow!("--context {name} is for evaluation: there is nothing to learn from it")).usage();
         }
         let tokenizer = Arc::new(Tokenizer::load(dir).bad_input()?);
         let profile = Profile::load(profile).usage()?;
@@ -145,8 +147,9 @@ impl Encoder {
                 count(&mut encoded.counts.dropped, "loss_mask 0 (steps)", 1);
                 continue;
             }
-            let carried = self.context.carried(&steps[..index]);
-            let prompt_ids = self.steps.prompt(&demonstration.question, &carried).map_err(|error| error.to_string())?;
+            let past = Past { question: &demonstration.question, steps: &steps[..index], builder: &self.steps };
+            let prompt_ids =
+                self.steps.prompt(past.question, &self.context.carried(&past)).map_err(|error| error.to_string())?;
             let parsed = self.parse(&step.completion_ids);
             let faulty = format_problem(self.steps.profile().memory, index, &parsed).is_some();
             let completion = Completion { ids: &step.completion_ids, segments: &row_segments(&parsed), faulty };
@@ -158,6 +161,7 @@ impl Encoder {
     /// A turn as the step the agent would have recorded.
     fn recorded_step(&self, turn: &Turn) -> Step {
         let completion_ids = self.steps.completion_ids_from_text(&turn.completion);
+        let segments = row_segments(&self.parse(&completion_ids));
         Step {
             task_id: String::new(),
             trajectory_index: 0,
@@ -165,26 +169,28 @@ impl Encoder {
             prompt_ids: Vec::new(),
             completion_ids,
             sampling_logprobs: Vec::new(),
-            segments: Vec::new(),
+            segments,
             completion: turn.completion.clone(),
             observation: turn.observation.clone(),
-            observation_ids: turn.observation.as_deref().map(|text| self.steps.observation_ids(text)),
+            observation_ids: turn.observation.as_deref().map(|text| self.steps.observation_ids(text, None)),
             stop_reason: StopReason::Eos,
         }
     }
 
     /// Refuses trajectories that the `mempo` context would make forget everything.
     fn check_memory(&self, steps: &[Step]) -> Result<(), String> {
-        if self.context.name() != "mempo" {
+        if !self.context.needs_memory() {
             return Ok(());
         }
         for (index, step) in steps.iter().enumerate().skip(1) {
             let found = self.parse(&step.completion_ids).memory_count;
             if found != 1 {
                 return Err(format!(
-                    "step {index} (from 0) of {} has {found} <mem> segments, expected 1: --context mempo carries nothing \
+                    "step {index} (from 0) of {} has {found} <{}> segments, expected 1: --context {} carries nothing \
                      older than the last step; use --context react for trajectories without memory",
-                    steps.len()
+                    steps.len(),
+                    self.steps.profile().tags.memory,
+                    self.context.name()
                 ));
             }
         }
@@ -202,7 +208,7 @@ impl Encoder {
         if completion.is_empty() {
             return Err("an empty completion: the row has no targets".to_owned());
         }
-        let prompt_ids = self.pairs.prompt(prompt, &[]).map_err(|error| error.to_string())?;
+        let prompt_ids = self.pairs.prompt(prompt, &Carried::default()).map_err(|error| error.to_string())?;
         let completion_ids = self.pairs.completion_ids_from_text(completion);
         if let Some(targets) = self.push_completion(labels, 0, prompt_ids, &completion_ids, encoded) {
             count(&mut encoded.counts.targets, "completion", targets);

@@ -13,7 +13,7 @@ use mempo_data::{
     Objective, Row, Segment, SegmentKind, SftExample, Status, Step, StopReason, Task, Trajectory, read_rows, write_rows,
 };
 use mempo_run::{Stage, StageArgs};
-use mempo_text::{CarriedStep, ChatTemplate, Profile, PromptBuilder, Tokenizer, ToolSpec};
+use mempo_text::{Carried, CarriedStep, ChatTemplate, Profile, PromptBuilder, Tokenizer, ToolSpec};
 use serde_json::{Value, json};
 
 const COMPLETIONS: [&str; 3] = [
@@ -101,24 +101,24 @@ fn steps_are_the_prompts_of_the_rollout_function_under_both_contexts() {
     let dir = tempfile::tempdir().unwrap();
     let rows = format!("{}\n{}\n", chat_row(false), chat_row(true));
     let input = write(&dir.path().join("chat.jsonl"), &rows);
-    for context in ["mempo", "react"] {
+    for context in ["mempo", "react", "none"] {
         let out = dir.path().join(context);
         build(&out, &[&input], &["--context", context, "--profile", "mempo"]).unwrap();
         let builder = builder("mempo");
         let completions: Vec<Vec<i32>> =
             COMPLETIONS.iter().map(|text| builder.completion_ids_from_text(text)).collect();
-        let observations: Vec<Vec<i32>> = RESULTS.iter().map(|text| builder.observation_ids(text)).collect();
+        let observations: Vec<Vec<i32>> = RESULTS.iter().map(|text| builder.observation_ids(text, None)).collect();
         let found = examples(&out);
         assert_eq!(found.len(), 6);
         for (row, example) in found.iter().enumerate() {
             let step = row % 3;
-            let first = if context == "react" { 0 } else { step.saturating_sub(1) };
-            let carried: Vec<CarriedStep> = (first..step)
-                .map(|step| CarriedStep {
-                    completion_ids: &completions[step],
-                    observation_ids: Some(&observations[step]),
-                })
-                .collect();
+            let first = match context {
+                "react" => 0,
+                "mempo" => step.saturating_sub(1),
+                _ => step,
+            };
+            let carried = (first..step).map(|step| CarriedStep::new(&completions[step], Some(&observations[step])));
+            let carried = carried.collect::<Vec<_>>().into();
             let (prompt, completion) = targets(example);
             assert_eq!(prompt, builder.prompt("Capital?", &carried).unwrap(), "{context} {row}");
             assert_eq!(completion[..completion.len() - 1], completions[step]);
@@ -252,14 +252,8 @@ fn write_rollout(out: &Path, trajectory_index: i32, reward: Option<f32>, status:
     let builder = builder("mempo");
     let mut steps: Vec<Step> = Vec::new();
     for (index, text) in COMPLETIONS.iter().enumerate() {
-        let carried: Vec<CarriedStep> = steps
-            .last()
-            .map(|step| CarriedStep {
-                completion_ids: &step.completion_ids,
-                observation_ids: step.observation_ids.as_deref(),
-            })
-            .into_iter()
-            .collect();
+        let last = steps.last().map(|step| CarriedStep::new(&step.completion_ids, step.observation_ids.as_deref()));
+        let carried = last.into_iter().collect::<Vec<_>>().into();
         let prompt_ids = builder.prompt("Capital?", &carried).unwrap();
         let completion_ids = builder.completion_ids_from_text(text);
         steps.push(Step {
@@ -272,7 +266,7 @@ fn write_rollout(out: &Path, trajectory_index: i32, reward: Option<f32>, status:
             segments: Vec::new(),
             completion: (*text).into(),
             observation: RESULTS.get(index).map(ToString::to_string),
-            observation_ids: RESULTS.get(index).map(|text| builder.observation_ids(text)),
+            observation_ids: RESULTS.get(index).map(|text| builder.observation_ids(text, None)),
             stop_reason: StopReason::StopString,
         });
     }
@@ -316,7 +310,7 @@ fn a_closed_book_rollout_is_counted_as_it_was_sampled() {
         task_id: "task-1".into(),
         trajectory_index: 0,
         step_index: 0,
-        prompt_ids: [builder.prompt("Capital?", &[]).unwrap(), builder.answer_opening_ids()].concat(),
+        prompt_ids: [builder.prompt("Capital?", &Carried::default()).unwrap(), builder.answer_opening_ids()].concat(),
         sampling_logprobs: vec![-0.5; completion_ids.len()],
         completion_ids,
         segments: vec![Segment { kind: SegmentKind::Answer, start: 0, end: count }],

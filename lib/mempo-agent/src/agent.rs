@@ -7,14 +7,14 @@ use mempo_text::PromptBuilder;
 use rayon::prelude::*;
 
 use crate::attempt::Attempt;
-use crate::{ContextPolicy, Engine, Error, Generation, LimitOptions, Request, Toolbox};
+use crate::{ContextPolicy, Engine, Error, Generation, LimitOptions, Past, Request, Toolbox};
 
 /// How trajectories are made.
 pub struct Agent<'a> {
     /// Lays out every prompt.
     pub builder: &'a PromptBuilder,
     /// What a step sees of the steps before it.
-    pub context: &'a (dyn ContextPolicy + Send + Sync),
+    pub context: &'a dyn ContextPolicy,
     /// The tools.
     pub toolbox: &'a Toolbox,
     /// Where a trajectory ends at the latest.
@@ -93,8 +93,9 @@ impl Agent<'_> {
     }
 
     fn request(&self, place: usize, attempt: &mut Attempt<'_>) -> Result<Option<Request>, Error> {
-        let carried = self.context.carried(&attempt.steps);
-        let prompt = self.builder.prompt(&attempt.task.question, &carried);
+        let question = &attempt.task.question;
+        let carried = self.context.carried(&Past { question, steps: &attempt.steps, builder: self.builder });
+        let prompt = self.builder.prompt(question, &carried);
         let mut prompt = prompt.map_err(|source| Error::Prompt { task_id: attempt.task.task_id.clone(), source })?;
         prompt.extend(self.opening());
         let (length, most) = (prompt.len(), self.limits.max_prompt_tokens);
@@ -130,4 +131,4 @@ impl Agent<'_> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

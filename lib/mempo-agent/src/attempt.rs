@@ -104,6 +104,9 @@ impl<'t> Attempt<'t> {
     }
 
     fn call(&mut self, agent: &Agent<'_>, call: &ToolCall, step: &mut Step) {
+        if let Some(most) = agent.limits.max_tool_calls.filter(|most| self.tool_calls as usize >= *most) {
+            return observe(agent, format!("Error: all {most} tool calls are made; answer now."), step);
+        }
         self.tool_calls += 1;
         match agent.toolbox.call(call) {
             Ok(results) => observe(agent, results, step),
@@ -150,7 +153,8 @@ impl<'t> Attempt<'t> {
 fn observe(agent: &Agent<'_>, results: String, step: &mut Step) {
     let tokenizer = agent.builder.tokenizer();
     let results = observation::cut(tokenizer, results, agent.limits.max_observation_tokens);
-    let ids = agent.builder.observation_ids(&results);
+    let steps_left = agent.max_steps().saturating_sub(step.step_index as usize + 1);
+    let ids = agent.builder.observation_ids(&results, Some(steps_left));
     step.observation = Some(tokenizer.decode(&ids));
     step.observation_ids = Some(ids);
 }

@@ -1,16 +1,51 @@
-//! Context policies: what a step sees of the steps before it.
+//! Context policies: what a step sees of the steps before it. One file each; [`context_policy`] finds one by its name.
 
-use mempo_data::Step;
-use mempo_text::CarriedStep;
+mod a_mem;
+mod closed_book;
+mod mem1;
+mod mempo;
+mod none;
+mod options;
+mod rag_memory;
+mod react;
+mod relevance;
 
-use crate::Error;
+use std::borrow::Cow;
 
-/// Chooses what the next prompt holds beside the question.
-pub trait ContextPolicy {
+use mempo_data::{SegmentKind, Step};
+use mempo_text::{Carried, CarriedStep, PromptBuilder, Segment};
+
+pub use self::a_mem::AMem;
+pub use self::closed_book::ClosedBook;
+pub use self::mem1::Mem1;
+pub use self::mempo::{Carry, Mempo};
+pub use self::none::NoPast;
+pub use self::options::{ContextOptions, context_policy};
+pub use self::rag_memory::RagMemory;
+pub use self::react::React;
+
+/// What a policy chooses from.
+#[derive(Clone, Copy)]
+pub struct Past<'a> {
+    /// The task's question.
+    pub question: &'a str,
+    /// The trajectory's steps so far, oldest first.
+    pub steps: &'a [Step],
+    /// Builds the prompt.
+    pub builder: &'a PromptBuilder,
+}
+
+/// Chooses what the next prompt holds beside the question: a function of the question and the steps alone, so that
+/// training data, rollouts and scores agree on it.
+pub trait ContextPolicy: Send + Sync {
     /// Its name on the command line and in the manifest.
     fn name(&self) -> &str;
-    /// The steps carried into the next prompt, oldest first.
-    fn carried<'a>(&self, steps: &'a [Step]) -> Vec<CarriedStep<'a>>;
+    /// What is carried into the next prompt.
+    fn carried<'a>(&self, past: &Past<'a>) -> Carried<'a>;
+    /// Whether what is older than the last step is reachable through its memory alone.
+    fn needs_memory(&self) -> bool {
+        false
+    }
     /// Whether the prompt ends with `<answer>`, so that the first step, which is the only one, answers from what the
     /// policy knows.
     fn answers_at_once(&self) -> bool {
@@ -18,62 +53,20 @@ pub trait ContextPolicy {
     }
 }
 
-/// The last step only: everything older is reachable through its memory alone (MemPO, arXiv 2603.00680).
-#[derive(Debug, Clone, Copy)]
-pub struct Mempo;
-
-/// Every step: the history grows without bound (ReAct, arXiv 2210.03629).
-#[derive(Debug, Clone, Copy)]
-pub struct React;
-
-/// The question alone, and the answer at once: what the policy knows without a tool.
-#[derive(Debug, Clone, Copy)]
-pub struct ClosedBook;
-
-impl ContextPolicy for Mempo {
-    fn name(&self) -> &'static str {
-        "mempo"
-    }
-
-    fn carried<'a>(&self, steps: &'a [Step]) -> Vec<CarriedStep<'a>> {
-        steps.last().map(carry).into_iter().collect()
-    }
+/// A step as it was.
+fn whole(step: &Step) -> CarriedStep<'_> {
+    CarriedStep::new(&step.completion_ids, step.observation_ids.as_deref())
 }
 
-impl ContextPolicy for React {
-    fn name(&self) -> &'static str {
-        "react"
-    }
-
-    fn carried<'a>(&self, steps: &'a [Step]) -> Vec<CarriedStep<'a>> {
-        steps.iter().map(carry).collect()
-    }
+fn results(step: &Step) -> Option<Cow<'_, [i32]>> {
+    step.observation_ids.as_deref().map(Cow::Borrowed)
 }
 
-impl ContextPolicy for ClosedBook {
-    fn name(&self) -> &'static str {
-        "closed-book"
-    }
-
-    fn carried<'a>(&self, _: &'a [Step]) -> Vec<CarriedStep<'a>> {
-        Vec::new()
-    }
-
-    fn answers_at_once(&self) -> bool {
-        true
-    }
+/// The memory that counts: the first of a step.
+pub(crate) fn memory(step: &Step) -> Option<Segment> {
+    let found = step.segments.iter().find(|segment| segment.kind == SegmentKind::Memory)?;
+    Some(Segment { kind: mempo_text::SegmentKind::Memory, range: found.start as usize..found.end as usize })
 }
 
-fn carry(step: &Step) -> CarriedStep<'_> {
-    CarriedStep { completion_ids: &step.completion_ids, observation_ids: step.observation_ids.as_deref() }
-}
-
-/// The context policy of that name: `mempo`, `react` or `closed-book`.
-pub fn context_policy(name: &str) -> Result<Box<dyn ContextPolicy + Send + Sync>, Error> {
-    match name {
-        "mempo" => Ok(Box::new(Mempo)),
-        "react" => Ok(Box::new(React)),
-        "closed-book" => Ok(Box::new(ClosedBook)),
-        _ => Err(Error::UnknownContext(name.to_owned())),
-    }
-}
+#[cfg(test)]
+mod tests;

@@ -19,7 +19,9 @@ mod toolbox;
 use std::path::PathBuf;
 
 pub use agent::{Agent, Start, Unit};
-pub use context::{ClosedBook, ContextPolicy, Mempo, React, context_policy};
+pub use context::{
+    AMem, Carry, ClosedBook, ContextOptions, ContextPolicy, Mem1, Mempo, NoPast, Past, RagMemory, React, context_policy,
+};
 pub use engine::{Engine, Generation, Next, Request};
 pub use options::{LimitOptions, SamplingOptions};
 pub use outcome::{Outcome, format_problem, outcome, row_segments};
@@ -30,8 +32,19 @@ pub use toolbox::{ToolFailure, Toolbox};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A name that no context policy bears.
-    #[error("unknown context policy `{0}`: choose `mempo`, `react` or `closed-book`")]
-    UnknownContext(String),
+    #[error("unknown context policy `{name}`: choose one of `{known}`")]
+    UnknownContext {
+        /// What was given.
+        name: String,
+        /// Names that there are.
+        known: String,
+    },
+    /// Options that belong to another context policy.
+    #[error(
+        "--context {0} has no such option: --carry, --carry-steps and --max-memory-tokens belong to mempo, \
+         --retrieved-steps to rag-memory and a-mem"
+    )]
+    ContextOption(String),
     /// A file of the search index can't be written or read.
     #[error("search index {}", path.display())]
     IndexFile {

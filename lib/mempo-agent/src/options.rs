@@ -29,6 +29,10 @@ pub struct LimitOptions {
     /// Longest observation, in tokens; a longer one is cut and marked
     #[arg(long, default_value_t = 1024, value_parser = at_least_one)]
     pub max_observation_tokens: usize,
+    /// Most tool calls of a trajectory; more are not made, and the policy is told
+    #[arg(long, value_name = "N", value_parser = at_least_one)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_tool_calls: Option<usize>,
     /// Documents a search returns
     #[arg(long, default_value_t = 3, value_parser = at_least_one)]
     pub top_k: usize,
@@ -51,7 +55,7 @@ fn number(text: &str) -> Result<f64, String> {
     }
 }
 
-fn at_least_one(text: &str) -> Result<usize, String> {
+pub(crate) fn at_least_one(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("must be at least 1".to_owned()),
         Ok(number) => Ok(number),

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use mempo_model::{Config, ScoredSequence};
-use mempo_text::{CarriedStep, Profile, PromptBuilder, Tokenizer, ToolSpec};
+use mempo_text::{Carried, CarriedStep, Profile, PromptBuilder, Tokenizer, ToolSpec};
 
 use crate::DoctorArguments;
 use crate::report::Report;
@@ -58,13 +58,13 @@ fn examine_tokenizer(tokenizer: &Tokenizer, config: Option<&Config>, report: &mu
 
 /// The prompt of a first step. Says how a second one would be laid out.
 fn examine_template(builder: &PromptBuilder, report: &mut Report) -> Option<Vec<i32>> {
-    let prompt = report.value("template", builder.prompt(QUESTION, &[]))?;
+    let prompt = report.value("template", builder.prompt(QUESTION, &Carried::default()))?;
     let call = r#"{"name": "search", "arguments": {"query": "France"}}"#;
     let text = format!("<mem>France</mem><think>search</think><tool_call>\n{call}\n</tool_call>");
     let mut completion_ids = builder.completion_ids_from_text(&text);
-    let observation_ids = builder.observation_ids("France: its capital is Paris.");
-    let carried = CarriedStep { completion_ids: &completion_ids, observation_ids: Some(&observation_ids) };
-    let second = report.value("template", builder.prompt(QUESTION, &[carried]))?;
+    let observation_ids = builder.observation_ids("France: its capital is Paris.", None);
+    let carried = CarriedStep::new(&completion_ids, Some(&observation_ids));
+    let second = report.value("template", builder.prompt(QUESTION, &vec![carried].into()))?;
     report.good("template", &format!("a first prompt is {} tokens, a second {}", prompt.len(), second.len()));
 
     completion_ids.extend(builder.end_of_turn_id());

@@ -16,6 +16,43 @@ pub enum MemoryRule {
     Absent,
 }
 
+/// Which tags stand for what, where they are not the same with every agent.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Tags {
+    /// The memory: `mem`; or `think`, where an agent remembers in its thoughts and has no others (MEM1, arXiv 2506.15841).
+    pub memory: String,
+    /// A tool call: `tool_call` with JSON inside; or `search` with a query inside (Search-R1, arXiv 2503.09516).
+    pub tool_call: String,
+}
+
+impl Default for Tags {
+    fn default() -> Self {
+        Self { memory: "mem".to_owned(), tool_call: "tool_call".to_owned() }
+    }
+}
+
+/// Where carried steps stand in a prompt.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Turns {
+    /// Each completion is a turn of the assistant, each reply one of the user.
+    #[default]
+    Separate,
+    /// One turn of the assistant goes on and on: completions and replies follow the generation prompt as they are.
+    Continued,
+}
+
+/// What a reply says of the steps that are left, in the place of `{hint}`; nothing when the last step is over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Hint {
+    /// Before the last step.
+    pub last: String,
+    /// Earlier; `{n}` becomes their number.
+    pub several: String,
+}
+
 /// How an agent talks. Placeholders are words in braces; what fills them is never looked at for placeholders again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -32,19 +69,51 @@ pub struct Profile {
     pub stop: Vec<String>,
     /// Whether the agent keeps a memory.
     pub memory: MemoryRule,
-    /// What the environment replies; holds `{results}` once.
+    /// Which tags stand for what.
+    #[serde(default)]
+    pub tags: Tags,
+    /// Where carried steps stand.
+    #[serde(default)]
+    pub turns: Turns,
+    /// What follows the question where a context policy has notes of earlier steps; holds `{notes}` once.
+    #[serde(default = "default_notes")]
+    pub notes: String,
+    /// What the environment replies; holds `{results}` once, and may hold `{hint}` before it.
     pub observation: String,
+    /// What stands for `{hint}`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hint: Option<Hint>,
     /// One search result, with `{i}` (from 1), `{title}` and `{text}`.
     pub document: String,
 }
 
-const BUILT_IN: [(&str, &str, &str); 2] = [
-    ("mempo", include_str!("../profiles/mempo/profile.json"), include_str!("../profiles/mempo/system.txt")),
-    ("react", include_str!("../profiles/react/profile.json"), include_str!("../profiles/react/system.txt")),
+/// Name, profile.json and system.txt of a folder beside this crate's sources.
+macro_rules! built_in {
+    ($name:literal) => {
+        (
+            $name,
+            include_str!(concat!("../profiles/", $name, "/profile.json")),
+            include_str!(concat!("../profiles/", $name, "/system.txt")),
+        )
+    };
+}
+
+const BUILT_IN: [(&str, &str, &str); 7] = [
+    built_in!("mempo"),
+    built_in!("react"),
+    built_in!("mem1"),
+    built_in!("search-r1"),
+    built_in!("rag-memory"),
+    built_in!("a-mem"),
+    built_in!("none"),
 ];
 
+fn default_notes() -> String {
+    "\n\n{notes}".to_owned()
+}
+
 impl Profile {
-    /// A built-in profile by name (`mempo`, `react`), or the one in a folder.
+    /// A built-in profile by name (`mempo`, `react`, …), or the one in a folder.
     pub fn load(name_or_dir: &str) -> Result<Self, Error> {
         if let Some((name, json, system)) = BUILT_IN.iter().find(|(name, ..)| *name == name_or_dir) {
             return Self::parse(name, json, system);
@@ -65,21 +134,37 @@ impl Profile {
         fill(&self.document, &[("i", &number.to_string()), ("title", title), ("text", text)])
     }
 
-    /// What stands before and after the results in an observation.
-    pub(crate) fn around_results(&self) -> (&str, &str) {
-        self.observation.split_once("{results}").unwrap_or((&self.observation, ""))
+    /// What stands before and after the results in an observation, with as many steps left (where that is known).
+    pub(crate) fn around_results(&self, steps_left: Option<usize>) -> (String, &str) {
+        let (before, after) = self.observation.split_once("{results}").unwrap_or((&self.observation, ""));
+        let hint = match (&self.hint, steps_left) {
+            (None, _) | (_, None | Some(0)) => String::new(),
+            (Some(hint), Some(1)) => hint.last.clone(),
+            (Some(hint), Some(several)) => fill(&hint.several, &[("n", &several.to_string())]),
+        };
+        (fill(before, &[("hint", &hint)]), after)
     }
 
     fn parse(name: &str, json: &str, system: &str) -> Result<Self, Error> {
         let error = |message: String| Error::Profile { name: name.to_owned(), message };
         let mut profile: Self = serde_json::from_str(json).map_err(|cause| error(format!("profile.json: {cause}")))?;
         system.trim_end().clone_into(&mut profile.system);
-        for (field, text, placeholder) in
-            [("user", &profile.user, "{question}"), ("observation", &profile.observation, "{results}")]
-        {
+        for (field, text, placeholder) in [
+            ("user", &profile.user, "{question}"),
+            ("observation", &profile.observation, "{results}"),
+            ("notes", &profile.notes, "{notes}"),
+        ] {
             let count = text.matches(placeholder).count();
             if count != 1 {
                 return Err(error(format!("`{field}` holds {placeholder} {count} times, expected once")));
+            }
+        }
+        for (field, tag, known) in [
+            ("memory", &profile.tags.memory, ["mem", "think"]),
+            ("tool_call", &profile.tags.tool_call, ["tool_call", "search"]),
+        ] {
+            if !known.contains(&tag.as_str()) {
+                return Err(error(format!("`tags.{field}` is `{tag}`, expected `{}`", known.join("` or `"))));
             }
         }
         if profile.stop.iter().any(String::is_empty) {
@@ -120,10 +205,27 @@ mod tests {
         for (name, ..) in BUILT_IN {
             let profile = Profile::load(name).unwrap();
             assert_eq!(profile.name, name);
-            assert!(profile.system.contains("{tools}") && profile.system.contains("<tool_call>"), "{name}");
-            assert_eq!(profile.system.contains("<mem>"), profile.memory == MemoryRule::Required, "{name}");
-            assert_eq!(profile.stop, ["</tool_call>", "</answer>"]);
+            let (memory, call) = (format!("<{}>", profile.tags.memory), format!("<{}>", profile.tags.tool_call));
+            let told = format!("{}{}", profile.system, profile.user);
+            assert!(told.contains(&call) && told.contains("<answer>"), "{name}");
+            assert_eq!(profile.system.contains("{tools}"), profile.tags.tool_call == "tool_call", "{name}");
+            let remembers = profile.memory == MemoryRule::Required;
+            assert_eq!(told.contains(&memory), remembers, "{name}");
+            assert_eq!(profile.stop, [call.replace('<', "</"), "</answer>".to_owned()], "{name}");
         }
+    }
+
+    #[test]
+    fn hints_tell_how_many_steps_are_left() {
+        let profile = Profile::load("mem1").unwrap();
+        let before = |steps_left| profile.around_results(steps_left).0;
+        assert!(before(Some(3)).contains('3') && !before(Some(1)).contains("{n}"));
+        assert_eq!(before(None), before(Some(0)));
+        assert_ne!(before(Some(1)), before(Some(0)));
+        assert_eq!(
+            Profile::load("mempo").unwrap().around_results(Some(3)),
+            ("<information>".to_owned(), "</information>")
+        );
     }
 
     #[test]
@@ -146,6 +248,8 @@ mod tests {
         assert!(Profile::load(name).unwrap_err().to_string().contains("{question} 0 times"));
         write(&json.replace("\"user\"", "\"usr\""));
         assert!(Profile::load(name).unwrap_err().to_string().contains("usr"));
+        write(&json.replace("\"memory\":", "\"tags\": {\"memory\": \"answer\"}, \"memory\":"));
+        assert!(Profile::load(name).unwrap_err().to_string().contains("`tags.memory` is `answer`, expected `mem` or"));
         assert!(Profile::load("nothing").unwrap_err().to_string().contains("mempo, react"));
     }
 }

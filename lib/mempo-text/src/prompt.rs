@@ -4,28 +4,54 @@
 //! wrote around the slots is encoded as trusted text; into the slots go ids: the question encoded as outside text,
 //! completions and observations exactly as they were.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::Error;
-use crate::profile::Profile;
-use crate::segment::{Located, Segment, bytes_of, cut_at_tags, ids_touching};
+use crate::profile::{Profile, Turns};
+use crate::segment::{Located, Segment, between_tags, bytes_of, cut_at_tags, ids_touching};
 use crate::template::{ChatTemplate, Message};
 use crate::tokenizer::Tokenizer;
 use crate::tool::ToolSpec;
+
+/// Ends a text that was cut to length.
+pub const CUT_MARK: &str = " ... [cut]";
 
 /// Slots are letters and digits, so that trimming and splitting in a template leave them alone.
 const SLOT: &str = "MEMPOSLOT";
 
 /// A step that is shown again in a later prompt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CarriedStep<'a> {
-    /// What the policy wrote.
-    pub completion_ids: &'a [i32],
+    /// What the policy wrote, or what is left of it.
+    pub completion_ids: Cow<'a, [i32]>,
     /// What the environment replied.
-    pub observation_ids: Option<&'a [i32]>,
+    pub observation_ids: Option<Cow<'a, [i32]>>,
+}
+
+impl<'a> CarriedStep<'a> {
+    /// A step as it was.
+    pub fn new(completion_ids: &'a [i32], observation_ids: Option<&'a [i32]>) -> Self {
+        Self { completion_ids: Cow::Borrowed(completion_ids), observation_ids: observation_ids.map(Cow::Borrowed) }
+    }
+}
+
+/// What a prompt holds beside the question.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Carried<'a> {
+    /// Notes of earlier steps, shown with the question as text from outside: results are quoted in them.
+    pub notes: Option<String>,
+    /// Earlier steps, oldest first.
+    pub steps: Vec<CarriedStep<'a>>,
+}
+
+impl<'a> From<Vec<CarriedStep<'a>>> for Carried<'a> {
+    fn from(steps: Vec<CarriedStep<'a>>) -> Self {
+        Self { notes: None, steps }
+    }
 }
 
 /// The gold answers as the policy would write them.
@@ -44,8 +70,17 @@ pub struct PromptBuilder {
     profile: Profile,
     system: String,
     end_of_turn_id: Option<i32>,
-    /// Ids of what the template writes, by which carried steps have a reply.
-    fixed_ids: Mutex<HashMap<Vec<bool>, FixedIds>>,
+    /// Ids of what the template writes.
+    fixed_ids: Mutex<HashMap<Slots, FixedIds>>,
+}
+
+/// The slots of a prompt after the question's.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+struct Slots {
+    /// Whether there are notes.
+    notes: bool,
+    /// For each carried step that has turns of its own, whether it has a reply.
+    replies: Vec<bool>,
 }
 
 /// What the template writes around the slots of a prompt.
@@ -68,42 +103,48 @@ impl PromptBuilder {
         let system = profile.system.replace("{tools}", &schemas.join("\n"));
         let fixed_ids = Mutex::default();
         let mut builder = Self { tokenizer, template, profile, system, end_of_turn_id: None, fixed_ids };
-        let opening = builder.fixed_pieces(&[])?.concat();
+        let opening = builder.fixed_pieces(&Slots { notes: false, replies: Vec::new() })?.concat();
         if !opening.contains(builder.system.trim()) {
             let message = "it leaves out or changes the system message, which holds the agent's rules: use another \
                            template, or a profile with an empty system.txt";
             return Err(builder.template.error(message.to_owned()));
         }
-        let pieces = builder.fixed_pieces(&[true, true])?;
+        let pieces = builder.fixed_pieces(&Slots { notes: false, replies: vec![true, true] })?;
         let after_completion = builder.tokenizer.encode_trusted(&pieces[2]);
         builder.end_of_turn_id = after_completion.first().copied().filter(|id| builder.tokenizer.is_control(*id));
         Ok(builder)
     }
 
-    /// The prompt of a step: system and question, the steps carried over from before, the opening of the next turn.
+    /// The prompt of a step: system and question, what is carried over from before, the opening of the next turn.
     ///
     /// An end-of-turn id at the end of a carried completion is left to the template, which closes the turn itself.
-    pub fn prompt(&self, question: &str, carried: &[CarriedStep<'_>]) -> Result<Vec<i32>, Error> {
-        let replies: Vec<bool> = carried.iter().map(|step| step.observation_ids.is_some()).collect();
-        let pieces = self.fixed_ids(replies)?;
+    pub fn prompt(&self, question: &str, carried: &Carried<'_>) -> Result<Vec<i32>, Error> {
+        let has_turns = self.profile.turns == Turns::Separate;
+        let replies = carried.steps.iter().filter(|_| has_turns).map(|step| step.observation_ids.is_some()).collect();
+        let pieces = self.fixed_ids(Slots { notes: carried.notes.is_some(), replies })?;
         let question_ids = self.tokenizer.encode_untrusted(question);
-        let mut slots: Vec<&[i32]> = vec![&question_ids];
-        for step in carried {
-            slots.push(self.without_end_of_turn(step.completion_ids));
-            slots.extend(step.observation_ids);
-        }
-        let mut ids = pieces[0].clone();
-        for (slot, piece) in slots.into_iter().zip(&pieces[1..]) {
+        let notes_ids = carried.notes.as_ref().map(|notes| self.tokenizer.encode_untrusted(notes));
+        let steps = carried.steps.iter().flat_map(|step| {
+            let completion = self.without_end_of_turn(&step.completion_ids);
+            std::iter::once(completion).chain(step.observation_ids.as_deref())
+        });
+        let mut slots: Vec<&[i32]> = std::iter::once(&question_ids).chain(&notes_ids).map(Vec::as_slice).collect();
+        slots.extend(steps);
+        let mut pieces = pieces.iter();
+        let mut ids = pieces.next().cloned().unwrap_or_default();
+        for slot in slots {
             ids.extend_from_slice(slot);
-            ids.extend_from_slice(piece);
+            // Steps without turns of their own follow one another as they are.
+            ids.extend(pieces.next().into_iter().flatten());
         }
         Ok(ids)
     }
 
-    /// The environment's reply as ids: the profile's own words around the results, which are outside text.
-    pub fn observation_ids(&self, results: &str) -> Vec<i32> {
-        let (before, after) = self.profile.around_results();
-        let mut ids = self.tokenizer.encode_trusted(before);
+    /// The environment's reply as ids: the profile's own words around the results, which are outside text. With how many
+    /// steps are left, where that is known: some profiles tell.
+    pub fn observation_ids(&self, results: &str, steps_left: Option<usize>) -> Vec<i32> {
+        let (before, after) = self.profile.around_results(steps_left);
+        let mut ids = self.tokenizer.encode_trusted(&before);
         ids.extend(self.tokenizer.encode_untrusted(results));
         ids.extend(self.tokenizer.encode_trusted(after));
         ids
@@ -138,7 +179,7 @@ impl PromptBuilder {
     /// The ids of exactly `<mem>…</mem>`: where the first or last id of the segment reaches beyond the tags (`><`),
     /// the part of it that belongs to the memory is encoded instead.
     pub fn memory_ids(&self, completion_ids: &[i32], segment: &Segment) -> Vec<i32> {
-        let found = Located::new(&self.tokenizer, completion_ids, segment);
+        let found = Located::new(&self.tokenizer, &self.profile.tags, completion_ids, segment);
         let Range { start, end } = found.outside;
         let touching = ids_touching(&found.ends, &found.outside);
         let mut ids = Vec::with_capacity(touching.len() + 2);
@@ -154,10 +195,34 @@ impl PromptBuilder {
         ids
     }
 
+    /// A completion whose memory has at most so many tokens between its tags, a mark included, and where it is then; nothing if
+    /// it has no more as it is. The mark is whole, even where there is room for nothing else.
+    pub fn cap_memory(&self, completion_ids: &[i32], memory: &Segment, most: usize) -> Option<(Vec<i32>, Segment)> {
+        let inside = between_tags(&self.tokenizer, &self.profile.tags, completion_ids, memory);
+        if inside.len() <= most {
+            return None;
+        }
+        let mark = self.tokenizer.encode_plain(CUT_MARK);
+        let mut end = inside.start + most.saturating_sub(mark.len());
+        // A character whose bytes are spread over several tokens is kept whole or not at all.
+        while end > inside.start && self.tokenizer.decode(&completion_ids[inside.start..end]).ends_with('\u{fffd}') {
+            end -= 1;
+        }
+        let located = Located::new(&self.tokenizer, &self.profile.tags, completion_ids, memory);
+        let shared = String::from_utf8_lossy(&located.bytes[located.outside.end..]).into_owned();
+        let mut ids = completion_ids[..end].to_vec();
+        ids.extend(mark);
+        ids.extend(self.tokenizer.encode_plain(&format!("</{}>", self.profile.tags.memory)));
+        let range = memory.range.start..ids.len();
+        ids.extend(self.tokenizer.encode_plain(&shared));
+        ids.extend(&completion_ids[memory.range.end..]);
+        Some((ids, Segment { kind: memory.kind, range }))
+    }
+
     /// Target ids of a demonstrated completion. Tags are encoded apart from what stands around them, so that the same
     /// ids follow `<answer>` or `</mem>` whatever comes next.
     pub fn completion_ids_from_text(&self, text: &str) -> Vec<i32> {
-        cut_at_tags(text).into_iter().flat_map(|piece| self.tokenizer.encode_plain(piece)).collect()
+        cut_at_tags(text, &self.profile.tags).into_iter().flat_map(|piece| self.tokenizer.encode_plain(piece)).collect()
     }
 
     /// The id with which the template closes the assistant's turn, if it is a control token. It ends a turn even if
@@ -177,20 +242,20 @@ impl PromptBuilder {
     }
 
     /// [`Self::fixed_pieces`] as ids; there are few kinds of prompts, and each is rendered once.
-    fn fixed_ids(&self, replies: Vec<bool>) -> Result<FixedIds, Error> {
+    fn fixed_ids(&self, slots: Slots) -> Result<FixedIds, Error> {
         let known = || self.fixed_ids.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(ids) = known().get(&replies) {
+        if let Some(ids) = known().get(&slots) {
             return Ok(Arc::clone(ids));
         }
-        let pieces = self.fixed_pieces(&replies)?;
+        let pieces = self.fixed_pieces(&slots)?;
         let ids: FixedIds = pieces.iter().map(|piece| self.tokenizer.encode_trusted(piece)).collect();
-        known().insert(replies, Arc::clone(&ids));
+        known().insert(slots, Arc::clone(&ids));
         Ok(ids)
     }
 
-    /// What the template writes around the question, each carried completion and each reply; `replies` says for each
-    /// carried step whether it has one. One piece more than slots.
-    fn fixed_pieces(&self, replies: &[bool]) -> Result<Vec<String>, Error> {
+    /// What the template writes around the question, the notes, each carried completion and each reply. One piece more than
+    /// slots.
+    fn fixed_pieces(&self, Slots { notes, replies }: &Slots) -> Result<Vec<String>, Error> {
         let mut slots = Vec::new();
         let mut slot = || {
             let name = format!("{SLOT}{}X", slots.len());
@@ -201,7 +266,11 @@ impl PromptBuilder {
         if !self.system.is_empty() {
             messages.push(Message::new("system", self.system.as_str()));
         }
-        messages.push(Message::new("user", self.profile.user.replace("{question}", &slot())));
+        let mut asked = self.profile.user.replace("{question}", &slot());
+        if *notes {
+            asked.push_str(&self.profile.notes.replace("{notes}", &slot()));
+        }
+        messages.push(Message::new("user", asked));
         for reply in replies {
             messages.push(Message::new("assistant", slot()));
             if *reply {

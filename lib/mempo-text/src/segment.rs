@@ -8,18 +8,18 @@ use std::sync::LazyLock;
 
 use regex::bytes::Regex;
 
-use crate::profile::{MemoryRule, Profile};
+use crate::profile::{MemoryRule, Profile, Tags};
 use crate::tokenizer::Tokenizer;
 use crate::tool::ToolCall;
 
 /// Kinds of segment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum SegmentKind {
-    /// `<mem>`: what is carried instead of history.
+    /// `<mem>`, or as the profile says: what is carried instead of history.
     Memory,
     /// `<think>`: reasoning.
     Think,
-    /// `<tool_call>`: a JSON call.
+    /// `<tool_call>`, or as the profile says: a JSON call, or the query of a search.
     ToolCall,
     /// `<answer>`: the final answer.
     Answer,
@@ -27,17 +27,19 @@ pub enum SegmentKind {
 
 impl SegmentKind {
     /// The name inside the tag.
-    pub fn tag(self) -> &'static str {
+    pub fn tag(self, tags: &Tags) -> &str {
         match self {
-            Self::Memory => "mem",
+            Self::Memory => &tags.memory,
             Self::Think => "think",
-            Self::ToolCall => "tool_call",
+            Self::ToolCall => &tags.tool_call,
             Self::Answer => "answer",
         }
     }
 
-    fn from_tag(tag: &[u8]) -> Option<Self> {
-        [Self::Memory, Self::Think, Self::ToolCall, Self::Answer].into_iter().find(|kind| kind.tag().as_bytes() == tag)
+    /// Of a name that two kinds have, the memory.
+    fn from_tag(tag: &[u8], tags: &Tags) -> Option<Self> {
+        let kinds = [Self::Memory, Self::Think, Self::ToolCall, Self::Answer];
+        kinds.into_iter().find(|kind| kind.tag(tags).as_bytes() == tag)
     }
 
     /// Place in a step; a segment must come before all segments of a higher place, and once.
@@ -93,14 +95,14 @@ struct Span {
 }
 
 static TAG: LazyLock<Regex> = LazyLock::new(|| {
-    Regex::new(r"<(/?)(mem|think|tool_call|answer|information)>").expect("a constant pattern compiles")
+    Regex::new(r"<(/?)(mem|think|tool_call|search|answer|information)>").expect("a constant pattern compiles")
 });
 
 /// Finds the segments of a completion and what they say. Total: any ids give a result.
 pub fn parse_completion(tokenizer: &Tokenizer, ids: &[i32], profile: &Profile) -> ParsedCompletion {
     let (bytes, ends) = bytes_of(tokenizer, ids);
     let mut problems = Vec::new();
-    let spans = spans(&tags(&bytes), &mut problems);
+    let spans = spans(&tags(&bytes, &profile.tags), &profile.tags, &mut problems);
     check_order(&spans, profile, &mut problems);
 
     let action = spans.iter().find(|span| span.kind.place() == SegmentKind::Answer.place());
@@ -150,8 +152,8 @@ pub(crate) fn bytes_of(tokenizer: &Tokenizer, ids: &[i32]) -> (Vec<u8>, Vec<usiz
 }
 
 /// The ids of a segment that lie wholly between its tags; empty if there are none. An unclosed segment reaches to its end.
-pub fn between_tags(tokenizer: &Tokenizer, completion_ids: &[i32], segment: &Segment) -> Range<usize> {
-    let found = Located::new(tokenizer, completion_ids, segment);
+pub fn between_tags(tokenizer: &Tokenizer, tags: &Tags, completion_ids: &[i32], segment: &Segment) -> Range<usize> {
+    let found = Located::new(tokenizer, tags, completion_ids, segment);
     let whole = |index: &usize| {
         let token = found.token(*index);
         token.start >= found.inside.start && token.end <= found.inside.end
@@ -180,12 +182,13 @@ pub(crate) struct Located<'a> {
 }
 
 impl<'a> Located<'a> {
-    pub(crate) fn new(tokenizer: &Tokenizer, completion_ids: &'a [i32], segment: &Segment) -> Self {
+    pub(crate) fn new(tokenizer: &Tokenizer, tags: &Tags, completion_ids: &'a [i32], segment: &Segment) -> Self {
         // A `<` that an earlier segment's token took with it is looked for one token back.
         let first = segment.range.start.saturating_sub(1).min(completion_ids.len());
         let ids = &completion_ids[first..segment.range.end.clamp(first, completion_ids.len())];
         let (bytes, ends) = bytes_of(tokenizer, ids);
-        let (opening, closing) = (format!("<{}>", segment.kind.tag()), format!("</{}>", segment.kind.tag()));
+        let name = segment.kind.tag(tags);
+        let (opening, closing) = (format!("<{name}>"), format!("</{name}>"));
         let find = |from: usize, tag: &str| {
             let at = bytes[from..].windows(tag.len()).position(|part| part == tag.as_bytes())?;
             Some(from + at..from + at + tag.len())
@@ -210,25 +213,26 @@ pub(crate) fn ids_touching(ends: &[usize], bytes: &Range<usize>) -> Range<usize>
 }
 
 /// Cuts text at the tags of segments: tags and what stands between them, in order, nothing lost or empty.
-pub(crate) fn cut_at_tags(text: &str) -> Vec<&str> {
+pub(crate) fn cut_at_tags<'t>(text: &'t str, names: &Tags) -> Vec<&'t str> {
     let mut cuts = vec![0];
-    cuts.extend(tags(text.as_bytes()).iter().flat_map(|tag| [tag.range.start, tag.range.end]));
+    cuts.extend(tags(text.as_bytes(), names).iter().flat_map(|tag| [tag.range.start, tag.range.end]));
     cuts.push(text.len());
     cuts.windows(2).map(|cut| &text[cut[0]..cut[1]]).filter(|piece| !piece.is_empty()).collect()
 }
 
-fn tags(bytes: &[u8]) -> Vec<Tag> {
-    let tag = |found: regex::bytes::Captures| Tag {
-        kind: SegmentKind::from_tag(&found[2]),
-        closing: !found[1].is_empty(),
-        range: found.get_match().range(),
+fn tags(bytes: &[u8], names: &Tags) -> Vec<Tag> {
+    let tag = |found: regex::bytes::Captures| {
+        let kind = SegmentKind::from_tag(&found[2], names);
+        // What means something to other agents only is text.
+        let counts = kind.is_some() || &found[2] == b"information";
+        counts.then(|| Tag { kind, closing: !found[1].is_empty(), range: found.get_match().range() })
     };
-    TAG.captures_iter(bytes).map(tag).collect()
+    TAG.captures_iter(bytes).filter_map(tag).collect()
 }
 
 /// Pairs opening with closing tags. What stands inside a pair is its text, tags or not; an opening tag that is never
 /// closed is passed over.
-fn spans(tags: &[Tag], problems: &mut Vec<String>) -> Vec<Span> {
+fn spans(tags: &[Tag], names: &Tags, problems: &mut Vec<String>) -> Vec<Span> {
     let mut spans = Vec::new();
     let mut index = 0;
     while let Some(tag) = tags.get(index) {
@@ -237,7 +241,7 @@ fn spans(tags: &[Tag], problems: &mut Vec<String>) -> Vec<Span> {
             problems.push("<information> is for the environment to write".to_owned());
             continue;
         };
-        let name = kind.tag();
+        let name = kind.tag(names);
         if tag.closing {
             problems.push(format!("</{name}> without <{name}>"));
             continue;
@@ -262,14 +266,14 @@ fn spans(tags: &[Tag], problems: &mut Vec<String>) -> Vec<Span> {
 
 fn check_order(spans: &[Span], profile: &Profile, problems: &mut Vec<String>) {
     for (index, span) in spans.iter().enumerate() {
-        let name = span.kind.tag();
+        let name = span.kind.tag(&profile.tags);
         for earlier in &spans[..index] {
             if earlier.kind == span.kind {
                 problems.push(format!("more than one <{name}>"));
                 break;
             }
             if earlier.kind.place() >= span.kind.place() {
-                problems.push(format!("<{name}> after <{}>", earlier.kind.tag()));
+                problems.push(format!("<{name}> after <{}>", earlier.kind.tag(&profile.tags)));
                 break;
             }
         }

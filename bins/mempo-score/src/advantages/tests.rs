@@ -199,7 +199,7 @@ fn rows_that_are_missing_are_named() {
     let arguments = arguments();
     let task = |rows: &[JoinedRow]| {
         let (sums, explained) = (Sums::default(), Explained::default());
-        Estimation { arguments: &arguments, tokenizer: None, sums, explained }.task(rows)
+        Estimation { arguments: &arguments, inside_of: None, sums, explained }.task(rows)
     };
     let missing = |rows: &[JoinedRow]| failure(&task(rows).unwrap_err()).1;
     assert!(missing(&[row(0, Some(0), false)]).contains("t/trajectory 0/step 0: `scores` has no row"));

@@ -6,13 +6,13 @@ use mempo_text::{ChatTemplate, NewTokenizer, Profile, Tokenizer, ToolSpec, train
 
 use super::*;
 use crate::toolbox::tests::scripted;
-use crate::{ClosedBook, Mempo, Next, React};
+use crate::{Carry, ClosedBook, Mempo, Next, React};
 
 const SEARCH: &str =
     r#"<mem>none yet</mem><think>look</think><tool_call>{"name": "search", "arguments": {"query": "red"}}</tool_call>"#;
 const RIGHT: &str = "<mem>it is red</mem><answer>red; blue</answer>";
 
-fn builder(profile: &str) -> PromptBuilder {
+pub(crate) fn builder(profile: &str) -> PromptBuilder {
     let directory = tempfile::tempdir().unwrap();
     let texts = [SEARCH, RIGHT, "What colour is it? Doc 1(Title: red) It is red. Error: <information></information>"];
     train_tokenizer(texts.map(str::to_owned).into_iter(), &NewTokenizer::of_size(400), directory.path()).unwrap();
@@ -36,8 +36,14 @@ fn task(task_id: &str) -> Task {
     }
 }
 
-const LIMITS: LimitOptions =
-    LimitOptions { max_steps: 4, max_prompt_tokens: 100_000, max_observation_tokens: 1000, top_k: 1 };
+const MEMPO: Mempo = Mempo { carry: Carry::Step, steps: 1, max_memory_tokens: None };
+const LIMITS: LimitOptions = LimitOptions {
+    max_steps: 4,
+    max_prompt_tokens: 100_000,
+    max_observation_tokens: 1000,
+    max_tool_calls: None,
+    top_k: 1,
+};
 
 /// Completes all open requests together, round by round: says what `script` says for (round, row of the round, seed), one
 /// id a byte wherever `bytewise`.
@@ -90,7 +96,7 @@ struct Setting<'a> {
 
 impl<'a> Setting<'a> {
     fn new(builder: &'a PromptBuilder) -> Self {
-        Self { builder, context: &Mempo, limits: LIMITS, group_size: 1, document: red }
+        Self { builder, context: &MEMPO, limits: LIMITS, group_size: 1, document: red }
     }
 
     fn run(&self, engine: &mut dyn Engine, tasks: &[Task]) -> Unit {
@@ -349,6 +355,6 @@ fn long_observations_are_cut_between_tokens_and_marked() {
     let text = steps[0].observation.as_ref().unwrap();
     assert!(text.starts_with("<information>Doc 1(Title: t) Überl"), "{text}");
     assert!(text.ends_with(" ... [cut]</information>") && !text.contains('\u{fffd}'), "{text}");
-    let tags = builder.observation_ids("").len();
+    let tags = builder.observation_ids("", None).len();
     assert!(steps[0].observation_ids.as_ref().unwrap().len() <= 41 + tags);
 }

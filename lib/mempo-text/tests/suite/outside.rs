@@ -1,7 +1,7 @@
 //! Text from outside at every place where it enters, on every tokenizer: it never becomes a control token, and decodes to
 //! itself.
 
-use mempo_text::{CarriedStep, PromptBuilder, neutralise, parse_completion};
+use mempo_text::{Carried, CarriedStep, PromptBuilder, neutralise, parse_completion};
 use proptest::prelude::*;
 use tokenizers::{NormalizedString, Normalizer};
 
@@ -50,8 +50,8 @@ fn check(fixture: &Fixture, builder: &PromptBuilder, text: &str) -> Result<(), T
     prop_assert!(parsed.segments.is_empty(), "{decoded:?}");
     prop_assert_eq!(parsed.problems, ["neither a tool call nor an answer"]);
 
-    let carried = |observation| [CarriedStep { completion_ids: &[], observation_ids: Some(observation) }];
-    let (harmless, observation) = (builder.observation_ids("x"), builder.observation_ids(text));
+    let carried = |observation| Carried::from(vec![CarriedStep::new(&[], Some(observation))]);
+    let (harmless, observation) = (builder.observation_ids("x", None), builder.observation_ids(text, None));
     prop_assert_eq!(fixture.tokenizer.decode(&observation).matches("information>").count(), 2);
     let turns = control(&builder.prompt("x", &carried(&harmless)).unwrap());
     for (question, observation) in [(text, &harmless), ("x", &observation)] {

@@ -4,7 +4,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use mempo_text::{
-    CarriedStep, ChatTemplate, Message, Profile, PromptBuilder, Segment, SegmentKind, ToolSpec, parse_completion,
+    Carried, CarriedStep, ChatTemplate, Message, Profile, PromptBuilder, Segment, SegmentKind, ToolSpec,
+    parse_completion,
 };
 
 use crate::fixture::{Fixture, TINY, fixtures};
@@ -13,7 +14,7 @@ const QUESTION: &str = "What is the capital of land 7?; Of land 8?";
 const STEP: &str = "<mem>Land 7: Paris.</mem><think>Next.</think><tool_call>\n{\"query\": \"land 8\"}\n</tool_call>";
 
 fn carried<'a>(completion_ids: &'a [i32], observation_ids: &'a [i32]) -> CarriedStep<'a> {
-    CarriedStep { completion_ids, observation_ids: Some(observation_ids) }
+    CarriedStep::new(completion_ids, Some(observation_ids))
 }
 
 #[test]
@@ -22,8 +23,8 @@ fn a_prompt_is_the_template_s_text() {
         for name in ["mempo", "react"] {
             let builder = fixture.builder(name);
             let completion = builder.completion_ids_from_text(STEP);
-            let observation = builder.observation_ids("Doc 1(Title: Land 8) Rome.");
-            let steps = [carried(&completion, &observation); 2];
+            let observation = builder.observation_ids("Doc 1(Title: Land 8) Rome.", None);
+            let steps = vec![carried(&completion, &observation); 2];
             let system = Profile::load(name).unwrap().system.replace(
                 "{tools}",
                 "{\"type\": \"function\", \"function\": {\"name\": \"search\", \"description\": \"Searches a document \
@@ -33,11 +34,67 @@ fn a_prompt_is_the_template_s_text() {
             );
             let mut messages = vec![Message::new("system", system), Message::new("user", QUESTION)];
             for count in 0..=2 {
-                let ids = builder.prompt(QUESTION, &steps[..count]).unwrap();
+                let ids = builder.prompt(QUESTION, &steps[..count].to_vec().into()).unwrap();
                 let whole = ChatTemplate::load(&fixture.dir).unwrap().render(messages.clone(), true).unwrap();
                 assert_eq!(fixture.tokenizer.decode(&ids), whole, "{} {name} {count}", fixture.name);
                 messages.push(Message::new("assistant", STEP));
                 messages.push(Message::new("user", "<information>Doc 1(Title: Land 8) Rome.</information>"));
+            }
+        }
+    }
+}
+
+#[test]
+fn notes_follow_the_question() {
+    for fixture in fixtures() {
+        let builder = fixture.builder("a-mem");
+        let notes = Some("[1] capital: Paris </answer>".to_owned());
+        let ids = builder.prompt(QUESTION, &Carried { notes, steps: Vec::new() }).unwrap();
+        let asked = format!("{QUESTION}\n\nNotes of earlier steps:\n[1] capital: Paris ‹/answer›<|im_end|>");
+        assert!(fixture.tokenizer.decode(&ids).contains(&asked), "{}", fixture.name);
+    }
+}
+
+#[test]
+fn a_turn_that_goes_on_is_the_first_prompt_and_what_followed() {
+    for fixture in fixtures() {
+        for name in ["mem1", "search-r1"] {
+            let builder = fixture.builder(name);
+            let first = builder.prompt(QUESTION, &Carried::default()).unwrap();
+            let completion = builder.completion_ids_from_text("<think>x</think><search>land 8</search>");
+            let observation = builder.observation_ids("Rome.", Some(2));
+            let steps = vec![carried(&completion, &observation); 2];
+            let ids = builder.prompt(QUESTION, &steps.into()).unwrap();
+            assert_eq!(ids, [&first, &completion, &observation, &completion, &observation].map(Clone::clone).concat());
+            let hint = fixture.tokenizer.decode(&observation);
+            assert_eq!(hint.contains("[HINT]You have 2 turns left.[/HINT]"), name == "mem1", "{hint}");
+        }
+    }
+}
+
+#[test]
+fn a_capped_memory_leaves_the_rest_as_it_was() {
+    for fixture in fixtures() {
+        let (tokenizer, builder) = (&fixture.tokenizer, fixture.builder("mempo"));
+        let text = "<mem>Land 7: Paris, 東京東京東京 and much more of it.</mem><think>Next.</think>";
+        // As one text, so that tags share tokens with what stands beside them; and as demonstrations are encoded.
+        for ids in [tokenizer.encode_plain(text), builder.completion_ids_from_text(text)] {
+            let parsed = parse_completion(tokenizer, &ids, builder.profile());
+            let segment = &parsed.segments[0];
+            assert_eq!(builder.cap_memory(&ids, segment, 1000), None);
+            let mark = tokenizer.encode_plain(" ... [cut]").len();
+            for most in mark..mark + 16 {
+                let Some((cut, place)) = builder.cap_memory(&ids, segment, most) else { continue };
+                let found = tokenizer.decode(&cut);
+                let (memory, rest) = found.split_once("</mem>").unwrap();
+                assert_eq!(rest, "<think>Next.</think>", "{found}");
+                let kept = memory.strip_suffix(" ... [cut]").unwrap();
+                assert!(text.starts_with(kept) && !kept.contains('\u{fffd}'), "{found}");
+                let inside = tokenizer.encode_plain(memory.strip_prefix("<mem>").unwrap());
+                assert!(inside.len() <= most + 1, "{} tokens: {found}", inside.len());
+                let again = parse_completion(tokenizer, &cut, builder.profile());
+                assert_eq!(again.segments[0].range.start, place.range.start);
+                assert_eq!(tokenizer.decode(&builder.memory_ids(&cut, &place)), format!("{memory}</mem>"));
             }
         }
     }
@@ -50,8 +107,8 @@ fn ids_are_spliced_as_they_are() {
         // Letter by letter: not how the tokenizer would write it.
         let letters: Vec<i32> =
             STEP.chars().flat_map(|letter| builder.completion_ids_from_text(&letter.to_string())).collect();
-        let first = builder.prompt(QUESTION, &[]).unwrap();
-        let second = builder.prompt(QUESTION, &[carried(&letters, &[5, 6, 7])]).unwrap();
+        let first = builder.prompt(QUESTION, &Carried::default()).unwrap();
+        let second = builder.prompt(QUESTION, &vec![carried(&letters, &[5, 6, 7])].into()).unwrap();
         let so_far: Vec<i32> = [first.clone(), letters.clone()].concat();
         assert_eq!(second[..so_far.len()], so_far, "the history is prompt + completion");
         let end = fixture.id("<|im_end|>");
@@ -59,9 +116,9 @@ fn ids_are_spliced_as_they_are() {
         assert_eq!(builder.end_of_turn_id(), Some(end));
 
         let closed = [&letters[..], &[end]].concat();
-        assert_eq!(builder.prompt(QUESTION, &[carried(&closed, &[5, 6, 7])]).unwrap(), second);
-        let alone = CarriedStep { completion_ids: &letters, observation_ids: None };
-        let shorter = builder.prompt(QUESTION, &[alone]).unwrap();
+        assert_eq!(builder.prompt(QUESTION, &vec![carried(&closed, &[5, 6, 7])].into()).unwrap(), second);
+        let alone = CarriedStep::new(&letters, None);
+        let shorter = builder.prompt(QUESTION, &vec![alone].into()).unwrap();
         assert_eq!(shorter[..=so_far.len()], second[..=so_far.len()]);
         assert!(shorter.len() < second.len());
     }
@@ -98,7 +155,7 @@ fn templates_that_change_messages_are_refused() {
     let builder = with_template(trimming, profile()).unwrap();
     assert_eq!(builder.end_of_turn_id(), None);
     // The jinja file wins over the configuration, and the end of a turn is kept where the template writes none.
-    let ids = builder.prompt("q", &[carried(&[2], &[5])]).unwrap();
+    let ids = builder.prompt("q", &vec![carried(&[2], &[5])].into()).unwrap();
     assert_eq!(ids.iter().filter(|id| **id == 2).count(), 2);
     assert!(!ids.contains(&1));
 }
@@ -107,10 +164,10 @@ fn templates_that_change_messages_are_refused() {
 fn a_template_with_a_default_system_message_keeps_ours() {
     let source = include_str!("../golden/qwen2_5.jinja");
     let builder = with_template(source, Profile::load("mempo").unwrap()).unwrap();
-    let text = TINY.tokenizer.decode(&builder.prompt("q", &[]).unwrap());
+    let text = TINY.tokenizer.decode(&builder.prompt("q", &Carried::default()).unwrap());
     assert!(!text.contains("You are Qwen") && text.matches("<|im_start|>system").count() == 1);
     let empty = Profile { system: String::new(), ..Profile::load("mempo").unwrap() };
-    let text = TINY.tokenizer.decode(&with_template(source, empty).unwrap().prompt("q", &[]).unwrap());
+    let text = TINY.tokenizer.decode(&with_template(source, empty).unwrap().prompt("q", &Carried::default()).unwrap());
     assert!(text.contains("You are Qwen"), "{text}");
 }
 

@@ -1,6 +1,6 @@
 //! The segment grammar against a table of completions and, for any ids, against its promises.
 
-use mempo_text::{ParsedCompletion, Profile, SegmentKind, Tokenizer, parse_completion, parse_continuation};
+use mempo_text::{ParsedCompletion, Profile, SegmentKind, Tags, Tokenizer, parse_completion, parse_continuation};
 use proptest::prelude::*;
 
 use crate::fixture::{Fixture, TINY, fixtures};
@@ -11,8 +11,8 @@ fn parse(fixture: &Fixture, ids: &[i32]) -> ParsedCompletion {
     parse_completion(&fixture.tokenizer, ids, &Profile::load("mempo").unwrap())
 }
 
-fn kinds(parsed: &ParsedCompletion) -> Vec<&'static str> {
-    parsed.segments.iter().map(|segment| segment.kind.tag()).collect()
+fn kinds(parsed: &ParsedCompletion) -> Vec<String> {
+    parsed.segments.iter().map(|segment| segment.kind.tag(&Tags::default()).to_owned()).collect()
 }
 
 #[test]
@@ -114,6 +114,23 @@ fn the_first_action_counts() {
 }
 
 #[test]
+fn which_tags_count_is_the_profile_s_to_say() {
+    let text = "<think>so far</think><search>red fish</search>";
+    let ids = TINY.tokenizer.encode_plain(text);
+    let parse = |name: &str| parse_completion(&TINY.tokenizer, &ids, &Profile::load(name).unwrap());
+    let kinds = |name: &str| parse(name).segments.iter().map(|segment| segment.kind).collect::<Vec<_>>();
+    assert_eq!(kinds("mem1"), [SegmentKind::Memory, SegmentKind::ToolCall]);
+    assert_eq!(kinds("search-r1"), [SegmentKind::Think, SegmentKind::ToolCall]);
+    assert_eq!(kinds("mempo"), [SegmentKind::Think]);
+    for name in ["mem1", "search-r1"] {
+        let parsed = parse(name);
+        assert_eq!(parsed.tool_call.unwrap().unwrap().arguments["query"], "red fish");
+        assert_eq!((parsed.problems, parsed.memory_count), (Vec::<String>::new(), usize::from(name == "mem1")));
+    }
+    assert_eq!(parse("mempo").problems, ["neither a tool call nor an answer"]);
+}
+
+#[test]
 fn a_profile_without_memory_wants_none() {
     let ids = TINY.tokenizer.encode_plain("<mem>m</mem><answer>a</answer>");
     let parsed = parse_completion(&TINY.tokenizer, &ids, &Profile::load("react").unwrap());
@@ -178,7 +195,7 @@ fn check_promises(fixture: &Fixture, ids: &[i32]) -> Result<(), TestCaseError> {
         prop_assert!(end <= segment.range.start && segment.range.start < segment.range.end);
         end = segment.range.end;
         let text = fixture.tokenizer.decode(&ids[segment.range.clone()]);
-        let closing = format!("</{}>", segment.kind.tag());
+        let closing = format!("</{}>", segment.kind.tag(&Tags::default()));
         prop_assert!(text.contains(&closing), "{text:?}");
     }
     prop_assert!(end <= ids.len());
