@@ -98,7 +98,7 @@ impl GenerateEvents for Events<'_, '_> {
     }
 }
 
-fn request(Request { trajectory, prompt_ids, seed }: Request) -> GenerateRequest {
+fn request(Request { trajectory, prompt_ids, seed, .. }: Request) -> GenerateRequest {
     GenerateRequest { session: trajectory, prompt_ids, seed }
 }
 

@@ -6,6 +6,7 @@
 mod client;
 mod engine;
 mod protocol;
+mod teacher;
 
 use std::path::Path;
 use std::sync::Arc;
@@ -19,7 +20,10 @@ use serde_json::{Value, json};
 
 use self::client::{Client, Failure, address};
 use self::engine::ServerEngine;
-use self::protocol::{Asking, Kind};
+use self::protocol::{Asking, Kind, Protocol};
+#[cfg(test)]
+use self::teacher::TeacherInterface;
+pub(crate) use self::teacher::{Teacher, TeacherOptions};
 use crate::local_engine::SampledIds;
 
 /// Hexadecimal digits of a digest in a name.
@@ -107,12 +111,13 @@ impl Server {
     }
 
     /// The agent's engine, with at most so many requests under way.
-    pub(crate) fn engine(
+    pub(crate) fn engine<'a>(
         self,
+        builder: &'a PromptBuilder,
         concurrency: usize,
-        interrupted: &dyn Fn() -> bool,
-    ) -> std::io::Result<ServerEngine<'_>> {
-        ServerEngine::new(&self.client, self.asking, concurrency, interrupted)
+        interrupted: &'a dyn Fn() -> bool,
+    ) -> std::io::Result<ServerEngine<'a>> {
+        ServerEngine::new(&self.client, self.asking, builder, concurrency, interrupted)
     }
 
     /// For the manifest: who generated.
@@ -128,7 +133,7 @@ impl Server {
     /// most probable becomes more so as the temperature grows, unless they are of the model's raw numbers.
     fn check_answers(&self, builder: &PromptBuilder) -> Result<(), String> {
         let prompt_ids = builder.prompt("?", &Carried::default()).map_err(|error| error.to_string())?;
-        let request = Request { trajectory: 0, prompt_ids, seed: 1 };
+        let request = Request { trajectory: 0, prompt_ids, messages: Vec::new(), seed: 1 };
         let runner_up = |temperature: f64| {
             let sampling = SamplingOptions { temperature, top_p: 1.0, max_completion_tokens: 1 };
             let asking = Asking { sampling, ..self.asking.clone() };

@@ -53,10 +53,11 @@ impl Agent<'_> {
     /// that the engine can do no more.
     pub fn run(&self, engine: &mut dyn Engine, starts: Vec<Start<'_>>) -> Result<Unit, Error> {
         let mut attempts: Vec<Attempt<'_>> = starts.into_iter().map(Attempt::new).collect();
-        let first = self.requests(attempts.iter_mut().enumerate().collect())?;
+        let with_messages = engine.wants_messages();
+        let first = self.requests(attempts.iter_mut().enumerate().collect(), with_messages)?;
         let mut unbuilt = None;
         let result = engine.run(first, &mut |finished| {
-            let next = self.take_in(&mut attempts, finished);
+            let next = self.take_in(&mut attempts, finished, with_messages);
             next.unwrap_or_else(|error| {
                 unbuilt = Some(error);
                 Vec::new()
@@ -73,7 +74,12 @@ impl Agent<'_> {
     }
 
     /// Lets trajectories act on their completions, all at once, and gives the requests of those that go on.
-    fn take_in(&self, attempts: &mut [Attempt<'_>], finished: Vec<(usize, Generation)>) -> Result<Vec<Request>, Error> {
+    fn take_in(
+        &self,
+        attempts: &mut [Attempt<'_>],
+        finished: Vec<(usize, Generation)>,
+        with_messages: bool,
+    ) -> Result<Vec<Request>, Error> {
         let mut of: HashMap<usize, Generation> = finished.into_iter().collect();
         let concerned = attempts.iter_mut().enumerate();
         let concerned = concerned.filter_map(|(place, attempt)| Some((place, attempt, of.remove(&place)?)));
@@ -82,21 +88,23 @@ impl Agent<'_> {
             attempt.advance(self, generation);
             (place, attempt)
         });
-        self.requests(acted.collect())
+        self.requests(acted.collect(), with_messages)
     }
 
     /// The next request of every trajectory that goes on; one whose prompt is too long ends.
-    fn requests(&self, attempts: Vec<(usize, &mut Attempt<'_>)>) -> Result<Vec<Request>, Error> {
+    fn requests(&self, attempts: Vec<(usize, &mut Attempt<'_>)>, with_messages: bool) -> Result<Vec<Request>, Error> {
         let active = attempts.into_par_iter().filter(|(_, attempt)| attempt.is_active());
-        let requests = active.map(|(place, attempt)| self.request(place, attempt));
+        let requests = active.map(|(place, attempt)| self.request(place, attempt, with_messages));
         Ok(requests.collect::<Result<Vec<_>, Error>>()?.into_iter().flatten().collect())
     }
 
-    fn request(&self, place: usize, attempt: &mut Attempt<'_>) -> Result<Option<Request>, Error> {
+    fn request(&self, place: usize, attempt: &mut Attempt<'_>, with_messages: bool) -> Result<Option<Request>, Error> {
         let question = &attempt.task.question;
         let carried = self.context.carried(&Past { question, steps: &attempt.steps, builder: self.builder });
-        let prompt = self.builder.prompt(question, &carried);
-        let mut prompt = prompt.map_err(|source| Error::Prompt { task_id: attempt.task.task_id.clone(), source })?;
+        let unbuilt = |source| Error::Prompt { task_id: attempt.task.task_id.clone(), source };
+        let mut prompt = self.builder.prompt(question, &carried).map_err(unbuilt)?;
+        let messages = if with_messages { self.builder.messages(question, &carried) } else { Ok(Vec::new()) };
+        let messages = messages.map_err(unbuilt)?;
         prompt.extend(self.opening());
         let (length, most) = (prompt.len(), self.limits.max_prompt_tokens);
         if length > most {
@@ -106,7 +114,7 @@ impl Agent<'_> {
         let step_index = attempt.steps.len() as i32;
         let seed = (self.seed_of)(&attempt.task.task_id, attempt.trajectory_index, step_index);
         attempt.prompt_ids.clone_from(&prompt);
-        Ok(Some(Request { trajectory: place, prompt_ids: prompt, seed }))
+        Ok(Some(Request { trajectory: place, prompt_ids: prompt, messages, seed }))
     }
 
     /// What every completion begins with, put there instead of generated.

@@ -1,6 +1,7 @@
 //! What generates: token ids in, token ids with log-probabilities out.
 
 use mempo_data::StopReason;
+use mempo_text::Message;
 
 /// One completion asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -9,6 +10,8 @@ pub struct Request {
     pub trajectory: usize,
     /// Ids the model sees.
     pub prompt_ids: Vec<i32>,
+    /// The same as messages, if the engine wants them.
+    pub messages: Vec<Message>,
     /// Seed of this completion alone: the same request gives the same completion in any company.
     pub seed: u64,
 }
@@ -18,7 +21,7 @@ pub struct Request {
 pub struct Generation {
     /// Ids the model wrote, a stop string's or end-of-turn id included.
     pub ids: Vec<i32>,
-    /// Natural log-probability of each id at the sampling temperature.
+    /// Natural log-probability of each id at the sampling temperature; NaN where nobody knows it.
     pub logprobs: Vec<f32>,
     /// Why it ended; [`StopReason::Error`] where the engine failed for this request alone.
     pub stop_reason: StopReason,
@@ -33,4 +36,9 @@ pub trait Engine {
     /// Completes every request, and those that follow from them, until none is left. An `Err` says in words why the engine
     /// can do no more; what was completed in this run is lost then.
     fn run(&mut self, requests: Vec<Request>, next: &mut Next<'_>) -> Result<(), String>;
+
+    /// Whether requests are to hold their prompts as messages, too.
+    fn wants_messages(&self) -> bool {
+        false
+    }
 }

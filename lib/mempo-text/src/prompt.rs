@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::Error;
+use crate::neutralise::neutralise;
 use crate::profile::{Profile, Turns};
 use crate::segment::{Located, Segment, between_tags, bytes_of, cut_at_tags, ids_touching};
 use crate::template::{ChatTemplate, Message};
@@ -140,6 +141,27 @@ impl PromptBuilder {
         Ok(ids)
     }
 
+    /// The same prompt as messages, for a model behind a chat interface, which has a template of its own.
+    pub fn messages(&self, question: &str, carried: &Carried<'_>) -> Result<Vec<Message>, Error> {
+        if self.profile.turns == Turns::Continued && !carried.steps.is_empty() {
+            let message = "its steps go on in one turn, which a chat interface cannot continue".to_owned();
+            return Err(Error::Profile { name: self.profile.name.clone(), message });
+        }
+        let mut asked = self.profile.user.replace("{question}", &neutralise(question));
+        if let Some(notes) = &carried.notes {
+            asked.push_str(&self.profile.notes.replace("{notes}", &neutralise(notes)));
+        }
+        let system = (!self.system.is_empty()).then(|| Message::new("system", self.system.as_str()));
+        let mut messages: Vec<Message> = system.into_iter().chain([Message::new("user", asked)]).collect();
+        for step in &carried.steps {
+            let completion = self.without_end_of_turn(&step.completion_ids);
+            messages.push(Message::new("assistant", self.tokenizer.decode(completion)));
+            let reply = step.observation_ids.as_deref();
+            messages.extend(reply.map(|ids| Message::new("user", self.tokenizer.decode(ids))));
+        }
+        Ok(messages)
+    }
+
     /// The environment's reply as ids: the profile's own words around the results, which are outside text. With how many
     /// steps are left, where that is known: some profiles tell.
     pub fn observation_ids(&self, results: &str, steps_left: Option<usize>) -> Vec<i32> {
@@ -165,7 +187,7 @@ impl PromptBuilder {
         let mut spans = Vec::with_capacity(answers.len());
         let (mut byte, mut free) = (0, 0);
         for answer in answers {
-            let length = self.tokenizer.normalise(&crate::neutralise(answer)).len();
+            let length = self.tokenizer.normalise(&neutralise(answer)).len();
             let mut span = ids_touching(&ends, &(byte..byte + length));
             span.start = span.start.max(free);
             span.end = if length == 0 { span.start } else { span.end.max(span.start) };
@@ -234,6 +256,11 @@ impl PromptBuilder {
     /// The tokenizer prompts are made with.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
+    }
+
+    /// The same, for who outlives the builder.
+    pub fn shared_tokenizer(&self) -> Arc<Tokenizer> {
+        Arc::clone(&self.tokenizer)
     }
 
     /// The profile prompts are made with.

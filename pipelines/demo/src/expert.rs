@@ -37,7 +37,7 @@ pub(crate) struct ExpertArguments {
     /// Documents a search returns
     #[arg(long, value_name = "N", default_value_t = 1)]
     top_k: usize,
-    /// The profile whose form the search results have: a built-in name or a folder
+    /// The profile whose tags are written and whose form the search results have: a built-in name or a folder
     #[arg(long, value_name = "NAME|DIR", default_value = "mempo")]
     #[serde(skip)]
     profile: String,

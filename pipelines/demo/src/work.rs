@@ -73,6 +73,8 @@ struct WorkStep {
 #[derive(Debug)]
 pub(crate) struct Attempt {
     question: String,
+    /// What stands around a memory.
+    memory_tag: String,
     steps: Vec<WorkStep>,
     /// The answers from memory; what was forgotten is `unknown`.
     answers: Vec<String>,
@@ -101,6 +103,7 @@ pub(crate) fn attempt(
     let texts: Vec<&str> = questions.iter().map(|(text, _)| *text).collect();
     let mut attempt = Attempt {
         question: texts.join("; "),
+        memory_tag: profile.tags.memory.clone(),
         steps: Vec::new(),
         answers: Vec::new(),
         remembered: Vec::new(),
@@ -113,8 +116,7 @@ pub(crate) fn attempt(
         let mut found: Option<String> = None;
         for (index, hop) in steps.hops.iter().enumerate() {
             let target = found.as_ref().unwrap_or(&steps.mention).clone();
-            let call = format!("{{\"name\": \"search\", \"arguments\": {{\"query\": \"{}\"}}}}", hop.query);
-            let action = format!("<think>find {target}</think><tool_call>\n{call}\n</tool_call>");
+            let action = write_call(profile, &target, &hop.query);
             let documents = search.documents(&hop.query)?;
             let results = render(profile, &documents);
             attempt.push(&memory, action, Some(results.clone()), forgot);
@@ -139,6 +141,19 @@ pub(crate) fn attempt(
     Ok(attempt)
 }
 
+/// What to find next and the search for it, with the tags of the profile; no thought where thoughts are the memory.
+fn write_call(profile: &Profile, target: &str, query: &str) -> String {
+    let is_free = profile.tags.memory != "think";
+    let think = if is_free { format!("<think>find {target}</think>") } else { String::new() };
+    match profile.tags.tool_call.as_str() {
+        "search" => format!("{think}<search>{query}</search>"),
+        tag => {
+            let call = format!("{{\"name\": \"search\", \"arguments\": {{\"query\": \"{query}\"}}}}");
+            format!("{think}<{tag}>\n{call}\n</{tag}>")
+        }
+    }
+}
+
 /// Search results as the agent shows them to a policy.
 fn render(profile: &Profile, documents: &[Document]) -> String {
     let rendered = documents.iter().enumerate();
@@ -155,7 +170,8 @@ impl Attempt {
     /// forgotten are shown but not to be learnt.
     pub(crate) fn with_memory(&self, faultless: bool) -> Value {
         let write = |step: &WorkStep| {
-            let memory = step.memory.as_ref().map(|memory| format!("<mem>{memory}</mem>")).unwrap_or_default();
+            let tag = &self.memory_tag;
+            let memory = step.memory.as_ref().map(|memory| format!("<{tag}>{memory}</{tag}>")).unwrap_or_default();
             (format!("{memory}{}", Self::action(step, &self.answers)), !(faultless && step.forgot))
         };
         self.messages(write)
@@ -221,6 +237,10 @@ mod tests {
     }
 
     fn work(forget: f64, seed: u64) -> Attempt {
+        work_as("mempo", forget, seed)
+    }
+
+    fn work_as(profile: &str, forget: f64, seed: u64) -> Attempt {
         let shelf = [
             ("capital of Peru", "capital: Lima; more"),
             ("country whose capital is Cotonou", "Benin: capital: Cotonou"),
@@ -233,7 +253,7 @@ mod tests {
             ("C?", steps("Chad", &[("code of Chad", ".td")])),
         ];
         let questions: Vec<(&str, &Steps)> = questions.iter().map(|(text, steps)| (*text, steps)).collect();
-        let profile = Profile::load("mempo").unwrap();
+        let profile = Profile::load(profile).unwrap();
         let mut search = Shelf(HashMap::from(shelf));
         attempt(&questions, &mut search, &profile, Habits { forget }, &mut Random::new(seed)).unwrap()
     }
@@ -262,6 +282,14 @@ mod tests {
         assert!(history.iter().all(|text| !text.contains("<mem>")));
         assert_eq!(history[4], "<answer>Lima; leopard; unknown</answer>");
         assert_eq!((attempt.chances, attempt.forgotten), (4, 0));
+    }
+
+    #[test]
+    fn the_same_attempt_is_written_with_the_tags_of_the_profile() {
+        let texts = assistant(&work_as("mem1", 0.0, 0).with_memory(false));
+        assert_eq!(texts[0], "<search>capital of Peru</search>");
+        assert_eq!(texts[2], "<think>Peru = Lima; Cotonou -> Benin</think><search>symbol of Benin</search>");
+        assert!(texts[4].ends_with("</think><answer>Lima; leopard; unknown</answer>"));
     }
 
     #[test]

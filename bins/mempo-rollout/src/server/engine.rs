@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 use mempo_agent::{Engine, Generation, Next, Request};
 use mempo_data::StopReason;
+use mempo_text::PromptBuilder;
 use tracing::warn;
 
 use super::client::{Client, Failure};
-use super::protocol::Asking;
+use super::protocol::{Protocol, Reply};
 
 /// Requests in a row that may come to nothing, each after all its attempts, before the server is given up.
 const GIVE_UP: usize = 16;
@@ -23,7 +24,7 @@ const NO_THREAD: &str = "no thread is left to ask the server";
 /// A request of a run.
 type Question = (u64, Request);
 /// What came of a trajectory's request.
-type Outcome = (usize, Result<Generation, Failure>);
+type Outcome = (usize, Result<Reply, Failure>);
 /// The same, and of which run.
 type Answer = (u64, Outcome);
 
@@ -34,6 +35,9 @@ pub(crate) struct ServerEngine<'a> {
     /// Number of the run under way: what is left of an earlier one is nobody's any more.
     run: Arc<AtomicU64>,
     url: String,
+    wants_messages: bool,
+    /// Makes ids of texts.
+    builder: &'a PromptBuilder,
     interrupted: &'a dyn Fn() -> bool,
 }
 
@@ -42,20 +46,22 @@ impl<'a> ServerEngine<'a> {
     /// is under way then is left to itself.
     pub(crate) fn new(
         client: &Arc<Client>,
-        asking: Asking,
+        protocol: impl Protocol + 'static,
+        builder: &'a PromptBuilder,
         concurrency: usize,
         interrupted: &'a dyn Fn() -> bool,
     ) -> std::io::Result<Self> {
         let (questions, open) = channel();
         let (done, answers) = channel();
-        let (open, asking, run) = (Arc::new(Mutex::new(open)), Arc::new(asking), Arc::new(AtomicU64::new(0)));
-        let url = client.url().to_owned();
+        let (open, run) = (Arc::new(Mutex::new(open)), Arc::new(AtomicU64::new(0)));
+        let (url, wants_messages) = (client.url().to_owned(), protocol.wants_messages());
+        let protocol: Arc<dyn Protocol> = Arc::new(protocol);
         for _ in 0..concurrency {
             let (open, done, run) = (Arc::clone(&open), done.clone(), Arc::clone(&run));
-            let (asking, client) = (Arc::clone(&asking), Arc::clone(client));
-            std::thread::Builder::new().spawn(move || work(&open, &done, &run, &asking, &client))?;
+            let (protocol, client) = (Arc::clone(&protocol), Arc::clone(client));
+            std::thread::Builder::new().spawn(move || work(&open, &done, &run, &*protocol, &client))?;
         }
-        Ok(Self { questions, answers, run, url, interrupted })
+        Ok(Self { questions, answers, run, url, wants_messages, builder, interrupted })
     }
 
     fn ask(&self, run: u64, requests: Vec<Request>) -> Result<usize, String> {
@@ -83,7 +89,7 @@ fn work(
     open: &Mutex<Receiver<Question>>,
     done: &Sender<Answer>,
     current: &AtomicU64,
-    asking: &Asking,
+    protocol: &dyn Protocol,
     client: &Client,
 ) {
     loop {
@@ -92,7 +98,7 @@ fn work(
         if run != current.load(Ordering::Relaxed) {
             continue;
         }
-        let ask = || client.ask(asking.path(), Some(&asking.body(&request, 0)), |answer| asking.generation(answer));
+        let ask = || client.ask(protocol.path(), Some(&protocol.question(&request)), |answer| protocol.reply(answer));
         let result = catch_unwind(AssertUnwindSafe(ask));
         let result = result.unwrap_or_else(|_| Err(Failure::One("asking for it panicked".to_owned())));
         if done.send((run, (request.trajectory, result))).is_err() {
@@ -102,6 +108,10 @@ fn work(
 }
 
 impl Engine for ServerEngine<'_> {
+    fn wants_messages(&self) -> bool {
+        self.wants_messages
+    }
+
     fn run(&mut self, requests: Vec<Request>, next: &mut Next<'_>) -> Result<(), String> {
         let run = self.run.fetch_add(1, Ordering::Relaxed) + 1;
         let mut under_way = self.ask(run, requests)?;
@@ -131,9 +141,13 @@ impl Engine for ServerEngine<'_> {
 
 impl ServerEngine<'_> {
     /// A completion, or that there is none; an error once the server is of no use, after so many requests `in_vain` in a row.
-    fn generation(&self, result: Result<Generation, Failure>, in_vain: usize) -> Result<Generation, String> {
+    fn generation(&self, result: Result<Reply, Failure>, in_vain: usize) -> Result<Generation, String> {
         let problem = match result {
-            Ok(generation) => return Ok(generation),
+            Ok(Reply::Ids(generation)) => return Ok(generation),
+            Ok(Reply::Text(text, stop_reason)) => {
+                let ids = self.builder.completion_ids_from_text(&text);
+                return Ok(Generation { logprobs: vec![f32::NAN; ids.len()], ids, stop_reason });
+            }
             Err(Failure::Final(problem)) => return Err(format!("{}: {problem}", self.url)),
             Err(Failure::Passing(problem, _) | Failure::One(problem)) => problem,
         };

@@ -1,4 +1,5 @@
-//! What is said to a server and what it answers: token ids in, token ids with log-probabilities out.
+//! What is said to a server and what it answers: token ids in, token ids with log-probabilities out. (What speaks in texts is
+//! asked in [`super::teacher`].)
 //!
 //! vLLM: `POST /v1/completions` of its OpenAI-compatible server, with `return_token_ids` (0.10.2 or newer). SGLang:
 //! `POST /generate` of its native one. Text is never encoded again: a server that gives no ids is refused.
@@ -9,7 +10,47 @@ use serde_json::{Map, Value, json};
 
 use super::client::Failure;
 
-/// The two protocols.
+/// What an answer holds.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Reply {
+    /// Token ids with log-probabilities.
+    Ids(Generation),
+    /// Text alone: ids are made of it here, and their log-probabilities nobody knows.
+    Text(String, StopReason),
+}
+
+/// How completions are asked for and read.
+pub(crate) trait Protocol: Send + Sync {
+    /// Where a completion is asked for.
+    fn path(&self) -> &'static str;
+    /// The body that asks for one.
+    fn question(&self, request: &Request) -> Value;
+    /// What an answer holds.
+    fn reply(&self, answer: &Value) -> Result<Reply, Failure>;
+    /// Whether requests are to hold their prompts as messages.
+    fn wants_messages(&self) -> bool {
+        false
+    }
+}
+
+impl Protocol for Asking {
+    fn path(&self) -> &'static str {
+        match self.kind {
+            Kind::Vllm => "/v1/completions",
+            Kind::Sglang => "/generate",
+        }
+    }
+
+    fn question(&self, request: &Request) -> Value {
+        self.body(request, 0)
+    }
+
+    fn reply(&self, answer: &Value) -> Result<Reply, Failure> {
+        self.generation(answer).map(Reply::Ids)
+    }
+}
+
+/// The two protocols that carry ids.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     /// vLLM, or what speaks as it does.
@@ -37,14 +78,6 @@ pub(crate) struct Asking {
 }
 
 impl Asking {
-    /// Where a completion is asked for.
-    pub(crate) fn path(&self) -> &'static str {
-        match self.kind {
-            Kind::Vllm => "/v1/completions",
-            Kind::Sglang => "/generate",
-        }
-    }
-
     /// The body that asks for one completion, with log-probabilities of the `alternatives` most probable tokens beside.
     ///
     /// What changes the distribution is said even where it changes nothing: servers take what is not said from the model's
@@ -256,7 +289,7 @@ pub(crate) mod tests {
 
     #[test]
     fn nothing_of_the_distribution_is_left_to_the_server() {
-        let request = Request { trajectory: 0, prompt_ids: vec![5], seed: u64::MAX };
+        let request = Request { trajectory: 0, prompt_ids: vec![5], messages: Vec::new(), seed: u64::MAX };
         let vllm = asking(Kind::Vllm).body(&request, 0);
         let sglang = asking(Kind::Sglang).body(&request, 0)["sampling_params"].clone();
         assert_eq!((&vllm["top_k"], &sglang["top_k"]), (&json!(0), &json!(-1)));

@@ -3,12 +3,13 @@
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{LazyLock, Mutex};
 use std::time::Instant;
 
 use mempo_agent::{Engine, Generation};
 use mempo_data::StopReason;
+use mempo_text::{Carried, NewTokenizer, Profile, train_tokenizer};
 
 use super::protocol::tests::{answer, asking};
 use super::*;
@@ -87,8 +88,12 @@ fn good(kind: Kind, body: &Value) -> Reply {
 
 /// Two steps of each of so many trajectories; what came of them, by prompt.
 fn two_steps(engine: &mut ServerEngine<'_>, count: usize) -> (Result<(), String>, HashMap<Vec<i32>, Generation>) {
-    let request =
-        |trajectory: usize, step: i32| Request { trajectory, prompt_ids: vec![trajectory as i32, step], seed: 7 };
+    let request = |trajectory: usize, step: i32| Request {
+        trajectory,
+        prompt_ids: vec![trajectory as i32, step],
+        messages: Vec::new(),
+        seed: 7,
+    };
     let mut found = HashMap::new();
     let mut steps = vec![0; count];
     let result = engine.run((0..count).map(|trajectory| request(trajectory, 0)).collect(), &mut |finished| {
@@ -106,9 +111,15 @@ fn two_steps(engine: &mut ServerEngine<'_>, count: usize) -> (Result<(), String>
     (result, found)
 }
 
+static BUILDER: LazyLock<PromptBuilder> = LazyLock::new(|| {
+    let folder = tempfile::tempdir().unwrap();
+    train_tokenizer(["red".to_owned()].into_iter(), &NewTokenizer::of_size(270), folder.path()).unwrap();
+    PromptBuilder::load(folder.path(), Profile::load("mempo").unwrap(), &[]).unwrap()
+});
+
 fn engine<'a>(url: &str, kind: Kind, timeout: Duration, interrupted: &'a dyn Fn() -> bool) -> ServerEngine<'a> {
     let client = Client::new(url, timeout, 6);
-    ServerEngine::new(&Arc::new(client), asking(kind), 64, interrupted).unwrap()
+    ServerEngine::new(&Arc::new(client), asking(kind), &BUILDER, 64, interrupted).unwrap()
 }
 
 const LONG: Duration = Duration::from_mins(1);
@@ -186,7 +197,12 @@ fn what_is_left_of_a_run_that_failed_is_not_taken_for_the_next_one_s() {
         _ => good(Kind::Vllm, body),
     });
     let mut engine = engine(&url, Kind::Vllm, LONG, &|| false);
-    let first = (0..40).map(|trajectory| Request { trajectory, prompt_ids: vec![1000, trajectory as i32], seed: 1 });
+    let first = (0..40).map(|trajectory| Request {
+        trajectory,
+        prompt_ids: vec![1000, trajectory as i32],
+        messages: Vec::new(),
+        seed: 1,
+    });
     let result = engine.run(first.rev().collect(), &mut |_| Vec::new());
     assert!(result.unwrap_err().contains("404"));
     let (result, found) = two_steps(&mut engine, 100);
@@ -200,7 +216,7 @@ fn what_is_left_of_a_run_that_failed_is_not_taken_for_the_next_one_s() {
 fn a_server_that_only_fails_is_given_up_and_a_run_can_be_interrupted() {
     let url = serve(|_, _| Reply::Bytes(Vec::new()));
     let client = Client::new(&url, LONG, 0);
-    let mut failing = ServerEngine::new(&Arc::new(client), asking(Kind::Vllm), 8, &|| false).unwrap();
+    let mut failing = ServerEngine::new(&Arc::new(client), asking(Kind::Vllm), &BUILDER, 8, &|| false).unwrap();
     let (result, found) = two_steps(&mut failing, 100);
     assert!(result.unwrap_err().contains("16 requests in a row came to nothing"));
     assert!(found.values().all(|generation| generation.stop_reason == StopReason::Error));
@@ -225,7 +241,12 @@ fn one_silent_request_does_not_hold_the_others() {
         good(Kind::Vllm, body)
     });
     let mut engine = engine(&url, Kind::Vllm, LONG, &|| false);
-    let requests = (0..40).map(|trajectory| Request { trajectory, prompt_ids: vec![trajectory as i32, 0], seed: 1 });
+    let requests = (0..40).map(|trajectory| Request {
+        trajectory,
+        prompt_ids: vec![trajectory as i32, 0],
+        messages: Vec::new(),
+        seed: 1,
+    });
     let result = engine.run(requests.collect(), &mut |finished| {
         answered.fetch_add(finished.len() as u64, Ordering::Relaxed);
         Vec::new()
@@ -265,8 +286,8 @@ fn met(kind: Kind, name: &'static str, is_raw: bool) -> String {
 fn a_server_must_have_the_checkpoint_and_give_the_log_probabilities_that_it_samples_from() {
     let dir = tempfile::tempdir().unwrap();
     let lines = (0..200).map(|line| format!("<mem>Land {line}</mem><answer>Paris {line}</answer>"));
-    mempo_text::train_tokenizer(lines, &mempo_text::NewTokenizer::of_size(400), dir.path()).unwrap();
-    let profile = mempo_text::Profile::load("mempo").unwrap();
+    train_tokenizer(lines, &NewTokenizer::of_size(400), dir.path()).unwrap();
+    let profile = Profile::load("mempo").unwrap();
     let builder = PromptBuilder::load(dir.path(), profile, &[mempo_text::ToolSpec::search()]).unwrap();
     let sampling = SamplingOptions { temperature: 0.7, top_p: 1.0, max_completion_tokens: 9 };
     let digest = "0123456789abcdef0123";
@@ -304,4 +325,46 @@ fn a_server_must_have_the_checkpoint_and_give_the_log_probabilities_that_it_samp
         assert!(address(wrong).unwrap_err().contains("MEMPO_SERVER_KEY"), "{wrong}");
     }
     assert!(open("http://127.0.0.1:9", false, false).unwrap_err().contains("1 attempts"));
+}
+
+#[test]
+fn a_teacher_is_asked_in_messages_and_its_texts_become_ids() {
+    let url = serve(|path, body| {
+        assert_eq!((path, &body["model"]), ("/v1/chat/completions", &json!("wise")));
+        let asked = body["messages"].as_array().unwrap();
+        assert_eq!(asked[0]["role"], "system");
+        assert_eq!(asked[1], json!({"role": "user", "content": "red?"}));
+        let message = json!({"role": "assistant", "content": "<think>é</think><answer>red"});
+        Reply::Json(200, json!({"choices": [{"message": message, "finish_reason": "stop"}]}))
+    });
+    let options = TeacherOptions {
+        teacher: Some(url),
+        teacher_model: Some("wise".to_owned()),
+        teacher_interface: TeacherInterface::Chat,
+    };
+    let server = ServerOptions {
+        server: None,
+        update_server: false,
+        trust_server: false,
+        server_timeout: 60,
+        server_retries: 0,
+    };
+    let sampling = SamplingOptions { temperature: 1.0, top_p: 1.0, max_completion_tokens: 9 };
+    let teacher = Teacher::new(&options, &server, &BUILDER, &sampling).unwrap();
+    assert_eq!(teacher.policy(), "teacher/wise");
+    let mut engine = teacher.engine(&BUILDER, 2, &|| false).unwrap();
+    assert!(engine.wants_messages());
+    let messages = BUILDER.messages("red?", &Carried::default()).unwrap();
+    let request = Request { trajectory: 0, prompt_ids: vec![1], messages, seed: u64::MAX };
+    let mut found = Vec::new();
+    engine
+        .run(vec![request], &mut |finished| {
+            found.extend(finished);
+            Vec::new()
+        })
+        .unwrap();
+    let (_, Generation { ids, logprobs, stop_reason }) = found.remove(0);
+    assert_eq!(BUILDER.tokenizer().decode(&ids), "<think>é</think><answer>red</answer>");
+    assert!(logprobs.len() == ids.len() && logprobs.iter().all(|logprob| logprob.is_nan()));
+    assert_eq!(stop_reason, StopReason::StopString);
 }

@@ -1,0 +1,231 @@
+//! A teacher: another model, asked in texts through an OpenAI-compatible server, whose attempts become demonstrations.
+//!
+//! Its completions are encoded with the student's tokenizer, as recorded demonstrations are, so that `mempo-sft build` reads
+//! such a rollout like any other. Log-probabilities are unknown (NaN): what needs them refuses the rollout.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use mempo_agent::{Request, SamplingOptions};
+use mempo_data::StopReason;
+use mempo_text::{PromptBuilder, Tokenizer, ToolCall};
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::ServerOptions;
+use super::client::{Client, Failure, address};
+use super::engine::ServerEngine;
+use super::protocol::{Protocol, Reply};
+
+/// Which interface a teacher has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum TeacherInterface {
+    /// Messages, which it lays out itself: `/v1/chat/completions`.
+    Chat,
+    /// The prompt as text, laid out here with the template of --model: `/v1/completions`.
+    Completions,
+}
+
+/// Who demonstrates.
+#[derive(Debug, Args)]
+pub(crate) struct TeacherOptions {
+    /// Let another model work on the tasks, behind this OpenAI-compatible server, and record what it does as demonstrations
+    /// (for `mempo-sft build --keep correct`): --model gives the student's tokenizer and template, its weights are not used.
+    /// A key is read from the environment as MEMPO_SERVER_KEY
+    #[arg(long, value_name = "URL", value_parser = address, requires = "teacher_model", conflicts_with = "server")]
+    pub(crate) teacher: Option<String>,
+    /// What the server calls the teacher
+    #[arg(long, value_name = "NAME", requires = "teacher")]
+    pub(crate) teacher_model: Option<String>,
+    /// Which of the server's interfaces is used
+    #[arg(long, value_enum, default_value = "chat", requires = "teacher")]
+    pub(crate) teacher_interface: TeacherInterface,
+}
+
+/// A model that is asked in texts.
+pub(crate) struct Teacher {
+    client: Arc<Client>,
+    asking: Texts,
+}
+
+impl Teacher {
+    /// The teacher of the options, if there is one.
+    pub(crate) fn new(
+        options: &TeacherOptions,
+        server: &ServerOptions,
+        builder: &PromptBuilder,
+        sampling: &SamplingOptions,
+    ) -> Option<Self> {
+        let (url, model) = (options.teacher.as_ref()?, options.teacher_model.clone()?);
+        let client = Client::new(url, Duration::from_secs(server.server_timeout), server.server_retries);
+        let asking = Texts {
+            model,
+            interface: options.teacher_interface,
+            sampling: sampling.clone(),
+            stop: builder.profile().stop.clone(),
+            tokenizer: builder.shared_tokenizer(),
+        };
+        Some(Self { client: Arc::new(client), asking })
+    }
+
+    /// For the manifest: who generated.
+    pub(crate) fn describe(&self) -> Value {
+        json!({"protocol": self.asking.interface, "model": self.asking.model})
+    }
+
+    /// In the place of a checkpoint's digest.
+    pub(crate) fn policy(&self) -> String {
+        format!("teacher/{}", self.asking.model)
+    }
+
+    /// The agent's engine, with at most so many requests under way.
+    pub(crate) fn engine<'a>(
+        self,
+        builder: &'a PromptBuilder,
+        concurrency: usize,
+        interrupted: &'a dyn Fn() -> bool,
+    ) -> std::io::Result<ServerEngine<'a>> {
+        ServerEngine::new(&self.client, self.asking, builder, concurrency, interrupted)
+    }
+}
+
+/// What is the same in all requests.
+struct Texts {
+    model: String,
+    interface: TeacherInterface,
+    sampling: SamplingOptions,
+    /// Texts that end a completion. Servers leave them out of it.
+    stop: Vec<String>,
+    tokenizer: Arc<Tokenizer>,
+}
+
+impl Protocol for Texts {
+    fn path(&self) -> &'static str {
+        match self.interface {
+            TeacherInterface::Chat => "/v1/chat/completions",
+            TeacherInterface::Completions => "/v1/completions",
+        }
+    }
+
+    fn question(&self, request: &Request) -> Value {
+        let SamplingOptions { temperature, top_p, max_completion_tokens } = &self.sampling;
+        let mut body = json!({
+            "model": self.model,
+            "max_tokens": max_completion_tokens,
+            "temperature": temperature,
+            "top_p": top_p,
+            "stop": self.stop,
+            // Some servers hold 32 bits.
+            "seed": request.seed >> 33,
+        });
+        match self.interface {
+            TeacherInterface::Chat => body["messages"] = json!(request.messages),
+            TeacherInterface::Completions => body["prompt"] = json!(self.tokenizer.decode(&request.prompt_ids)),
+        }
+        body
+    }
+
+    fn reply(&self, answer: &Value) -> Result<Reply, Failure> {
+        let choice = &answer["choices"][0];
+        let text = match self.interface {
+            TeacherInterface::Chat => said(&choice["message"]),
+            TeacherInterface::Completions => choice["text"].as_str().map(str::to_owned),
+        };
+        let text = text.ok_or_else(|| Failure::One("it gives no text".to_owned()))?;
+        match choice["finish_reason"].as_str() {
+            Some("length") => Ok(Reply::Text(text, StopReason::MaxTokens)),
+            Some("stop" | "tool_calls") => Ok(self.ended(text)),
+            _ => Err(Failure::One(format!("it ended a completion with {}", choice["finish_reason"]))),
+        }
+    }
+
+    fn wants_messages(&self) -> bool {
+        self.interface == TeacherInterface::Chat
+    }
+}
+
+impl Texts {
+    /// A completion with the stop text that ended it: the one whose opening tag is still open.
+    fn ended(&self, mut text: String) -> Reply {
+        let is_open = |stop: &&String| {
+            let opening = stop.replacen("</", "<", 1);
+            opening != **stop && text.matches(&opening).count() > text.matches(stop.as_str()).count()
+        };
+        if let Some(stop) = self.stop.iter().find(is_open) {
+            text.push_str(stop);
+        }
+        let is_stop = self.stop.iter().any(|stop| text.trim_end().ends_with(stop.as_str()));
+        Reply::Text(text, if is_stop { StopReason::StopString } else { StopReason::Eos })
+    }
+}
+
+/// What a message says; the first call that it makes in the interface's own form is written as the prompt asks for it.
+fn said(message: &Value) -> Option<String> {
+    let content = message["content"].as_str();
+    let function = &message["tool_calls"][0]["function"];
+    let Some(name) = function["name"].as_str() else { return content.map(str::to_owned) };
+    let arguments = function["arguments"].as_str().and_then(|text| serde_json::from_str(text).ok());
+    let arguments = arguments.unwrap_or_else(|| function["arguments"].clone());
+    let call = ToolCall { name: name.to_owned(), arguments }.render();
+    Some(format!("{}{call}", content.unwrap_or_default()))
+}
+
+#[cfg(test)]
+mod tests {
+    use mempo_text::{NewTokenizer, train_tokenizer};
+
+    use super::*;
+
+    fn texts(interface: TeacherInterface) -> Texts {
+        let folder = tempfile::tempdir().unwrap();
+        train_tokenizer(["red".to_owned()].into_iter(), &NewTokenizer::of_size(270), folder.path()).unwrap();
+        Texts {
+            model: "t".to_owned(),
+            interface,
+            sampling: SamplingOptions { temperature: 0.5, top_p: 1.0, max_completion_tokens: 9 },
+            stop: vec!["</tool_call>".to_owned(), "</answer>".to_owned()],
+            tokenizer: Arc::new(Tokenizer::load(folder.path()).unwrap()),
+        }
+    }
+
+    #[test]
+    fn the_text_that_ended_a_completion_is_put_back() {
+        let texts = texts(TeacherInterface::Completions);
+        let reply = |text: &str, finish: &str| {
+            let answer = json!({"choices": [{"text": text, "finish_reason": finish}]});
+            match texts.reply(&answer).unwrap() {
+                Reply::Text(text, reason) => (text, reason),
+                Reply::Ids(_) => panic!("a teacher gives text"),
+            }
+        };
+        let read = |text: &str, reason| (text.to_owned(), reason);
+        assert_eq!(reply("<answer>a", "stop"), read("<answer>a</answer>", StopReason::StopString));
+        assert_eq!(reply("<tool_call>{}", "stop"), read("<tool_call>{}</tool_call>", StopReason::StopString));
+        let done = "<tool_call>{}</tool_call>";
+        assert_eq!(reply(done, "stop"), read(done, StopReason::StopString));
+        assert_eq!(reply("I do not know.", "stop"), read("I do not know.", StopReason::Eos));
+        assert_eq!(reply("<answer>a", "length"), read("<answer>a", StopReason::MaxTokens));
+        for answer in [json!({}), json!({"choices": [{"text": "x", "finish_reason": "content_filter"}]})] {
+            assert!(matches!(texts.reply(&answer), Err(Failure::One(_))), "{answer}");
+        }
+    }
+
+    #[test]
+    fn calls_in_the_interface_s_own_form_are_written_as_text() {
+        let texts = texts(TeacherInterface::Chat);
+        let read = |message: Value, finish: &str| {
+            texts.reply(&json!({"choices": [{"message": message, "finish_reason": finish}]}))
+        };
+        let call = json!({"content": "<think>so</think>", "tool_calls": [
+            {"function": {"name": "search", "arguments": "{\"query\": \"red\"}"}}
+        ]});
+        let expected =
+            "<think>so</think><tool_call>\n{\"name\": \"search\", \"arguments\": {\"query\": \"red\"}}\n</tool_call>";
+        assert_eq!(read(call, "tool_calls"), Ok(Reply::Text(expected.to_owned(), StopReason::StopString)));
+        let plain = json!({"content": "<answer>red", "tool_calls": null});
+        assert_eq!(read(plain, "stop"), Ok(Reply::Text("<answer>red</answer>".to_owned(), StopReason::StopString)));
+        assert!(read(json!({"content": null}), "stop").is_err());
+    }
+}
