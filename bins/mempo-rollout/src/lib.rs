@@ -9,8 +9,10 @@
 
 mod compose;
 mod context;
+mod http;
 mod index;
 mod local_engine;
+mod query_log;
 mod question;
 mod retrieval;
 mod rows;
@@ -19,6 +21,7 @@ mod server;
 mod show;
 mod stored;
 mod tally;
+mod tools;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use mempo_doctor::DoctorArguments;

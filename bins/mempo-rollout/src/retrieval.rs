@@ -5,13 +5,17 @@
 //! Search-R1, MEM1 and verl find what they look for: `{"id", "title", "text", "contents"}`, where `contents` is the title in
 //! quotes, a newline and the text.
 
+mod remote;
 mod serve;
 
 use mempo_agent::Hit;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+pub(crate) use self::remote::{RemoteSearch, address};
 pub(crate) use self::serve::{ServeSearchArguments, run};
+#[cfg(test)]
+pub(crate) use self::serve::{Served, serve};
 
 /// Where queries go.
 const PATH: &str = "/retrieve";

@@ -73,16 +73,21 @@ impl Agent<'_> {
     }
 
     /// Lets trajectories act on their completions, all at once, and gives the requests of those that go on.
-    fn take_in(&self, attempts: &mut [Attempt<'_>], finished: Vec<(usize, Generation)>) -> Result<Vec<Request>, Error> {
+    fn take_in<'a, 't>(
+        &self,
+        attempts: &'a mut [Attempt<'t>],
+        finished: Vec<(usize, Generation)>,
+    ) -> Result<Vec<Request>, Error> {
         let mut of: HashMap<usize, Generation> = finished.into_iter().collect();
         let concerned = attempts.iter_mut().enumerate();
         let concerned = concerned.filter_map(|(place, attempt)| Some((place, attempt, of.remove(&place)?)));
         let acted: Vec<_> = concerned.filter(|(_, attempt, _)| attempt.is_active()).collect();
-        let acted = acted.into_par_iter().map(|(place, attempt, generation)| {
+        let act = |(place, attempt, generation): (usize, &'a mut Attempt<'t>, Generation)| {
             attempt.advance(self, generation);
             (place, attempt)
-        });
-        self.requests(acted.collect())
+        };
+        let acted = self.toolbox.side_by_side(|| acted.into_par_iter().with_max_len(1).map(act).collect());
+        self.requests(acted)
     }
 
     /// The next request of every trajectory that goes on; one whose prompt is too long ends.

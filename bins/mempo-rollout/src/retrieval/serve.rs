@@ -79,16 +79,16 @@ pub(crate) fn run(arguments: &ServeSearchArguments) -> anyhow::Result<()> {
 }
 
 /// What is served.
-pub(super) struct Served {
-    pub(super) index: SearchIndex,
+pub(crate) struct Served {
+    pub(crate) index: SearchIndex,
     /// The index's, for whoever wants to know which it is.
-    pub(super) digest: String,
+    pub(crate) digest: String,
     /// Documents a query unless the client says how many.
-    pub(super) top_k: usize,
+    pub(crate) top_k: usize,
 }
 
 /// Answers requests until `stopped` says so, and what is under way then.
-pub(super) fn serve(listener: TcpListener, served: Served, stopped: &dyn Fn() -> bool) -> anyhow::Result<()> {
+pub(crate) fn serve(listener: TcpListener, served: Served, stopped: &dyn Fn() -> bool) -> anyhow::Result<()> {
     let threads = std::thread::available_parallelism().map_or(1, NonZeroUsize::get);
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(threads).max_blocking_threads(threads).enable_all().build()?;
@@ -254,8 +254,8 @@ impl Served {
                 tracing::error!("{:#}", anyhow!(error));
                 Refusal(StatusCode::INTERNAL_SERVER_ERROR, "the index can't be read".to_owned())
             })?;
-            let separator = if place == 0 { "" } else { "," };
-            result += &format!("{separator}{}", hits_value(hits, asked.return_scores.unwrap_or_default()));
+            result.push_str(if place == 0 { "" } else { "," });
+            result.push_str(&hits_value(hits, asked.return_scores.unwrap_or_default()).to_string());
         }
         Ok((result + "]}").into())
     }

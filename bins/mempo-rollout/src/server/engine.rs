@@ -10,8 +10,8 @@ use mempo_agent::{Engine, Generation, Next, Request};
 use mempo_data::StopReason;
 use tracing::warn;
 
-use super::client::{Client, Failure};
 use super::protocol::Asking;
+use crate::http::{Client, Failure};
 
 /// Requests in a row that may come to nothing, each after all its attempts, before the server is given up.
 const GIVE_UP: usize = 16;
@@ -135,7 +135,7 @@ impl ServerEngine<'_> {
         let problem = match result {
             Ok(generation) => return Ok(generation),
             Err(Failure::Final(problem)) => return Err(format!("{}: {problem}", self.url)),
-            Err(Failure::Passing(problem, _) | Failure::One(problem)) => problem,
+            Err(Failure::Passing(problem, _) | Failure::Refused(problem) | Failure::One(problem)) => problem,
         };
         warn!("{}: {problem}", self.url);
         if in_vain >= GIVE_UP {
