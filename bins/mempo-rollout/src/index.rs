@@ -10,6 +10,7 @@ use mempo_run::{Input, ResultExt, Stage, StageArgs};
 use serde::Serialize;
 use serde_json::json;
 
+use crate::retrieval::split_contents;
 use crate::rows::{self, Located};
 
 /// Documents in one file of the table.
@@ -76,9 +77,7 @@ fn read_documents(paths: &[PathBuf]) -> anyhow::Result<Vec<Document>> {
 fn document(row: &Located) -> anyhow::Result<Document> {
     let doc_id = row.text(&["doc_id", "id"])?;
     if let Some(contents) = row.optional_text(&["contents"])? {
-        let (title, text) = contents.split_once('\n').unwrap_or(("", &contents));
-        let title = title.trim();
-        let title = title.strip_prefix('"').and_then(|title| title.strip_suffix('"')).unwrap_or(title);
+        let (title, text) = split_contents(&contents);
         return Ok(Document { doc_id, title: title.to_owned(), text: text.to_owned() });
     }
     let text = row.text(&["text"]).context("expected `title` and `text`, or Search-R1's `contents`")?;

@@ -4,19 +4,24 @@
 //! BM25 index; [`sample`] lets a checkpoint work on the tasks and records every step; [`show`] prints what it did, [`context`]
 //! what a step saw.
 //! Beside them: [`rows`] reads JSON Lines and Parquet, [`question`] understands question rows, [`local_engine`] puts a
-//! model behind the agent, [`server`] one of a vLLM or SGLang server, [`stored`] gives states to go on from, [`tally`] keeps the books.
+//! model behind the agent, [`server`] one of a vLLM or SGLang server, [`retrieval`] puts a search index behind Search-R1's protocol,
+//! [`stored`] gives states to go on from, [`tally`] keeps the books.
 
 mod compose;
 mod context;
+mod http;
 mod index;
 mod local_engine;
+mod query_log;
 mod question;
+mod retrieval;
 mod rows;
 mod sample;
 mod server;
 mod show;
 mod stored;
 mod tally;
+mod tools;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use mempo_doctor::DoctorArguments;
@@ -48,6 +53,7 @@ enum Command {
     Index(index::IndexArguments),
     Sample(sample::SampleArguments),
     Context(context::ContextArguments),
+    ServeSearch(retrieval::ServeSearchArguments),
     ServedName(sample::ServedNameArguments),
     Show(show::ShowArguments),
     Doctor(DoctorArguments),
@@ -63,6 +69,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Index(arguments) => index::run(&arguments),
         Command::Sample(arguments) => sample::run(arguments),
         Command::Context(arguments) => context::run(&arguments),
+        Command::ServeSearch(arguments) => retrieval::run(&arguments),
         Command::ServedName(arguments) => sample::print_served_name(&arguments),
         Command::Show(arguments) => show::run(&arguments),
         Command::Doctor(arguments) => arguments.run(),

@@ -6,9 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context, anyhow};
 use clap::Args;
-use mempo_agent::{
-    Agent, ContextOptions, Engine, LimitOptions, SamplingOptions, SearchIndex, Start, Toolbox, Unit, context_policy,
-};
+use mempo_agent::{Agent, ContextOptions, Engine, LimitOptions, SamplingOptions, Start, Unit, context_policy};
 use mempo_data::{Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage, print_data, seed_of};
@@ -16,11 +14,11 @@ use mempo_text::{Profile, PromptBuilder, ToolSpec};
 use serde::Serialize;
 use serde_json::json;
 
-use crate::index::INDEX_FOLDER;
 use crate::local_engine::LocalEngine;
 use crate::server::{Server, ServerOptions, Teacher, TeacherOptions, served_name};
 use crate::stored::{FromOptions, MemoryControl, Stored};
 use crate::tally::Tally;
+use crate::tools::{ToolOptions, Tools};
 
 /// Let a checkpoint work on tasks, each several times.
 ///
@@ -36,10 +34,9 @@ pub(crate) struct SampleArguments {
     #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     model: PathBuf,
-    /// Search index, as `index` writes it
-    #[arg(long, value_name = "DIR")]
-    #[serde(skip)]
-    search: PathBuf,
+    #[command(flatten)]
+    #[serde(flatten)]
+    tools: ToolOptions,
     /// Trajectories a task
     #[arg(long, value_name = "N", default_value = "16")]
     group_size: NonZeroUsize,
@@ -113,7 +110,8 @@ struct Resolved<'a> {
 struct Inputs {
     tasks: Input,
     model: Input,
-    search: Input,
+    /// What is searched, if it is a directory.
+    search: Option<Input>,
     /// The files of a profile that is a folder.
     profile: Option<Input>,
     /// The rollout to go on from.
@@ -127,14 +125,14 @@ impl Inputs {
         Ok(Self {
             tasks: Input::stage("tasks", &arguments.tasks)?,
             model: Input::model("model", &arguments.model)?,
-            search: Input::stage("search", &arguments.search)?,
+            search: arguments.tools.input()?,
             profile: if profile.is_dir() { Some(Input::files("profile", &files)?) } else { None },
             from: arguments.from.as_ref().map(|dir| Input::stage("from", dir)).transpose()?,
         })
     }
 
     fn all(&self) -> Vec<&Input> {
-        [&self.tasks, &self.model, &self.search].into_iter().chain(&self.profile).chain(&self.from).collect()
+        [&self.tasks, &self.model].into_iter().chain(&self.search).chain(&self.profile).chain(&self.from).collect()
     }
 
     /// The trajectories to go on from, if they are to be.
@@ -195,8 +193,7 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     else {
         return Ok(());
     };
-    let index = SearchIndex::open(&inputs.search.dir().join(INDEX_FOLDER)).bad_input()?;
-    let toolbox = Toolbox::new(index, builder.profile(), arguments.limits.top_k);
+    let tools = arguments.tools.open(inputs.search.as_ref(), builder.profile(), arguments.limits.top_k)?;
     let stored = inputs.stored(&arguments, &builder)?;
     let teacher = Teacher::new(&arguments.teacher, &arguments.server, &builder, &arguments.sampling);
     let policy = teacher.as_ref().map_or_else(|| inputs.model.digest().to_owned(), Teacher::policy);
@@ -207,14 +204,14 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     let agent = Agent {
         builder: &builder,
         context: &*context,
-        toolbox: &toolbox,
+        toolbox: &tools.toolbox,
         limits: &arguments.limits,
         policy: policy.to_owned(),
         seed,
         seed_of: &seed_of,
     };
     let interrupted = || stage.check_interrupt().is_err();
-    let sampling = Sampling { arguments: &arguments, stage: &stage, agent: &agent, task_count, stored };
+    let sampling = Sampling { arguments: &arguments, stage: &stage, agent: &agent, tools: &tools, task_count, stored };
     let concurrency = arguments.concurrency.get();
     let (tally, server) = if let Some(teacher) = teacher {
         let described = teacher.describe();
@@ -292,6 +289,7 @@ struct Sampling<'a> {
     arguments: &'a SampleArguments,
     stage: &'a Stage,
     agent: &'a Agent<'a>,
+    tools: &'a Tools,
     task_count: usize,
     stored: Option<Stored>,
 }
@@ -344,6 +342,7 @@ impl Sampling<'_> {
     ) -> anyhow::Result<()> {
         let (start, tokens) = (Instant::now(), tally.generated_tokens);
         let starts = tasks.iter().flat_map(|task| self.starts(task)).collect();
+        self.tools.begin(unit);
         let sampled = self.agent.run(engine, starts);
         self.stage.check_interrupt()?;
         let Unit { trajectories, steps } = match sampled {
@@ -356,6 +355,9 @@ impl Sampling<'_> {
             tally.add(row);
         }
         tally.check(self.arguments.max_error_rate, planned)?;
+        if let Some(queries) = self.tools.answered() {
+            self.stage.write_part("queries", unit, |file| Ok(write_rows(&queries, file).map(drop)?))?;
+        }
         self.stage.write_part("steps", unit, |file| Ok(write_rows(&steps, file).map(drop)?))?;
         self.stage.write_part("trajectories", unit, |file| Ok(write_rows(&trajectories, file).map(drop)?))?;
         let seconds = start.elapsed().as_secs_f64();

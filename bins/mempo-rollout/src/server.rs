@@ -3,7 +3,6 @@
 //! A checkpoint has a name that only its own files give ([`served_name`]). vLLM bears it as `--served-model-name`, and refuses
 //! requests for another; SGLang bears it as the version of its weights, and says it with every answer.
 
-mod client;
 mod engine;
 mod protocol;
 mod teacher;
@@ -18,16 +17,20 @@ use mempo_model::Config;
 use mempo_text::{Carried, PromptBuilder};
 use serde_json::{Value, json};
 
-use self::client::{Client, Failure, address};
 use self::engine::ServerEngine;
 use self::protocol::{Asking, Kind, Protocol};
 #[cfg(test)]
 use self::teacher::TeacherInterface;
 pub(crate) use self::teacher::{Teacher, TeacherOptions};
+use crate::http::{self, Client, Failure, Limits, Secret};
 use crate::local_engine::SampledIds;
 
 /// Hexadecimal digits of a digest in a name.
 const NAME_DIGITS: usize = 16;
+/// Longest answer read, in bytes.
+const ANSWER_BYTES: u64 = 64 << 20;
+/// The environment's word for the server.
+const KEY: &str = "MEMPO_SERVER_KEY";
 
 /// Where completions come from, if not from this process.
 #[derive(Debug, Args)]
@@ -59,6 +62,16 @@ impl ServerOptions {
     }
 }
 
+/// A server's address, with or without the path of its protocol.
+fn address(text: &str) -> Result<String, String> {
+    http::address(text.trim_end_matches('/').trim_end_matches("/v1"))
+}
+
+/// How much a server may take: it is given up by who asks, not left alone.
+fn limits(timeout: Duration, retries: u32) -> Limits {
+    Limits { attempt: timeout, call: None, retries, answer_bytes: ANSWER_BYTES, leaves_alone: false }
+}
+
 /// What a server has to call the checkpoint with this digest.
 pub(crate) fn served_name(digest: &str) -> String {
     format!("mempo-{}", &digest[..NAME_DIGITS.min(digest.len())])
@@ -81,7 +94,11 @@ impl Server {
         builder: &PromptBuilder,
         sampling: &SamplingOptions,
     ) -> Result<Self, String> {
-        let client = Client::new(url, Duration::from_secs(options.server_timeout), options.server_retries);
+        let client = Client::new(
+            url,
+            Secret::bearer(KEY),
+            limits(Duration::from_secs(options.server_timeout), options.server_retries),
+        );
         let name = served_name(digest);
         let kind = kind(&client)?;
         if options.update_server {
@@ -167,13 +184,12 @@ impl Server {
         body: Option<&Value>,
         read: impl Fn(&Value) -> Result<T, Failure>,
     ) -> Result<T, String> {
-        self.client.ask(path, body, read).map_err(|failure| told(&self.client, path, failure))
+        self.client.ask(path, body, read).map_err(|failure| told(&self.client, path, &failure))
     }
 }
 
-fn told(client: &Client, path: &str, failure: Failure) -> String {
-    let (Failure::Passing(problem, _) | Failure::One(problem) | Failure::Final(problem)) = failure;
-    format!("{}{path}: {problem}", client.url())
+fn told(client: &Client, path: &str, failure: &Failure) -> String {
+    format!("{}{path}: {}", client.url(), failure.problem())
 }
 
 /// SGLang tells of its model where vLLM has nothing.
@@ -181,7 +197,7 @@ fn kind(client: &Client) -> Result<Kind, String> {
     match client.ask("/get_model_info", None, |_| Ok(())) {
         Ok(()) => Ok(Kind::Sglang),
         Err(Failure::Final(_)) => Ok(Kind::Vllm),
-        Err(failure) => Err(told(client, "/get_model_info", failure)),
+        Err(failure) => Err(told(client, "/get_model_info", &failure)),
     }
 }
 
@@ -192,7 +208,7 @@ fn vllm_model(client: &Client, name: &str, is_trusted: bool) -> Result<String, S
         let models = answer["data"].as_array().ok_or_else(|| Failure::One("it lists no models".to_owned()))?;
         Ok(models.iter().filter_map(|model| Some(model["id"].as_str()?.to_owned())).collect::<Vec<_>>())
     };
-    let names = client.ask(path, None, names).map_err(|failure| told(client, path, failure))?;
+    let names = client.ask(path, None, names).map_err(|failure| told(client, path, &failure))?;
     match names.first() {
         _ if names.iter().any(|found| found == name) => Ok(name.to_owned()),
         Some(first) if is_trusted => Ok(first.clone()),
@@ -216,7 +232,7 @@ fn update(client: &Client, kind: Kind, dir: &Path, name: &str) -> Result<(), Str
     let done = |answer: &Value| {
         if answer["success"] == true { Ok(()) } else { Err(Failure::Final(format!("it says {answer}"))) }
     };
-    client.ask(path, Some(&body), done).map_err(|failure| told(client, path, failure))
+    client.ask(path, Some(&body), done).map_err(|failure| told(client, path, &failure))
 }
 
 #[cfg(test)]

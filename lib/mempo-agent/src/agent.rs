@@ -74,9 +74,9 @@ impl Agent<'_> {
     }
 
     /// Lets trajectories act on their completions, all at once, and gives the requests of those that go on.
-    fn take_in(
+    fn take_in<'a, 't>(
         &self,
-        attempts: &mut [Attempt<'_>],
+        attempts: &'a mut [Attempt<'t>],
         finished: Vec<(usize, Generation)>,
         with_messages: bool,
     ) -> Result<Vec<Request>, Error> {
@@ -84,11 +84,12 @@ impl Agent<'_> {
         let concerned = attempts.iter_mut().enumerate();
         let concerned = concerned.filter_map(|(place, attempt)| Some((place, attempt, of.remove(&place)?)));
         let acted: Vec<_> = concerned.filter(|(_, attempt, _)| attempt.is_active()).collect();
-        let acted = acted.into_par_iter().map(|(place, attempt, generation)| {
+        let act = |(place, attempt, generation): (usize, &'a mut Attempt<'t>, Generation)| {
             attempt.advance(self, generation);
             (place, attempt)
-        });
-        self.requests(acted.collect(), with_messages)
+        };
+        let acted = self.toolbox.side_by_side(|| acted.into_par_iter().with_max_len(1).map(act).collect());
+        self.requests(acted, with_messages)
     }
 
     /// The next request of every trajectory that goes on; one whose prompt is too long ends.

@@ -2,7 +2,7 @@
 //!
 //! [`Agent::run`] takes tasks and an [`Engine`] and gives back trajectories and steps, the rows of a rollout. What a
 //! step sees of the past is a [`ContextPolicy`]'s choice; what a tool call yields comes from the [`Toolbox`], whose
-//! `search` stands on a [`SearchIndex`]; what an answer is worth says [`outcome`]. This crate knows no model: an engine
+//! `search` stands on a [`SearchIndex`] or whatever else implements [`Search`]; what an answer is worth says [`outcome`]. This crate knows no model: an engine
 //! takes token ids and returns token ids with their log-probabilities.
 
 mod agent;
@@ -26,7 +26,7 @@ pub use engine::{Engine, Generation, Next, Request};
 pub use options::{LimitOptions, SamplingOptions};
 pub use outcome::{Outcome, format_problem, outcome, row_segments};
 pub use search::{Hit, SearchIndex};
-pub use toolbox::{ToolFailure, Toolbox};
+pub use toolbox::{Search, SearchTool, Tool, ToolFailure, Toolbox};
 
 /// What can go wrong around the agent. The policy's own mistakes are data, never an error.
 #[derive(Debug, thiserror::Error)]
@@ -69,6 +69,9 @@ pub enum Error {
         /// The field.
         field: &'static str,
     },
+    /// No threads are left to call tools on.
+    #[error("no threads to call tools on: {0}")]
+    Threads(String),
     /// The engine can do no more.
     #[error("{0}")]
     Engine(String),

@@ -107,6 +107,12 @@ impl SearchIndex {
         Ok(Self { path: dir.to_owned(), reader, fields })
     }
 
+    /// How many documents are searched.
+    #[allow(clippy::len_without_is_empty, reason = "an index is made of documents")]
+    pub fn len(&self) -> u64 {
+        self.reader.searcher().num_docs()
+    }
+
     /// The `top_k` best documents for the words of `query`, best first; documents without any of them are never found.
     pub fn search(&self, query: &str, top_k: usize) -> Result<Vec<Hit>, Error> {
         let terms = self.terms(query);

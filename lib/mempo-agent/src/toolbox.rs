@@ -1,19 +1,43 @@
-//! The tools an agent may call: `search` over a [`SearchIndex`].
+//! The tools an agent may call: a small table by name. `search` is here, `calculator` beside it; others implement [`Tool`].
 
+use std::sync::Arc;
+
+use mempo_data::Document;
 use mempo_text::{Profile, ToolCall, ToolSpec};
+use rayon::{ThreadPool, ThreadPoolBuilder};
 use serde_json::Value;
 
-use crate::{Error, Hit, SearchIndex};
+use crate::{Error, SearchIndex};
 
 /// Text of a search that found nothing.
 const NOTHING: &str = "No results.";
 
-type Search = dyn Fn(&str) -> Result<Vec<Hit>, Error> + Send + Sync;
+/// Something a policy may call.
+pub trait Tool: Send + Sync {
+    /// What the policy is told about it; the name is what it is called by.
+    fn spec(&self) -> ToolSpec;
 
-/// The tools of one run.
-pub struct Toolbox {
-    search: Box<Search>,
-    profile: Profile,
+    /// Does what the policy asks for; returns the results as text, which is untrusted.
+    fn call(&self, arguments: &Value) -> Result<String, ToolFailure>;
+}
+
+/// Something that finds documents.
+pub trait Search: Send + Sync {
+    /// The `top_k` best documents for `query`, best first; an error is the search's own failure, in words.
+    fn search(&self, query: &str, top_k: usize) -> Result<Vec<Document>, String>;
+}
+
+impl Search for SearchIndex {
+    fn search(&self, query: &str, top_k: usize) -> Result<Vec<Document>, String> {
+        let hits = SearchIndex::search(self, query, top_k).map_err(|error| error.to_string())?;
+        Ok(hits.into_iter().map(|hit| hit.document).collect())
+    }
+}
+
+impl<S: Search + ?Sized> Search for Arc<S> {
+    fn search(&self, query: &str, top_k: usize) -> Result<Vec<Document>, String> {
+        (**self).search(query, top_k)
+    }
 }
 
 /// Why a tool call yielded nothing.
@@ -25,38 +49,82 @@ pub enum ToolFailure {
     Failed(String),
 }
 
-impl Toolbox {
-    /// A toolbox whose `search` gives the `top_k` best documents of `index`, each as the profile's `document` says.
-    pub fn new(index: SearchIndex, profile: &Profile, top_k: usize) -> Self {
-        Self { search: Box::new(move |query| index.search(query, top_k)), profile: profile.clone() }
-    }
+/// The tools of one run.
+pub struct Toolbox {
+    tools: Vec<Box<dyn Tool>>,
+    /// Threads that wait for tools elsewhere.
+    waiting: Option<ThreadPool>,
+}
 
-    /// What the prompt tells the policy about the tools.
-    pub fn specs(&self) -> Vec<ToolSpec> {
-        vec![ToolSpec::search()]
+impl Toolbox {
+    /// A toolbox of these tools. `waiting` calls may be under way at a time: more than there are cores where tools are
+    /// elsewhere; 0 where they are not.
+    pub fn new(tools: Vec<Box<dyn Tool>>, waiting: usize) -> Result<Self, Error> {
+        let pool = || ThreadPoolBuilder::new().num_threads(waiting).build();
+        let waiting = (waiting > 0).then(pool).transpose().map_err(|error| Error::Threads(error.to_string()))?;
+        Ok(Self { tools, waiting })
     }
 
     /// Does what the policy asks for; returns the results as text, which is untrusted.
     pub fn call(&self, call: &ToolCall) -> Result<String, ToolFailure> {
-        if call.name != "search" {
-            let text = format!("Error: there is no tool `{}`; the only tool is `search`.", call.name);
-            return Err(ToolFailure::BadArguments(text));
+        match self.tools.iter().find(|tool| tool.spec().name == call.name) {
+            Some(tool) => tool.call(&call.arguments),
+            None => Err(ToolFailure::BadArguments(self.no_such_tool(&call.name))),
         }
-        let queries = queries(&call.arguments)?;
-        let results: Result<Vec<String>, ToolFailure> = queries.iter().map(|query| self.results(query)).collect();
-        Ok(results?.join("\n---\n"))
+    }
+
+    /// Runs what calls tools where calls may wait.
+    pub(crate) fn side_by_side<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        match &self.waiting {
+            Some(pool) => pool.install(work),
+            None => work(),
+        }
+    }
+
+    fn no_such_tool(&self, name: &str) -> String {
+        let names: Vec<String> = self.tools.iter().map(|tool| format!("`{}`", tool.spec().name)).collect();
+        match &names[..] {
+            [] => format!("Error: there is no tool `{name}`; there are no tools."),
+            [only] => format!("Error: there is no tool `{name}`; the only tool is {only}."),
+            names => format!("Error: there is no tool `{name}`; the tools are {}.", names.join(", ")),
+        }
+    }
+}
+
+/// `search`: the best documents, each as the profile's `document` says.
+pub struct SearchTool<S> {
+    search: S,
+    profile: Profile,
+    top_k: usize,
+}
+
+impl<S: Search> SearchTool<S> {
+    /// Gives the `top_k` best documents that `search` finds.
+    pub fn new(search: S, profile: &Profile, top_k: usize) -> Self {
+        Self { search, profile: profile.clone(), top_k }
     }
 
     fn results(&self, query: &str) -> Result<String, ToolFailure> {
-        let hits = (self.search)(query).map_err(|error| ToolFailure::Failed(error.to_string()))?;
-        if hits.is_empty() {
+        let documents = self.search.search(query, self.top_k).map_err(ToolFailure::Failed)?;
+        if documents.is_empty() {
             return Ok(NOTHING.to_owned());
         }
-        let documents = hits.iter().enumerate();
-        let rendered = documents.map(|(index, Hit { document, .. })| {
-            self.profile.render_document(index + 1, &document.title, &document.text)
-        });
+        let documents = documents.iter().enumerate();
+        let rendered =
+            documents.map(|(index, Document { title, text, .. })| self.profile.render_document(index + 1, title, text));
         Ok(rendered.collect())
+    }
+}
+
+impl<S: Search> Tool for SearchTool<S> {
+    fn spec(&self) -> ToolSpec {
+        ToolSpec::search()
+    }
+
+    fn call(&self, arguments: &Value) -> Result<String, ToolFailure> {
+        let queries = queries(arguments)?;
+        let results: Result<Vec<String>, ToolFailure> = queries.iter().map(|query| self.results(query)).collect();
+        Ok(results?.join("\n---\n"))
     }
 }
 
@@ -77,19 +145,30 @@ fn queries(arguments: &Value) -> Result<Vec<String>, ToolFailure> {
 
 #[cfg(test)]
 pub(crate) mod tests {
-    use mempo_data::Document;
+    use std::sync::Barrier;
+    use std::time::Duration;
+
+    use rayon::prelude::*;
     use serde_json::json;
 
     use super::*;
 
+    struct Scripted(fn(&str) -> Document);
+
+    impl Search for Scripted {
+        fn search(&self, query: &str, _: usize) -> Result<Vec<Document>, String> {
+            match query {
+                "broken" => Err("the index is gone".to_owned()),
+                "nothing" => Ok(Vec::new()),
+                _ => Ok(vec![(self.0)(query)]),
+            }
+        }
+    }
+
     /// A toolbox that finds every query once, and fails on `broken`.
     pub(crate) fn scripted(document: fn(&str) -> Document) -> Toolbox {
-        let search = move |query: &str| match query {
-            "broken" => Err(Error::Document { path: "index".into(), field: "text" }),
-            "nothing" => Ok(Vec::new()),
-            _ => Ok(vec![Hit { document: document(query), score: 1.0 }]),
-        };
-        Toolbox { search: Box::new(search), profile: Profile::load("mempo").unwrap() }
+        let search = SearchTool::new(Scripted(document), &Profile::load("mempo").unwrap(), 3);
+        Toolbox::new(vec![Box::new(search)], 0).unwrap()
     }
 
     fn call(name: &str, arguments: Value) -> Result<String, ToolFailure> {
@@ -113,9 +192,37 @@ pub(crate) mod tests {
         {
             assert!(matches!(call("search", arguments), Err(ToolFailure::BadArguments(_))));
         }
-        assert!(
-            matches!(call("browse", json!({"query": "red"})), Err(ToolFailure::BadArguments(text)) if text.contains("browse"))
-        );
+        let unknown = call("browse", json!({"query": "red"}));
+        let told = "Error: there is no tool `browse`; the only tool is `search`.";
+        assert_eq!(unknown, Err(ToolFailure::BadArguments(told.to_owned())));
         assert!(matches!(call("search", json!({"query": "broken"})), Err(ToolFailure::Failed(_))));
+    }
+
+    /// Ends only once four calls are under way.
+    struct Meeting(Barrier);
+
+    impl Tool for Meeting {
+        fn spec(&self) -> ToolSpec {
+            ToolSpec { name: "meet".to_owned(), description: String::new(), parameters: json!({}) }
+        }
+
+        fn call(&self, _: &Value) -> Result<String, ToolFailure> {
+            self.0.wait();
+            Ok("met".to_owned())
+        }
+    }
+
+    #[test]
+    fn calls_elsewhere_are_under_way_together_however_few_cores_there_are() {
+        let toolbox = Toolbox::new(vec![Box::new(Meeting(Barrier::new(4)))], 4).unwrap();
+        let call = ToolCall { name: "meet".to_owned(), arguments: json!({}) };
+        let (done, finished) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let calls = || vec![call; 8].into_par_iter().with_max_len(1).map(|call| toolbox.call(&call)).collect();
+            let results: Vec<_> = toolbox.side_by_side(calls);
+            done.send(results).unwrap();
+        });
+        let results = finished.recv_timeout(Duration::from_secs(20)).expect("calls wait for each other");
+        assert_eq!(results, vec![Ok("met".to_owned()); 8]);
     }
 }

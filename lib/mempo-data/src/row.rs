@@ -4,11 +4,12 @@ use std::fmt;
 
 use serde::{Serialize, de::DeserializeOwned};
 
-use crate::{Advantage, Context, Document, Logprobs, Score, SftExample, Step, Task, Trajectory};
+use crate::{Advantage, AnsweredQuery, Context, Document, Logprobs, Score, SftExample, Step, Task, Trajectory};
 
 /// A row's place in its table. Tables are sorted by it; text compares byte by byte.
 ///
-/// Tables without steps or trajectories leave those parts 0; `sft_examples` and `corpus` put their own id in `task_id`.
+/// Tables without steps or trajectories leave those parts 0; `sft_examples` and `corpus` put their own id in `task_id`; `queries` puts
+/// the query there and `top_k` in the place of the trajectory.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Key {
     /// The task, or the row's own id.
@@ -93,6 +94,18 @@ impl Row for Step {
         let observation_ids = self.observation_ids.as_ref().map_or(0, Vec::len);
         let numbers = self.prompt_ids.len() + 2 * self.completion_ids.len() + observation_ids;
         4 * numbers + self.completion.len() + observation
+    }
+}
+
+impl Row for AnsweredQuery {
+    const TABLE: &'static str = "queries";
+
+    fn key(&self) -> Key {
+        Key::of_step(&self.query, self.top_k, 0)
+    }
+
+    fn size(&self) -> usize {
+        self.query.len() + self.documents.iter().map(Row::size).sum::<usize>()
     }
 }
 

@@ -269,6 +269,17 @@ pub struct SftExample {
     pub target_count: i32,
 }
 
+/// What a remote search answered (table `queries`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AnsweredQuery {
+    /// What was searched for.
+    pub query: String,
+    /// How many documents were asked for.
+    pub top_k: i32,
+    /// What was found, best first.
+    pub documents: Vec<Document>,
+}
+
 /// A search document (table `corpus`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Document {

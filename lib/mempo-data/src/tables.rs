@@ -10,13 +10,34 @@ use crate::{
 };
 
 /// The names of all tables, in the order in which the stages make them.
-pub const TABLES: &[&str] =
-    &["tasks", "trajectories", "steps", "scores", "contexts", "logprobs", "advantages", "sft_examples", "corpus"];
+pub const TABLES: &[&str] = &[
+    "tasks",
+    "trajectories",
+    "steps",
+    "queries",
+    "scores",
+    "contexts",
+    "logprobs",
+    "advantages",
+    "sft_examples",
+    "corpus",
+];
 
 /// The columns of a table, in the order in which they stand in its files; `None` if there is no such table.
 pub fn columns(table: &str) -> Option<&'static [Column]> {
     static COLUMNS: LazyLock<Vec<Vec<Column>>> = LazyLock::new(|| {
-        vec![tasks(), trajectories(), steps(), scores(), contexts(), logprobs(), advantages(), sft_examples(), corpus()]
+        vec![
+            tasks(),
+            trajectories(),
+            steps(),
+            queries(),
+            scores(),
+            contexts(),
+            logprobs(),
+            advantages(),
+            sft_examples(),
+            corpus(),
+        ]
     });
     let position = TABLES.iter().position(|&name| name == table)?;
     Some(&COLUMNS[position])
@@ -33,6 +54,10 @@ pub(crate) fn about(table: &str) -> &'static str {
         "steps" => {
             "One row a model call and what came back, sorted by `(task_id, trajectory_index, step_index)`. \
              Token ids are as sampled and never re-tokenised; texts are derived from them."
+        }
+        "queries" => {
+            "What a remote search answered: one row a distinct query of a unit (one part a unit), sorted by \
+             `(query, top_k)` within the part. `sample --search` replays them."
         }
         "scores" => {
             "How probable the gold answer is given a memory: one row a memory segment that counts, sorted by \
@@ -166,6 +191,15 @@ fn steps() -> Vec<Column> {
         ),
     ]);
     columns
+}
+
+fn queries() -> Vec<Column> {
+    let document = structure(&[("doc_id", Utf8), ("title", Utf8), ("text", Utf8)]);
+    vec![
+        Column::new("query", Utf8, "", "What was searched for."),
+        Column::new("top_k", Int32, "documents", "How many documents were asked for."),
+        Column::new("documents", list(document), "", "What was found, best first."),
+    ]
 }
 
 fn scores() -> Vec<Column> {

@@ -5,8 +5,8 @@
 use std::{io::Write, path::PathBuf};
 
 use mempo_data::{
-    Advantage, Context, Document, Error, Key, Logprobs, Objective, Row, Score, Segment, SegmentKind, SftExample,
-    Status, Step, StopReason, TABLES, TableWriter, Task, Trajectory, columns, read_rows, write_rows,
+    Advantage, AnsweredQuery, Context, Document, Error, Key, Logprobs, Objective, Row, Score, Segment, SegmentKind,
+    SftExample, Status, Step, StopReason, TABLES, TableWriter, Task, Trajectory, columns, read_rows, write_rows,
 };
 use parquet::file::metadata::{ParquetMetaData, ParquetMetaDataReader};
 use proptest::prelude::*;
@@ -237,6 +237,12 @@ fn document(number: usize, text: &str) -> Document {
 #[test]
 fn corpus() {
     check(&[document(0, ""), document(1, "b")]);
+}
+
+#[test]
+fn queries() {
+    let row = |query: &str, top_k, documents| AnsweredQuery { query: query.to_owned(), top_k, documents };
+    check(&[row("", 1, vec![]), row("Où ?", 2, vec![document(0, ""), document(1, "b")]), row("Où ?", 3, vec![])]);
 }
 
 #[test]

@@ -23,7 +23,7 @@ pub(crate) fn install() {
     }
 }
 
-/// An error once a signal has come.
-pub(crate) fn check() -> anyhow::Result<()> {
+/// An error (exit code 75) once a signal has come; for what runs outside a [`crate::Stage`].
+pub fn check() -> anyhow::Result<()> {
     if REQUESTED.load(Ordering::SeqCst) { Err(Failure::Interrupted.into()) } else { Ok(()) }
 }

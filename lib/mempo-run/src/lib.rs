@@ -50,6 +50,7 @@ pub use check::{finished, is_under_way, verify};
 pub use digest::seed_of;
 pub use failure::{Failure, ResultExt, exit_code, main};
 pub use input::Input;
+pub use interrupt::check as check_interrupt;
 pub use manifest::{FileRecord, InputRecord, Manifest, Run};
 pub use metrics::MetricsFile;
 pub use output::{print_data, print_table};

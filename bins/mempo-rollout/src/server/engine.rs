@@ -11,8 +11,8 @@ use mempo_data::StopReason;
 use mempo_text::PromptBuilder;
 use tracing::warn;
 
-use super::client::{Client, Failure};
 use super::protocol::{Protocol, Reply};
+use crate::http::{Client, Failure};
 
 /// Requests in a row that may come to nothing, each after all its attempts, before the server is given up.
 const GIVE_UP: usize = 16;
@@ -149,7 +149,7 @@ impl ServerEngine<'_> {
                 return Ok(Generation { logprobs: vec![f32::NAN; ids.len()], ids, stop_reason });
             }
             Err(Failure::Final(problem)) => return Err(format!("{}: {problem}", self.url)),
-            Err(Failure::Passing(problem, _) | Failure::One(problem)) => problem,
+            Err(Failure::Passing(problem, _) | Failure::Refused(problem) | Failure::One(problem)) => problem,
         };
         warn!("{}: {problem}", self.url);
         if in_vain >= GIVE_UP {

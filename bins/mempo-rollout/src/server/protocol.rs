@@ -8,7 +8,7 @@ use mempo_agent::{Generation, Request, SamplingOptions};
 use mempo_data::StopReason;
 use serde_json::{Map, Value, json};
 
-use super::client::Failure;
+use crate::http::Failure;
 
 /// What an answer holds.
 #[derive(Debug, Clone, PartialEq)]

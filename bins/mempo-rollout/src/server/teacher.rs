@@ -13,10 +13,10 @@ use mempo_text::{PromptBuilder, Tokenizer, ToolCall};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::ServerOptions;
-use super::client::{Client, Failure, address};
 use super::engine::ServerEngine;
 use super::protocol::{Protocol, Reply};
+use super::{KEY, ServerOptions, address, limits};
+use crate::http::{Client, Failure, Secret};
 
 /// Which interface a teacher has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
@@ -59,7 +59,8 @@ impl Teacher {
         sampling: &SamplingOptions,
     ) -> Option<Self> {
         let (url, model) = (options.teacher.as_ref()?, options.teacher_model.clone()?);
-        let client = Client::new(url, Duration::from_secs(server.server_timeout), server.server_retries);
+        let limits = limits(Duration::from_secs(server.server_timeout), server.server_retries);
+        let client = Client::new(url, Secret::bearer(KEY), limits);
         let asking = Texts {
             model,
             interface: options.teacher_interface,

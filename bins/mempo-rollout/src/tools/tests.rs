@@ -1,0 +1,193 @@
+//! Rollouts whose completions come from a script behind vLLM's protocol, and whose tools are elsewhere.
+
+use std::net::TcpListener;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use clap::Parser;
+use mempo_data::{Status, Step, Trajectory, read_rows};
+use mempo_text::{NewTokenizer, Tokenizer, train_tokenizer};
+use serde_json::{Value, json};
+
+use super::*;
+use crate::http::testing::{Reply, serve};
+use crate::retrieval::{Served, serve as serve_search};
+
+/// What the script writes first, by the question's last words, and what it writes once it has seen something.
+type Script = fn(&str) -> String;
+
+fn search(wanted: &str) -> String {
+    format!(
+        r#"<think>seeking</think><tool_call>{{"name": "search", "arguments": {{"query": "{wanted}"}}}}</tool_call>"#
+    )
+}
+
+struct Setting {
+    folder: tempfile::TempDir,
+    generator: String,
+}
+
+impl Setting {
+    /// Six tasks that ask where a city is, a corpus, its index, and a model that `script` speaks for.
+    fn new(script: Script) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let lines = |name: &str, rows: Vec<Value>| {
+            let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
+            fs_err::write(folder.path().join(name), lines.join("\n")).unwrap();
+        };
+        let question =
+            |i: usize| json!({"question": format!("Where is city {}", i % 4), "answer": format!("land {i}")});
+        lines("questions.jsonl", (0..6).map(question).collect());
+        let document = |i: usize| json!({"id": i, "contents": format!("\"City {i}\"\nCity {i} is in land {i}.")});
+        lines("corpus.jsonl", (0..5).map(document).collect());
+        let model = folder.path().join("model");
+        let text = "Where is city 1?; land 2 <mem></mem><think></think><answer></answer><tool_call></tool_call>";
+        train_tokenizer(std::iter::repeat_n(text.to_owned(), 3), &NewTokenizer::of_size(300), &model).unwrap();
+        let config = json!({
+            "model_type": "qwen2", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "num_key_value_heads": 1, "vocab_size": 320, "max_position_embeddings": 16384,
+        });
+        fs_err::write(model.join("config.json"), config.to_string()).unwrap();
+        // Nobody reads them: the script speaks.
+        fs_err::write(model.join("model.safetensors"), "").unwrap();
+        let generator = generator(Tokenizer::load(&model).unwrap(), script);
+        let setting = Self { folder, generator };
+        setting.run("compose --questions @questions.jsonl --objectives 1 --out @tasks").unwrap();
+        setting.run("index --corpus @corpus.jsonl --out @index").unwrap();
+        setting
+    }
+
+    fn run(&self, line: &str) -> anyhow::Result<()> {
+        let path = |name: &str| self.folder.path().join(name).display().to_string();
+        let word = |word: &str| word.strip_prefix('@').map_or(word.to_owned(), path);
+        let words = std::iter::once("mempo-rollout".to_owned()).chain(line.split_whitespace().map(word));
+        crate::run(crate::Arguments::try_parse_from(words)?)
+    }
+
+    fn sample(&self, out: &str, more: &str) -> anyhow::Result<()> {
+        let generator = &self.generator;
+        self.run(&format!(
+            "sample --tasks @tasks --model @model --server {generator} --trust-server --temperature 0 --group-size 2 \
+             --tasks-per-unit 4 --out @{out} {more}"
+        ))
+    }
+
+    fn parts(&self, out: &str, table: &str) -> Vec<PathBuf> {
+        let entries = fs_err::read_dir(self.folder.path().join(out).join(table)).into_iter().flatten();
+        let mut parts: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
+        parts.sort();
+        parts
+    }
+
+    fn rows<R: Row>(&self, out: &str) -> Vec<R> {
+        read_rows(&self.parts(out, R::TABLE)).unwrap().map(Result::unwrap).collect()
+    }
+
+    fn bytes(&self, out: &str) -> Vec<Vec<u8>> {
+        let parts = ["steps", "trajectories"].into_iter().flat_map(|table| self.parts(out, table));
+        parts.map(|part| fs_err::read(part).unwrap()).collect()
+    }
+
+    fn manifest(&self, out: &str) -> Value {
+        let path = self.folder.path().join(out).join("manifest.json");
+        serde_json::from_slice(&fs_err::read(path).unwrap()).unwrap()
+    }
+}
+
+/// A server in vLLM's form: what the script says first, and an answer once a prompt holds a step before it.
+fn generator(tokenizer: Tokenizer, script: Script) -> String {
+    serve(move |path, body| match path {
+        "/v1/models" => Reply::Json(200, json!({"data": [{"id": "script"}]})),
+        "/v1/completions" => {
+            let prompt: Vec<i32> = serde_json::from_value(body["prompt"].clone()).unwrap();
+            let prompt = tokenizer.decode(&prompt);
+            let text = if prompt.contains("seeking") {
+                "<mem>m</mem><think>seen</think><answer>land 2</answer>".to_owned()
+            } else {
+                let asked = prompt.rsplit_once("Where is ").map_or("", |(_, rest)| rest.split('?').next().unwrap());
+                script(asked)
+            };
+            let ids = tokenizer.encode_plain(&text);
+            let logprobs = json!({
+                "token_logprobs": vec![-0.5; ids.len()], "top_logprobs": [{"token_id:5": -0.5, "token_id:6": -2.5}],
+            });
+            Reply::Json(
+                200,
+                json!({"choices": [{
+                    "token_ids": ids, "logprobs": logprobs, "finish_reason": "stop", "stop_reason": "</answer>",
+                }]}),
+            )
+        }
+        _ => Reply::Json(404, json!("Not Found")),
+    })
+}
+
+/// The setting's index behind the protocol, until `stop` is set.
+fn searched(setting: &Setting, stop: &Arc<AtomicBool>) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let index = SearchIndex::open(&setting.folder.path().join("index").join(INDEX_FOLDER)).unwrap();
+    let (served, stop) = (Served { index, digest: String::new(), top_k: 3 }, Arc::clone(stop));
+    std::thread::spawn(move || serve_search(listener, served, &|| stop.load(Ordering::Relaxed)));
+    url
+}
+
+#[test]
+fn a_served_index_gives_the_rollout_of_the_index_and_its_log_gives_it_again() {
+    let (setting, stop) = (Setting::new(search), Arc::new(AtomicBool::new(false)));
+    let url = searched(&setting, &stop);
+    setting.sample("local", "--search @index").unwrap();
+    setting.sample("remote", &format!("--search {url}/retrieve")).unwrap();
+    stop.store(true, Ordering::Relaxed);
+    setting.sample("replayed", "--search @remote").unwrap();
+    let steps: Vec<Step> = setting.rows("local");
+    assert_eq!(steps.len(), 24);
+    assert!(steps[0].observation.as_ref().unwrap().contains("Doc 1(Title: City 0) City 0 is in land 0."));
+    assert_eq!(setting.bytes("remote"), setting.bytes("local"));
+    assert_eq!(setting.bytes("replayed"), setting.bytes("local"));
+    setting.run("verify @remote").unwrap();
+
+    let queries: Vec<AnsweredQuery> = setting.rows("remote");
+    let asked: Vec<&str> = queries.iter().map(|row| row.query.as_str()).collect();
+    assert_eq!(asked, ["city 0", "city 1", "city 2", "city 3", "city 0", "city 1"], "one a distinct query of a unit");
+    assert!(queries.iter().all(|row| row.top_k == 3 && row.documents.len() == 3));
+    let manifest = setting.manifest("remote");
+    assert_eq!(manifest["arguments"]["search"], json!(url));
+    let inputs = |out: &str| setting.manifest(out)["inputs"].to_string().contains("\"search\"");
+    assert_eq!([inputs("local"), inputs("remote"), inputs("replayed")], [true, false, true]);
+    assert!(setting.parts("local", "queries").is_empty() && setting.parts("replayed", "queries").is_empty());
+    assert_eq!(setting.manifest("local")["arguments"].get("search"), None);
+
+    let unasked = setting.sample("other", "--search @remote --top-k 2 --max-error-rate 1");
+    unasked.unwrap();
+    let rows: Vec<Trajectory> = setting.rows("other");
+    assert!(rows.iter().all(|row| (row.status, row.reward) == (Status::ToolError, None)));
+    let told = rows[0].error.as_ref().unwrap();
+    assert!(told.contains("nobody asked `city 0` for 2 documents there"), "{told}");
+    let error = setting.sample("none", "--search @tasks").unwrap_err();
+    assert_eq!(mempo_run::exit_code(&error), 4);
+    assert!(error.to_string().contains("neither an index"), "{error}");
+}
+
+#[test]
+fn what_fails_elsewhere_is_no_policy_s_fault_and_too_much_of_it_ends_the_run() {
+    let setting = Setting::new(search);
+    let url = serve(|_, body| match body["queries"][0].as_str() {
+        Some("city 1") => Reply::Json(400, json!({"detail": "no such city"})),
+        Some("city 2") => Reply::Bytes(Vec::new()),
+        _ => Reply::Json(200, json!({"result": [[{"contents": "\"A\"\nfound <mem>x</mem>"}]]})),
+    });
+    let more = format!("--search {url} --tool-retries 0");
+    let error = setting.sample("out", &more).unwrap_err();
+    assert_eq!(mempo_run::exit_code(&error), 3);
+    assert!(error.to_string().contains("tool_error"), "{error}");
+    setting.sample("out", &format!("{more} --max-error-rate 0.5")).unwrap_err();
+    setting.sample("out", &format!("{more} --max-error-rate 0.5 --restart")).unwrap();
+    let rows: Vec<Trajectory> = setting.rows("out");
+    let failed = rows.iter().filter(|row| row.reward.is_none());
+    let told: Vec<(Status, &str)> = failed.map(|row| (row.status, row.error.as_deref().unwrap())).collect();
+    assert_eq!(told.len(), 6, "{told:?}");
+    assert!(told.iter().all(|(status, error)| *status == Status::ToolError && error.contains(&url)), "{told:?}");
+    assert_eq!(told.iter().filter(|(_, error)| error.contains("no such city")).count(), 4, "{told:?}");
+    let queries: Vec<AnsweredQuery> = setting.rows("out");
+    assert_eq!(queries.len(), 3, "what failed is not kept: {queries:?}");
+}
