@@ -10,7 +10,7 @@ use mempo_agent::{Agent, Engine, LimitOptions, SamplingOptions, Start, Unit, con
 use mempo_data::{Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage, print_data, seed_of};
-use mempo_text::{Profile, PromptBuilder, Tokenizer, ToolSpec};
+use mempo_text::{Profile, PromptBuilder, Tokenizer};
 use serde::Serialize;
 use serde_json::json;
 
@@ -18,7 +18,7 @@ use crate::local_engine::LocalEngine;
 use crate::server::{Server, ServerOptions, served_name};
 use crate::stored::{FromOptions, MemoryControl, Stored};
 use crate::tally::Tally;
-use crate::tools::{ToolOptions, Tools};
+use crate::tools::{RecordedTools, ToolOptions, ToolTable, Tools};
 
 /// Let a checkpoint work on tasks, each several times.
 ///
@@ -35,7 +35,7 @@ pub(crate) struct SampleArguments {
     #[serde(skip)]
     model: PathBuf,
     #[command(flatten)]
-    #[serde(flatten)]
+    #[serde(skip)]
     tools: ToolOptions,
     /// Trajectories a task
     #[arg(long, value_name = "N", default_value = "16")]
@@ -99,6 +99,8 @@ struct Resolved<'a> {
     /// Whether a server generates, and whether that it has the checkpoint is taken on trust.
     #[serde(skip_serializing_if = "Option::is_none")]
     server: Option<&'a str>,
+    #[serde(flatten)]
+    tools: RecordedTools,
 }
 
 /// What a rollout is made from.
@@ -175,15 +177,20 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     let inputs = Inputs::open(&arguments)?;
     let task_files = inputs.tasks.table("tasks")?;
     let task_count = count_tasks(&task_files, arguments.max_tasks)?;
-    let builder = prompt_builder(&arguments)?;
+    let table = arguments.tools.table()?;
+    let builder = prompt_builder(&arguments, &table)?;
     fit_to_model(&mut arguments, &builder)?;
-    let resolved =
-        Resolved { arguments: &arguments, profile: arguments.profile(), server: arguments.server.recorded() };
+    let resolved = Resolved {
+        arguments: &arguments,
+        profile: arguments.profile(),
+        server: arguments.server.recorded(),
+        tools: arguments.tools.recorded(&table),
+    };
     let Some(stage) = Stage::open("mempo-rollout", "sample", &arguments.stage.stage(), &resolved, &inputs.all())?
     else {
         return Ok(());
     };
-    let tools = arguments.tools.open(inputs.search.as_ref(), builder.profile(), arguments.limits.top_k)?;
+    let tools = arguments.tools.open(table, inputs.search.as_ref(), builder.profile(), arguments.limits.top_k)?;
     let context = context_policy(&arguments.context).usage()?;
     let stored = inputs.stored(&arguments, builder.tokenizer())?;
     let (seed, policy) = (arguments.stage.stage().seed, inputs.model.digest());
@@ -219,9 +226,9 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     stage.finish(&[("trajectories", tally.trajectories), ("steps", tally.steps)], summary)
 }
 
-fn prompt_builder(arguments: &SampleArguments) -> anyhow::Result<PromptBuilder> {
+fn prompt_builder(arguments: &SampleArguments, table: &ToolTable) -> anyhow::Result<PromptBuilder> {
     let profile = Profile::load(arguments.profile()).usage()?;
-    PromptBuilder::load(&arguments.model, profile, &[ToolSpec::search()]).bad_input()
+    PromptBuilder::load(&arguments.model, profile, &table.specs()).bad_input()
 }
 
 /// Refuses a tokenizer that is not the model's; limits prompts so that a completion fits among the model's positions.
