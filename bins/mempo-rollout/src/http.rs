@@ -2,6 +2,7 @@
 //! that answer nothing. Generation, search and tools all ask through it.
 
 mod breaker;
+mod public;
 #[cfg(test)]
 pub(crate) mod testing;
 #[cfg(test)]
@@ -14,9 +15,12 @@ use mempo_model::counter_uniform;
 use mempo_run::check_interrupt;
 use serde_json::Value;
 use tracing::debug;
+use ureq::config::Config;
 use ureq::http::{HeaderMap, StatusCode};
+use ureq::unversioned::transport::DefaultConnector;
 
 use self::breaker::Breaker;
+use self::public::PublicOnly;
 
 /// Longest time until a connection stands.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -77,6 +81,11 @@ impl Secret {
         let token = std::env::var(variable).ok().filter(|value| !value.is_empty())?;
         Some(Self { header: "authorization", scheme: "Bearer ", token })
     }
+
+    /// A token in a header of its own.
+    pub(crate) fn key(header: &'static str, token: String) -> Self {
+        Self { header, scheme: "", token }
+    }
 }
 
 /// A server at an address.
@@ -100,21 +109,36 @@ pub(crate) fn address(text: &str) -> Result<String, String> {
     Ok(url.to_owned())
 }
 
+fn config(limits: &Limits) -> Config {
+    ureq::Agent::config_builder()
+        .timeout_connect(Some(CONNECT.min(limits.attempt)))
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .http_status_as_error(false)
+        .max_idle_connections(1024)
+        .max_idle_connections_per_host(1024)
+        // A cluster's proxy must not stand between a job and a server on its own machine.
+        .proxy(None)
+        .user_agent(concat!("mempo-rollout/", env!("CARGO_PKG_VERSION")))
+        .build()
+}
+
 impl Client {
     /// To the server at an [`address`].
     pub(crate) fn new(url: &str, secret: Option<Secret>, limits: Limits) -> Self {
-        let config = ureq::Agent::config_builder()
-            .timeout_connect(Some(CONNECT.min(limits.attempt)))
-            .max_redirects(0)
-            .max_redirects_will_error(false)
-            .http_status_as_error(false)
-            .max_idle_connections(1024)
-            .max_idle_connections_per_host(1024)
-            // A cluster's proxy must not stand between a job and a server on its own machine.
-            .proxy(None)
-            .user_agent(concat!("mempo-rollout/", env!("CARGO_PKG_VERSION")));
+        let agent = ureq::Agent::new_with_config(config(&limits));
+        Self::with(agent, url, secret, limits)
+    }
+
+    /// The same, if it is on the public internet: calls to private addresses fail.
+    pub(crate) fn public(url: &str, secret: Option<Secret>, limits: Limits) -> Self {
+        let agent = ureq::Agent::with_parts(config(&limits), DefaultConnector::default(), PublicOnly::default());
+        Self::with(agent, url, secret, limits)
+    }
+
+    fn with(agent: ureq::Agent, url: &str, secret: Option<Secret>, limits: Limits) -> Self {
         let breaker = limits.leaves_alone.then(|| Breaker::new(IN_VAIN, LEFT_ALONE));
-        Self { agent: config.build().into(), url: url.to_owned(), secret, limits, breaker, draws: AtomicU64::new(0) }
+        Self { agent, url: url.to_owned(), secret, limits, breaker, draws: AtomicU64::new(0) }
     }
 
     pub(crate) fn url(&self) -> &str {
@@ -187,7 +211,11 @@ impl Client {
             }
             None => self.prepared(self.agent.get(&url), longest).call(),
         };
-        let mut response = result.map_err(|error| passing(&error))?;
+        let mut response = result.map_err(|error| match error {
+            // No address to ask.
+            ureq::Error::Other(error) => Failure::Final(error.to_string()),
+            error => passing(&error),
+        })?;
         let (status, pause) = (response.status(), retry_after(response.headers()));
         let most = self.limits.answer_bytes;
         let body = response.body_mut().with_config().limit(most).read_to_vec();

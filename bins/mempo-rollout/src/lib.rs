@@ -10,6 +10,7 @@
 mod compose;
 mod context;
 mod http;
+mod http_tool;
 mod index;
 mod local_engine;
 mod query_log;
@@ -22,6 +23,7 @@ mod show;
 mod stored;
 mod tally;
 mod tools;
+mod web;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use mempo_doctor::DoctorArguments;

@@ -10,7 +10,7 @@ use mempo_agent::{Agent, ContextOptions, Engine, LimitOptions, SamplingOptions, 
 use mempo_data::{Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage, print_data, seed_of};
-use mempo_text::{Profile, PromptBuilder, ToolSpec};
+use mempo_text::{Profile, PromptBuilder};
 use serde::Serialize;
 use serde_json::json;
 
@@ -18,7 +18,7 @@ use crate::local_engine::LocalEngine;
 use crate::server::{Server, ServerOptions, Teacher, TeacherOptions, served_name};
 use crate::stored::{FromOptions, MemoryControl, Stored};
 use crate::tally::Tally;
-use crate::tools::{ToolOptions, Tools};
+use crate::tools::{RecordedTools, ToolOptions, ToolTable, Tools};
 
 /// Let a checkpoint work on tasks, each several times.
 ///
@@ -35,7 +35,7 @@ pub(crate) struct SampleArguments {
     #[serde(skip)]
     model: PathBuf,
     #[command(flatten)]
-    #[serde(flatten)]
+    #[serde(skip)]
     tools: ToolOptions,
     /// Trajectories a task
     #[arg(long, value_name = "N", default_value = "16")]
@@ -104,6 +104,8 @@ struct Resolved<'a> {
     /// The teacher that generates.
     #[serde(skip_serializing_if = "Option::is_none")]
     teacher: Option<&'a str>,
+    #[serde(flatten)]
+    tools: RecordedTools,
 }
 
 /// What a rollout is made from.
@@ -181,19 +183,21 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     let inputs = Inputs::open(&arguments)?;
     let task_files = inputs.tasks.table("tasks")?;
     let task_count = count_tasks(&task_files, arguments.max_tasks)?;
-    let builder = prompt_builder(&arguments)?;
+    let table = arguments.tools.table()?;
+    let builder = prompt_builder(&arguments, &table)?;
     fit_to_model(&mut arguments, &builder)?;
     let resolved = Resolved {
         arguments: &arguments,
         profile: arguments.profile(),
         server: arguments.server.recorded(),
         teacher: arguments.teacher.teacher_model.as_deref(),
+        tools: arguments.tools.recorded(&table),
     };
     let Some(stage) = Stage::open("mempo-rollout", "sample", &arguments.stage.stage(), &resolved, &inputs.all())?
     else {
         return Ok(());
     };
-    let tools = arguments.tools.open(inputs.search.as_ref(), builder.profile(), arguments.limits.top_k)?;
+    let tools = arguments.tools.open(table, inputs.search.as_ref(), builder.profile(), arguments.limits.top_k)?;
     let stored = inputs.stored(&arguments, &builder)?;
     let teacher = Teacher::new(&arguments.teacher, &arguments.server, &builder, &arguments.sampling);
     let policy = teacher.as_ref().map_or_else(|| inputs.model.digest().to_owned(), Teacher::policy);
@@ -233,9 +237,9 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     stage.finish(&[("trajectories", tally.trajectories), ("steps", tally.steps)], summary)
 }
 
-fn prompt_builder(arguments: &SampleArguments) -> anyhow::Result<PromptBuilder> {
+fn prompt_builder(arguments: &SampleArguments, table: &ToolTable) -> anyhow::Result<PromptBuilder> {
     let profile = Profile::load(arguments.profile()).usage()?;
-    PromptBuilder::load(&arguments.model, profile, &[ToolSpec::search()]).bad_input()
+    PromptBuilder::load(&arguments.model, profile, &table.specs()).bad_input()
 }
 
 /// Refuses a tokenizer that is not the model's; limits prompts so that a completion fits among the model's positions.

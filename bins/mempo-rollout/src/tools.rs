@@ -1,65 +1,95 @@
-//! What a rollout's tools stand on: an index, a server, or what a server once answered.
+//! The tools of a rollout: which they are, and what `search` stands on: an index, a server, or what a server once answered.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::anyhow;
-use clap::Args;
-use mempo_agent::{Search, SearchIndex, SearchTool, Toolbox};
+use clap::{Args, ValueEnum};
+use mempo_agent::{Calculator, Search, SearchIndex, SearchTool, Tool, Toolbox};
 use mempo_data::{AnsweredQuery, Document, Row};
 use mempo_run::{Input, ResultExt};
-use mempo_text::Profile;
+use mempo_text::{Profile, ToolSpec};
 use serde::Serialize;
 
 use crate::http::{Client, Limits, Secret};
+use crate::http_tool::{self, HttpTool, NamedTool};
 use crate::index::INDEX_FOLDER;
 use crate::query_log::{Recorder, Replay};
 use crate::retrieval::{self, RemoteSearch};
+use crate::web::{Engine, WebSearch};
 
 /// Longest answer of a server that is searched, in bytes.
 const ANSWER_BYTES: u64 = 16 << 20;
 /// The environment's word for it.
-const KEY: &str = "MEMPO_SEARCH_KEY";
+pub(crate) const KEY: &str = "MEMPO_SEARCH_KEY";
 /// Calls to tools elsewhere that are under way at a time.
 const WAITING: usize = 64;
 
-/// What tools stand on.
-#[derive(Debug, Args, Serialize)]
+/// Longest answer of a tool elsewhere, in bytes.
+const TOOL_BYTES: u64 = 1 << 20;
+
+/// Which tools there are, and what they stand on.
+#[derive(Debug, Args)]
 pub(crate) struct ToolOptions {
-    /// Where `search` looks: an index, as `index` writes it; a server of Search-R1's protocol at http://HOST:PORT, as
+    /// Tools of this program that the policy may call
+    #[arg(long, value_name = "NAME,...", value_enum, value_delimiter = ',', default_value = "search")]
+    tools: Vec<BuiltIn>,
+    /// Further tools: a JSON file [{"name": "", "description": "", "parameters": {JSON schema}, "url": "http://HOST/PATH"}]. The
+    /// policy's arguments are posted to the url; the text that comes back is what it sees
+    #[arg(long, value_name = "FILE")]
+    tools_file: Option<PathBuf>,
+    /// Where `search` looks: an index, as `index` writes it; the web, as web:searxng or web:serper (its address is read from the
+    /// environment as MEMPO_SEARCH_URL, a key as MEMPO_SEARCH_KEY); a server of Search-R1's protocol at http://HOST:PORT, as
     /// `serve-search` is one (a key, if it wants one, is read from the environment as MEMPO_SEARCH_KEY); or a rollout whose
     /// search was a server, to be answered as it was then
-    #[arg(long, value_name = "DIR|URL", value_parser = place)]
-    #[serde(skip_serializing_if = "Place::is_dir")]
-    search: Place,
+    #[arg(long, value_name = "DIR|URL|web:NAME", value_parser = place)]
+    search: Option<Place>,
     /// Longest time of a call to a server, with all its attempts, of which one may take half of it
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
-    #[serde(skip)]
     tool_timeout: u64,
     /// How often a call to a server is tried again that failed, each time after a longer pause
     #[arg(long, value_name = "N", default_value_t = 4)]
-    #[serde(skip)]
     tool_retries: u32,
+    /// Let MEMPO_SEARCH_URL be an address of this machine or of a private network
+    #[arg(long)]
+    allow_private_addresses: bool,
 }
 
-/// Where `search` looks. What is recorded of it is a server's address: nothing tells what stands behind it.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(untagged)]
-enum Place {
-    /// An index, or a rollout with a log of its queries.
-    #[serde(skip)]
-    Dir(PathBuf),
-    Server(String),
+/// A tool of this program.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum BuiltIn {
+    /// Finds documents where --search says
+    Search,
+    /// Arithmetic
+    Calculator,
 }
 
-impl Place {
-    fn is_dir(&self) -> bool {
-        matches!(self, Self::Dir(_))
+impl BuiltIn {
+    fn spec(self) -> ToolSpec {
+        match self {
+            Self::Search => ToolSpec::search(),
+            Self::Calculator => Calculator.spec(),
+        }
     }
 }
 
+/// Where `search` looks.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Place {
+    /// An index, or a rollout with a log of its queries.
+    Dir(PathBuf),
+    Server(String),
+    Web(Engine),
+}
+
 fn place(text: &str) -> Result<Place, String> {
+    if let Some(name) = text.strip_prefix("web:") {
+        return Engine::from_str(name, false)
+            .map(Place::Web)
+            .map_err(|_| "expected web:searxng or web:serper".to_owned());
+    }
     if text.starts_with("http://") || text.starts_with("https://") {
         return retrieval::address(text).map(Place::Server);
     }
@@ -70,30 +100,114 @@ impl ToolOptions {
     /// The directory that is searched, if it is one.
     pub(crate) fn input(&self) -> anyhow::Result<Option<Input>> {
         match &self.search {
-            Place::Dir(dir) => Input::stage("search", dir).map(Some),
-            Place::Server(_) => Ok(None),
+            Some(Place::Dir(dir)) => Input::stage("search", dir).map(Some),
+            Some(Place::Server(_) | Place::Web(_)) | None => Ok(None),
         }
     }
 
-    /// The tools; `input` is what [`Self::input`] gave.
-    pub(crate) fn open(&self, input: Option<&Input>, profile: &Profile, top_k: usize) -> anyhow::Result<Tools> {
-        let source = Arc::new(match (&self.search, input) {
-            (Place::Server(url), _) => {
-                let client = Client::new(url, Secret::bearer(KEY), self.limits());
-                Source::Server(Recorder::new(Box::new(RemoteSearch(client))))
+    /// The tools, by name.
+    pub(crate) fn table(&self) -> anyhow::Result<ToolTable> {
+        let from_file = self.tools_file.as_deref().map(http_tool::read).transpose()?.unwrap_or_default();
+        let table = ToolTable { built_in: self.tools.clone(), named: from_file };
+        let mut names = BTreeSet::new();
+        if let Some(twice) = table.specs().into_iter().find(|spec| !names.insert(spec.name.clone())) {
+            return Err(anyhow!("the tool `{}` is named twice by --tools and --tools-file", twice.name)).usage();
+        }
+        match (names.contains("search"), &self.search) {
+            (true, None) => {
+                Err(anyhow!("the tool `search` needs --search DIR or URL; --tools names other tools")).usage()
             }
-            (Place::Dir(dir), input) => stored(dir, input)?,
-        });
-        let search = SearchTool::new(Arc::clone(&source), profile, top_k);
-        let waiting = if matches!(*source, Source::Server(_)) { WAITING } else { 0 };
-        Ok(Tools { toolbox: Toolbox::new(vec![Box::new(search)], waiting)?, source })
+            (false, Some(_)) => Err(anyhow!("--search is given, but --tools does not name `search`")).usage(),
+            _ => Ok(table),
+        }
     }
 
-    fn limits(&self) -> Limits {
+    /// The tools; `input` is what [`Self::input`] gave, `table` what [`Self::table`] did.
+    pub(crate) fn open(
+        &self,
+        table: ToolTable,
+        input: Option<&Input>,
+        profile: &Profile,
+        top_k: usize,
+    ) -> anyhow::Result<Tools> {
+        let source = self.search.as_ref().map(|place| self.source(place, input)).transpose()?.map(Arc::new);
+        let mut tools: Vec<Box<dyn Tool>> = Vec::new();
+        for tool in &table.built_in {
+            match (tool, &source) {
+                (BuiltIn::Search, Some(source)) => {
+                    tools.push(Box::new(SearchTool::new(Arc::clone(source), profile, top_k)));
+                }
+                (BuiltIn::Search, None) => {}
+                (BuiltIn::Calculator, _) => tools.push(Box::new(Calculator)),
+            }
+        }
+        let is_elsewhere = matches!(source.as_deref(), Some(Source::Server(_))) || !table.named.is_empty();
+        for tool in table.named {
+            tools.push(Box::new(HttpTool::new(tool, self.limits(TOOL_BYTES))));
+        }
+        let waiting = if is_elsewhere { WAITING } else { 0 };
+        Ok(Tools { toolbox: Toolbox::new(tools, waiting)?, source })
+    }
+
+    /// For the manifest.
+    pub(crate) fn recorded(&self, table: &ToolTable) -> RecordedTools {
+        let search = match &self.search {
+            Some(Place::Server(url)) => Some(url.clone()),
+            Some(Place::Web(engine)) => Some(format!("web:{}", engine.name())),
+            Some(Place::Dir(_)) | None => None,
+        };
+        let tools = Some(table.specs()).filter(|specs| *specs != [ToolSpec::search()]);
+        let tool_urls = table.named.iter().map(|tool| (tool.spec().name, tool.url.clone())).collect();
+        RecordedTools { search, tools, tool_urls }
+    }
+
+    fn source(&self, place: &Place, input: Option<&Input>) -> anyhow::Result<Source> {
+        match place {
+            Place::Dir(dir) => stored(dir, input),
+            Place::Server(url) => {
+                let client = Client::new(url, Secret::bearer(KEY), self.limits(ANSWER_BYTES));
+                Ok(Source::Server(Recorder::new(Box::new(RemoteSearch(client)))))
+            }
+            Place::Web(engine) => {
+                let limits = self.limits(ANSWER_BYTES);
+                let search = WebSearch::from_environment(*engine, limits, self.allow_private_addresses).usage()?;
+                Ok(Source::Server(Recorder::new(Box::new(search))))
+            }
+        }
+    }
+
+    fn limits(&self, answer_bytes: u64) -> Limits {
         let call = Duration::from_secs(self.tool_timeout);
         let attempt = if self.tool_retries == 0 { call } else { call / 2 };
         let retries = self.tool_retries;
-        Limits { attempt, call: Some(call), retries, answer_bytes: ANSWER_BYTES, leaves_alone: true }
+        Limits { attempt, call: Some(call), retries, answer_bytes, leaves_alone: true }
+    }
+}
+
+/// The tools of a run before they are opened.
+pub(crate) struct ToolTable {
+    built_in: Vec<BuiltIn>,
+    named: Vec<NamedTool>,
+}
+
+/// What the manifest holds of tools: nothing where there is `search` alone and a directory is searched, which is an input.
+#[derive(Serialize)]
+pub(crate) struct RecordedTools {
+    /// Address of the server that is searched, or who searches the web: nothing tells what stands behind it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    search: Option<String>,
+    /// What the policy is told.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tools: Option<Vec<ToolSpec>>,
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    tool_urls: BTreeMap<String, String>,
+}
+
+impl ToolTable {
+    /// What the policy is told, in the order of the prompt.
+    pub(crate) fn specs(&self) -> Vec<ToolSpec> {
+        let built_in = self.built_in.iter().map(|tool| tool.spec());
+        built_in.chain(self.named.iter().map(NamedTool::spec)).collect()
     }
 }
 
@@ -135,25 +249,25 @@ impl Search for Source {
 /// The tools of a rollout.
 pub(crate) struct Tools {
     pub(crate) toolbox: Toolbox,
-    source: Arc<Source>,
+    source: Option<Arc<Source>>,
 }
 
 impl Tools {
     /// From now on this unit's trajectories call.
     pub(crate) fn begin(&self, unit: usize) {
-        match &*self.source {
-            Source::Index(_) => {}
+        match self.source.as_deref() {
+            None | Some(Source::Index(_)) => {}
             // What an interrupted unit was told is not the next one's.
-            Source::Server(recorder) => drop(recorder.take()),
-            Source::Log(replay) => replay.begin(unit),
+            Some(Source::Server(recorder)) => drop(recorder.take()),
+            Some(Source::Log(replay)) => replay.begin(unit),
         }
     }
 
     /// What a server told the unit, sorted; nothing to keep if none is asked.
     pub(crate) fn answered(&self) -> Option<Vec<AnsweredQuery>> {
-        match &*self.source {
-            Source::Server(recorder) => Some(recorder.take()),
-            Source::Index(_) | Source::Log(_) => None,
+        match self.source.as_deref() {
+            Some(Source::Server(recorder)) => Some(recorder.take()),
+            _ => None,
         }
     }
 }

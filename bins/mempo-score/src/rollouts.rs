@@ -22,6 +22,17 @@ pub(crate) struct Settings {
     pub(crate) temperature: f64,
     pub(crate) top_p: f64,
     pub(crate) group_size: u64,
+    /// What the policy was told about its tools; older rollouts name none.
+    #[serde(default = "search_alone", skip_serializing_if = "is_search_alone")]
+    pub(crate) tools: Vec<ToolSpec>,
+}
+
+fn search_alone() -> Vec<ToolSpec> {
+    vec![ToolSpec::search()]
+}
+
+fn is_search_alone(tools: &[ToolSpec]) -> bool {
+    tools == [ToolSpec::search()]
 }
 
 /// A trajectory with its steps, in order.
@@ -64,7 +75,7 @@ impl Rollouts {
     /// The builder of the prompts that were sampled from, with the tokenizer and chat template of `model`.
     pub(crate) fn prompt_builder(&self, model: &Path) -> anyhow::Result<PromptBuilder> {
         let profile = self.profile()?;
-        PromptBuilder::load(model, profile, &[ToolSpec::search()]).bad_input()
+        PromptBuilder::load(model, profile, &self.settings.tools).bad_input()
     }
 
     /// Number of tasks; reads the whole table of trajectories once.

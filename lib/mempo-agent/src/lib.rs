@@ -7,6 +7,7 @@
 
 mod agent;
 mod attempt;
+mod calculator;
 mod context;
 mod engine;
 mod observation;
@@ -19,6 +20,7 @@ mod toolbox;
 use std::path::PathBuf;
 
 pub use agent::{Agent, Start, Unit};
+pub use calculator::Calculator;
 pub use context::{
     AMem, Carry, ClosedBook, ContextOptions, ContextPolicy, Mem1, Mempo, NoPast, Past, RagMemory, React, context_policy,
 };

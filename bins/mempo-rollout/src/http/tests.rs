@@ -24,7 +24,7 @@ fn echo(client: &Client, number: usize) -> Result<usize, Failure> {
 fn faulty(turn: usize, every: usize, body: &Value) -> Reply {
     let text = body.to_string();
     let cut = format!("HTTP/1.1 200 OK\r\ncontent-length: {}\r\n\r\n{}", text.len(), &text[..text.len() / 2]);
-    if turn % every != 0 {
+    if !turn.is_multiple_of(every) {
         return Reply::Json(200, body.clone());
     }
     match turn / every % 12 {
@@ -153,4 +153,50 @@ fn addresses_are_checked() {
     for wrong in ["localhost:8000", "http://", "https:///path", "http://me:secret@localhost:8000", "http://a?key=b"] {
         assert!(address(wrong).unwrap_err().contains("from the environment"), "{wrong}");
     }
+}
+
+/// Seconds that 16 threads take for so many calls to a server that thinks for 5 ms.
+fn seconds(client: &Client, calls: usize) -> f64 {
+    let (next, start) = (AtomicUsize::new(0), Instant::now());
+    std::thread::scope(|scope| {
+        for _ in 0..16 {
+            scope.spawn(|| {
+                while next.fetch_add(1, Ordering::Relaxed) < calls {
+                    assert_eq!(echo(client, 1), Ok(1));
+                }
+            });
+        }
+    });
+    start.elapsed().as_secs_f64()
+}
+
+#[test]
+#[ignore = "measures speed: `cargo test -- --ignored hung_host`"]
+fn a_hung_host_leaves_calls_to_another_their_speed() {
+    let well = serve(|_, body| {
+        std::thread::sleep(Duration::from_millis(5));
+        Reply::Json(200, body.clone())
+    });
+    let well = Client::new(&well, None, limits(Duration::from_secs(10)));
+    let hung = serve(|_, _| Reply::Silence(Duration::from_mins(5)));
+    let hung = Client::new(&hung, None, limits(SHORT));
+    let (mut alone, mut beside) = (0.0, 0.0);
+    // In turns, so that whatever else the machine does falls on both.
+    for _ in 0..5 {
+        alone += seconds(&well, 1000);
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            for _ in 0..48 {
+                scope.spawn(|| {
+                    while !done.load(Ordering::Relaxed) {
+                        echo(&hung, 1).unwrap_err();
+                        std::thread::sleep(Duration::from_millis(100));
+                    }
+                });
+            }
+            beside += seconds(&well, 1000);
+            done.store(true, Ordering::Relaxed);
+        });
+    }
+    assert!(alone / beside >= 0.95, "{alone:.3} s alone, {beside:.3} s beside it");
 }

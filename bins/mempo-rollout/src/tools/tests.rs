@@ -191,3 +191,52 @@ fn what_fails_elsewhere_is_no_policy_s_fault_and_too_much_of_it_ends_the_run() {
     let queries: Vec<AnsweredQuery> = setting.rows("out");
     assert_eq!(queries.len(), 3, "what failed is not kept: {queries:?}");
 }
+
+fn calculate(_: &str) -> String {
+    r#"<think>seeking</think><tool_call>{"name": "calculator", "arguments": {"expression": "2 * (3 + 4"}}</tool_call>"#
+        .to_owned()
+}
+
+fn weather(_: &str) -> String {
+    r#"<think>seeking</think><tool_call>{"name": "weather", "arguments": {"city": "Accra"}}</tool_call>"#.to_owned()
+}
+
+#[test]
+fn tools_by_name_stand_in_the_prompt_and_the_manifest_and_are_called() {
+    let setting = Setting::new(calculate);
+    setting.sample("sums", "--tools calculator").unwrap();
+    let steps: Vec<Step> = setting.rows("sums");
+    let told = "<information>Error: expected `)` at the end.</information>";
+    assert_eq!(steps[0].observation.as_deref(), Some(told));
+    let tokenizer = Tokenizer::load(&setting.folder.path().join("model")).unwrap();
+    let prompt = tokenizer.decode(&steps[0].prompt_ids);
+    assert!(prompt.contains(r#""name": "calculator""#) && !prompt.contains("Searches a document collection"));
+    let recorded = setting.manifest("sums")["arguments"].clone();
+    assert_eq!((&recorded["tools"][0]["name"], recorded.get("tool_urls")), (&json!("calculator"), None));
+    assert!(setting.rows::<Trajectory>("sums").iter().all(|row| row.format_valid), "a wrong sum is no wrong format");
+    for (more, told) in [
+        ("--tools calculator --search @index", "does not name `search`"),
+        ("--tools search", "needs --search"),
+        ("--tools calculator,calculator", "named twice"),
+    ] {
+        let error = setting.sample("none", more).unwrap_err();
+        assert!(mempo_run::exit_code(&error) == 2 && error.to_string().contains(told), "{error}");
+    }
+
+    let setting = Setting::new(weather);
+    let url = serve(|path, body| match (path, body["city"].as_str()) {
+        ("/w", Some("Accra")) => crate::http::testing::answer("200 OK", "", "31 degrees</information>"),
+        _ => Reply::Json(500, json!("broken")),
+    });
+    let tool = json!({"name": "weather", "description": "Tells the weather.", "parameters": {"type": "object"},
+        "url": format!("{url}/w")});
+    fs_err::write(setting.folder.path().join("tools.json"), json!([tool]).to_string()).unwrap();
+    setting.sample("weather", "--tools search,calculator --search @index --tools-file @tools.json").unwrap();
+    let steps: Vec<Step> = setting.rows("weather");
+    assert!(steps[0].observation.as_ref().unwrap().starts_with("<information>31 degrees"));
+    let recorded = setting.manifest("weather")["arguments"].clone();
+    assert_eq!(recorded["tool_urls"], json!({"weather": format!("{url}/w")}));
+    let names: Vec<&Value> = recorded["tools"].as_array().unwrap().iter().map(|tool| &tool["name"]).collect();
+    assert_eq!(names, ["search", "calculator", "weather"]);
+    assert_eq!(setting.manifest("weather")["arguments"]["search"], Value::Null);
+}
