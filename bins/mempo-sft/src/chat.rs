@@ -25,7 +25,7 @@ pub struct Turn {
     pub completion: String,
     /// What followed it.
     pub observation: Option<String>,
-    /// False where the message's `loss_mask` is 0.
+    /// False where the message's `loss_mask` or `weight` is 0, its `train` or `loss` false.
     pub trained: bool,
 }
 
@@ -37,18 +37,60 @@ pub(crate) struct Message {
     #[serde(alias = "value")]
     content: Option<Content>,
     tool_calls: Option<Vec<ToolCall>>,
-    loss_mask: Option<u8>,
+    #[serde(flatten)]
+    marks: Marks,
+}
+
+/// Whether an assistant's message is learnt, as some call it: `loss_mask` verl, `weight` OpenAI, `train` axolotl, `loss`
+/// Swift.
+#[derive(Default, Deserialize)]
+struct Marks {
+    loss_mask: Option<Value>,
+    weight: Option<Value>,
+    train: Option<Value>,
+    loss: Option<Value>,
+}
+
+impl Marks {
+    const NOTHING_LEARNT: Value = Value::Bool(false);
+
+    /// Whether the message is learnt; yes where it does not say.
+    fn trained(&self) -> Result<bool, String> {
+        let named =
+            [("loss_mask", &self.loss_mask), ("weight", &self.weight), ("train", &self.train), ("loss", &self.loss)];
+        let mut said: Option<(&str, bool)> = None;
+        for (name, value) in named.into_iter().filter_map(|(name, value)| Some((name, value.as_ref()?))) {
+            let trained = match value {
+                Value::Bool(trained) => *trained,
+                number if number.as_f64() == Some(0.0) => false,
+                number if number.as_f64() == Some(1.0) => true,
+                other => return Err(format!("{name} {other}, expected 0 or 1")),
+            };
+            match said {
+                Some((other, before)) if before != trained => {
+                    return Err(format!("{other} says {}, {name} says {}", u8::from(before), u8::from(trained)));
+                }
+                _ => said = Some((name, trained)),
+            }
+        }
+        Ok(said.is_none_or(|(_, trained)| trained))
+    }
 }
 
 impl Message {
     /// What an assistant says.
     pub(crate) fn assistant(text: String) -> Self {
-        Self { role: "assistant".to_owned(), content: Some(Content::Text(text)), tool_calls: None, loss_mask: None }
+        Self {
+            role: "assistant".to_owned(),
+            content: Some(Content::Text(text)),
+            tool_calls: None,
+            marks: Marks::default(),
+        }
     }
 
     /// Makes it something to see and not to learn.
     pub(crate) fn not_trained(&mut self) {
-        self.loss_mask = Some(0);
+        self.marks = Marks { loss_mask: Some(Marks::NOTHING_LEARNT), ..Marks::default() };
     }
 
     fn speaker(&self) -> Result<Speaker, String> {
@@ -131,6 +173,7 @@ pub(crate) fn demonstration(messages: Vec<Message>) -> Result<Demonstration, Str
                     None if question.is_some() => {
                         return Err(at("a second user turn before any assistant turn".into()));
                     }
+                    None if text.trim().is_empty() => return Err(at("an empty question".into())),
                     None => question = Some(text),
                 }
             }
@@ -144,11 +187,7 @@ pub(crate) fn demonstration(messages: Vec<Message>) -> Result<Demonstration, Str
 }
 
 fn turn(mut message: Message, speaker: Speaker) -> Result<Turn, String> {
-    let trained = match message.loss_mask {
-        None | Some(1) => true,
-        Some(0) => false,
-        Some(other) => return Err(format!("loss_mask {other}, expected 0 or 1")),
-    };
+    let trained = message.marks.trained()?;
     let calls = message.tool_calls.take().unwrap_or_default();
     let mut completion = String::new();
     if speaker == Speaker::Call {
@@ -192,7 +231,7 @@ fn add_call(completion: &mut String, function: Function) -> Result<(), String> {
 }
 
 /// Adds what came back, without the tags that some keep around it.
-fn observe(observation: &mut Option<String>, text: &str) {
+pub(crate) fn observe(observation: &mut Option<String>, text: &str) {
     let trimmed = text.trim();
     let inner = trimmed.strip_prefix("<information>").and_then(|rest| rest.strip_suffix("</information>"));
     let text = inner.map_or(text, str::trim);
@@ -295,6 +334,28 @@ mod tests {
     }
 
     #[test]
+    fn what_is_not_learnt_has_many_names() {
+        let trained = |mark: &str| {
+            let row = format!(r#"{USER}, {{"role": "assistant", "content": "a", {mark}}}"#);
+            chat(&row).map(|found| found.turns[0].trained)
+        };
+        for no in [r#""loss_mask": 0"#, r#""weight": 0.0"#, r#""train": false"#, r#""loss": false, "weight": 0"#] {
+            assert_eq!(trained(no), Ok(false), "{no}");
+        }
+        for yes in [r#""loss_mask": 1"#, r#""weight": 1, "train": null"#, r#""train": true"#, r#""name": "x""#] {
+            assert_eq!(trained(yes), Ok(true), "{yes}");
+        }
+        for (odd, told) in [
+            (r#""weight": 0.5"#, "message 1: weight 0.5, expected 0 or 1"),
+            (r#""train": "no""#, "train \"no\", expected 0 or 1"),
+            (r#""weight": 1, "loss_mask": 0"#, "loss_mask says 0, weight says 1"),
+        ] {
+            let error = trained(odd).unwrap_err();
+            assert!(error.contains(told), "{odd}: {error}");
+        }
+    }
+
+    #[test]
     fn refusals_say_what_was_found() {
         let check = |messages: String, expected: &str| {
             let error = chat(&messages).unwrap_err();
@@ -305,6 +366,7 @@ mod tests {
         check(r#"{"role": "assistant", "content": "a"}"#.into(), "message 0: an assistant turn before the question");
         check(format!(r#"{USER}, {{"role": "assistant", "content": ""}}"#), "message 1: an empty assistant turn");
         check(format!("{USER}, {USER}"), "message 1: a second user turn");
+        check(r#"{"role": "user", "content": null}"#.into(), "message 0: an empty question");
         check(format!(r#"{USER}, {{"role": "robot", "content": "a"}}"#), "role `robot`");
         let assistant = r#"{"role": "assistant", "content": "a"}"#;
         check(format!("{USER}, {assistant}, {assistant}"), "message 2: two assistant turns in a row");

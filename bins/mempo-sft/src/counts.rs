@@ -20,6 +20,8 @@ pub(crate) struct Counts {
     pub(crate) steps: u64,
     /// Tokens of the examples.
     pub(crate) tokens: u64,
+    /// Examples by split, where it is known.
+    pub(crate) splits: Tally,
     /// Target tokens, by segment kind.
     pub(crate) targets: Tally,
     /// Examples or whole trajectories left out, by reason.
@@ -36,6 +38,7 @@ impl Counts {
         self.steps += other.steps;
         self.tokens += other.tokens;
         add_tally(&mut self.rows, &other.rows);
+        add_tally(&mut self.splits, &other.splits);
         add_tally(&mut self.targets, &other.targets);
         add_tally(&mut self.dropped, &other.dropped);
         add_tally(&mut self.notes, &other.notes);
@@ -46,15 +49,18 @@ impl Counts {
         self.targets.values().sum()
     }
 
-    /// The summary as text, one line a heading.
+    /// The summary as text: one line a heading, one for each reason to leave something out.
     pub(crate) fn lines(&self) -> Vec<String> {
         let mut lines = vec![
             format!("rows      {}", listed(&self.rows)),
             format!("examples  {} ({} steps), {} tokens", self.examples, self.steps, self.tokens),
             format!("targets   {} tokens: {}", self.target_tokens(), listed(&self.targets)),
         ];
+        lines.extend((!self.splits.is_empty()).then(|| format!("splits    {}", listed(&self.splits))));
         lines.extend((self.bad_rows > 0).then(|| format!("bad rows  {}", self.bad_rows)));
-        lines.extend((!self.dropped.is_empty()).then(|| format!("dropped   {}", listed(&self.dropped))));
+        lines.extend((!self.dropped.is_empty()).then(|| "left out".to_owned()));
+        let width = self.dropped.values().map(|number| number.to_string().len()).max().unwrap_or_default();
+        lines.extend(self.dropped.iter().map(|(reason, number)| format!("  {number:>width$}  {reason}")));
         lines.extend((!self.notes.is_empty()).then(|| format!("notes     {}", listed(&self.notes))));
         lines
     }
@@ -90,6 +96,7 @@ mod tests {
         count(&mut unit.targets, "memory", 4);
         count(&mut unit.targets, "memory", 1);
         count(&mut unit.dropped, "too long", 1);
+        count(&mut unit.dropped, "wrong", 5);
         let mut total = unit.clone();
         total.add(&unit);
         assert_eq!((total.bad_rows, total.examples, total.tokens, total.target_tokens()), (2, 4, 60, 10));
@@ -100,7 +107,9 @@ mod tests {
                 "examples  4 (4 steps), 60 tokens",
                 "targets   10 tokens: memory 10",
                 "bad rows  2",
-                "dropped   too long 2",
+                "left out",
+                "   2  too long",
+                "  10  wrong",
             ]
         );
     }

@@ -26,23 +26,26 @@ pub(crate) struct ModelLimits {
 #[derive(Debug, Default)]
 pub(crate) struct Dataset {
     examples: Vec<Compact>,
-    /// Each directory with the index of its first example.
+    /// Each directory with the index of its first example here.
     origins: Vec<(PathBuf, usize)>,
 }
 
 #[derive(Debug)]
 struct Compact {
+    /// Its place in its directory.
+    row: u32,
     ids: Box<[i32]>,
     targets: Box<[bool]>,
 }
 
 impl Dataset {
-    /// Reads the table `sft_examples` of each input.
-    pub(crate) fn read(inputs: &[Input], limits: ModelLimits) -> anyhow::Result<Self> {
-        let (mut dataset, mut tokens) = (Self::default(), 0);
+    /// Reads the table `sft_examples` of each input: what is to be trained on, then the examples whose split is
+    /// `put_aside`.
+    pub(crate) fn read(inputs: &[Input], limits: ModelLimits, put_aside: Option<&str>) -> anyhow::Result<(Self, Self)> {
+        let (mut trained, mut aside, mut tokens) = (Self::default(), Self::default(), 0);
         for input in inputs {
-            dataset.origins.push((input.dir().to_path_buf(), dataset.examples.len()));
-            for row in read_rows::<SftExample>(&input.table("sft_examples")?).bad_input()? {
+            trained.origins.push((input.dir().to_path_buf(), trained.examples.len()));
+            for (index, row) in read_rows::<SftExample>(&input.table("sft_examples")?).bad_input()?.enumerate() {
                 let row = row.bad_input()?;
                 check(&row, limits)
                     .map_err(|problem| anyhow!("{}: example `{}`: {problem}", input.dir().display(), row.example_id))
@@ -52,13 +55,18 @@ impl Dataset {
                     return Err(anyhow!("the examples hold more than {MOST_TOKENS} tokens; train on fewer at a time"))
                         .usage();
                 }
-                dataset.examples.push(Compact { ids: row.input_ids.into(), targets: row.loss_mask.into() });
+                let is_aside = put_aside.is_some() && row.split.as_deref() == put_aside;
+                let dataset = if is_aside { &mut aside } else { &mut trained };
+                let (ids, targets) = (row.input_ids.into(), row.loss_mask.into());
+                dataset.examples.push(Compact { row: index as u32, ids, targets });
             }
         }
-        if dataset.examples.is_empty() {
-            return Err(anyhow!("no examples in the given directories")).bad_input();
+        if trained.examples.is_empty() {
+            let split = put_aside.filter(|_| !aside.examples.is_empty());
+            let all = split.map_or_else(String::new, |split| format!(" but those put aside, of split `{split}`"));
+            return Err(anyhow!("no examples in the given directories{all}")).bad_input();
         }
-        Ok(dataset)
+        Ok((trained, aside))
     }
 
     /// Tokens of each example.
@@ -84,7 +92,7 @@ impl Dataset {
     pub(crate) fn describe(&self, index: u32) -> String {
         let index = index as usize;
         let origin = self.origins.iter().rfind(|(_, first)| *first <= index);
-        origin.map_or_else(String::new, |(dir, first)| format!("{} --row {}", dir.display(), index - first))
+        origin.map_or_else(String::new, |(dir, _)| format!("{} --row {}", dir.display(), self.examples[index].row))
     }
 }
 

@@ -5,39 +5,26 @@
 //! prediction target: the policy's own tokens of this step and the id that ends its turn, nothing else. Stored rollouts
 //! keep their ids; text is encoded once, here.
 
-use std::collections::HashMap;
+use std::borrow::Cow;
 use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::anyhow;
 use mempo_agent::{ContextOptions, ContextPolicy, Past, context_policy, format_problem, outcome, row_segments};
-use mempo_data::{Objective, Segment, SegmentKind, SftExample, Status, Step, StopReason, Trajectory};
-use mempo_run::ResultExt;
+use mempo_data::{Objective, Segment, SegmentKind, Status, Step, StopReason, Trajectory};
+use mempo_run::{ResultExt, seed_of};
 use mempo_text::{
     Carried, ChatTemplate, ParsedCompletion, Profile, PromptBuilder, Tokenizer, ToolSpec, parse_completion,
 };
+use tracing::warn;
 
-use crate::counts::{Counts, count};
-use crate::record::{Demonstration, Form, Record, Turn, parse_record};
+use crate::condition::Facts;
+use crate::counts::count;
+use crate::example::{Encoded, Labels, close_turn, push};
+use crate::gold::{Tasks, leaks, objectives};
+use crate::record::{Demonstration, Form, InputFormat, Record, Turn, parse_record};
+use crate::self_test::drift;
 use crate::source::{Row, RowContent};
-
-/// Which trajectories become examples.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, clap::ValueEnum)]
-#[serde(rename_all = "kebab-case")]
-pub(crate) enum Keep {
-    /// All that can be read.
-    All,
-    /// Those with the right answer in the right form.
-    Correct,
-}
-
-/// What the encoder needs of a task.
-pub(crate) struct TaskFacts {
-    /// Gold answers.
-    pub(crate) objectives: Vec<Objective>,
-    /// `train`, `dev` or `test`.
-    pub(crate) split: String,
-}
 
 /// Everything fixed while rows are encoded.
 pub(crate) struct Encoder {
@@ -45,19 +32,24 @@ pub(crate) struct Encoder {
     pairs: PromptBuilder,
     context: Box<dyn ContextPolicy>,
     end_of_turn: i32,
-    /// Tasks by name, where they were given.
-    pub(crate) tasks: HashMap<String, TaskFacts>,
-    /// Which trajectories become examples.
-    pub(crate) keep: Keep,
-    /// Longest example; plain text is cut to it, others are dropped.
-    pub(crate) max_tokens: usize,
+    /// What is asked of it.
+    pub(crate) settings: Settings,
 }
 
-/// The examples of a row, with its books.
-#[derive(Debug, Default)]
-pub(crate) struct Encoded {
-    pub(crate) examples: Vec<SftExample>,
-    pub(crate) counts: Counts,
+/// What is asked of an encoder.
+pub(crate) struct Settings {
+    /// How rows are read.
+    pub(crate) format: InputFormat,
+    /// Those that were given.
+    pub(crate) tasks: Tasks,
+    /// Longest example; plain text is cut to it, others are dropped.
+    pub(crate) max_tokens: usize,
+    /// Share of tasks put aside, and the seed that decides which.
+    pub(crate) validation: Option<(f64, u64)>,
+    /// Whether leaks are looked for, which takes time.
+    pub(crate) find_leaks: bool,
+    /// Whether rows keep their text to be compared by.
+    pub(crate) keep_text: bool,
 }
 
 /// What a step's completion is, for the examples and for the books.
@@ -67,17 +59,14 @@ struct Completion<'a> {
     faulty: bool,
 }
 
-/// What a row's examples share.
-struct Labels {
-    row: u64,
-    trajectory_id: String,
-    task_id: Option<String>,
-    split: Option<String>,
-}
-
 impl Encoder {
     /// Loads tokenizer and template from `dir`; `profile` is a name or a folder.
-    pub(crate) fn load(dir: &Path, profile: &str, context: &ContextOptions) -> anyhow::Result<Self> {
+    pub(crate) fn load(
+        dir: &Path,
+        profile: &str,
+        context: &ContextOptions,
+        settings: Settings,
+    ) -> anyhow::Result<Self> {
         let context = context_policy(context).usage()?;
         if context.answers_at_once() {
             let name = context.name();
@@ -98,7 +87,10 @@ impl Encoder {
                 anyhow!("{dir}: the chat template closes an assistant turn with no control token; expected one such as <|im_end|>")
             })
             .bad_input()?;
-        Ok(Self { steps, pairs, context, end_of_turn, tasks: HashMap::new(), keep: Keep::All, max_tokens: usize::MAX })
+        if let Some(told) = drift(&steps, end_of_turn).bad_input()? {
+            warn!("{}: {told}", dir.display());
+        }
+        Ok(Self { steps, pairs, context, end_of_turn, settings })
     }
 
     /// The examples of one row, or what is wrong with it.
@@ -106,19 +98,12 @@ impl Encoder {
         let mut encoded = Encoded::default();
         match &row.content {
             RowContent::Json(text) => {
-                let Record { id, task_id, split, form } = parse_record(text)?;
-                let labels = Labels {
-                    row: row.number,
-                    trajectory_id: id.or_else(|| task_id.clone()).unwrap_or_else(|| format!("{:09}", row.number)),
-                    split: split.or_else(|| Some(self.tasks.get(task_id.as_ref()?)?.split.clone())),
-                    task_id,
-                };
-                match form {
-                    Form::Chat(demonstration) => self.encode_chat(&labels, &demonstration, &mut encoded)?,
-                    Form::Pair { prompt, completion } => {
-                        self.encode_pair(&labels, &prompt, &completion, &mut encoded)?;
-                    }
-                    Form::Text(text) => self.encode_text(&labels, &text, &mut encoded)?,
+                let record = parse_record(text, self.settings.format)?;
+                let labels = self.labels(row.number, &record)?;
+                match &record.form {
+                    Form::Chat(demonstration) => self.encode_chat(&labels, demonstration, &mut encoded)?,
+                    Form::Pair { prompt, completion } => self.encode_pair(&labels, prompt, completion, &mut encoded)?,
+                    Form::Text(text) => self.encode_text(&labels, text, &mut encoded)?,
                 }
             }
             RowContent::Rollout(trajectory, steps) => {
@@ -128,40 +113,121 @@ impl Encoder {
         Ok(encoded)
     }
 
-    fn encode_chat(&self, labels: &Labels, demonstration: &Demonstration, encoded: &mut Encoded) -> Result<(), String> {
+    /// What its examples share, some of it from the row's task.
+    fn labels(&self, row: u64, record: &Record) -> Result<Labels<'_>, String> {
+        let Record { id, task_id, split, source, gold, form } = record;
+        let question = match form {
+            Form::Chat(demonstration) => Some(&demonstration.question),
+            Form::Pair { prompt, .. } => Some(prompt),
+            Form::Text(_) => None,
+        };
+        let task = self.settings.tasks.find(task_id.as_deref(), question.map(String::as_str))?;
+        let objectives = match (task, gold) {
+            (Some(task), _) => Some(Cow::Borrowed(task.objectives.as_slice())),
+            (None, gold) => gold.clone().map(|gold| Cow::Owned(objectives(gold))),
+        };
+        let trajectory_id = id.as_ref().or(task_id.as_ref()).cloned().unwrap_or_else(|| format!("{row:09}"));
+        let task_id = task_id.clone().or_else(|| Some(task?.task_id.clone()));
+        let split = split.clone().or_else(|| Some(task?.split.clone()));
+        let kin = task_id.as_ref().or(question).unwrap_or(&trajectory_id);
+        Ok(Labels {
+            row,
+            split: self.split(split, kin),
+            source: source.clone().or_else(|| Some(task?.source.clone())),
+            question: question.cloned(),
+            trajectory_id,
+            task_id,
+            objectives,
+        })
+    }
+
+    /// The split of a row; `kin` is what it shares with rows that must be of the same.
+    fn split(&self, given: Option<String>, kin: &str) -> Option<String> {
+        match self.settings.validation {
+            Some((share, seed)) if given.as_ref().is_none_or(|split| split == "train") => {
+                let words: Vec<&str> = kin.split_whitespace().collect();
+                let drawn = seed_of(seed, &["validation", &words.join(" ")]) as f64 / 2f64.powi(64);
+                Some(if drawn < share { "dev" } else { "train" }.to_owned())
+            }
+            _ => given,
+        }
+    }
+
+    fn encode_chat(
+        &self,
+        labels: &Labels<'_>,
+        demonstration: &Demonstration,
+        encoded: &mut Encoded,
+    ) -> Result<(), String> {
         count(&mut encoded.counts.rows, "chat", 1);
         if demonstration.system_messages > 0 {
             count(&mut encoded.counts.notes, "system messages ignored", demonstration.system_messages);
         }
         if !demonstration.turns.iter().any(|turn| turn.trained) {
-            return Err("every assistant turn has loss_mask 0: the row has no targets".to_owned());
+            return Err(
+                "no assistant turn is to be learnt (loss_mask 0, weight 0 or train false): the row has no targets"
+                    .to_owned(),
+            );
         }
-        let steps: Vec<Step> = demonstration.turns.iter().map(|turn| self.recorded_step(turn)).collect();
-        self.check_memory(&steps)?;
-        if self.keep == Keep::Correct && !self.is_correct(labels.task_id.as_deref(), &steps)? {
-            count(&mut encoded.counts.dropped, "answer not correct (trajectories)", 1);
-            return Ok(());
-        }
+        let mut steps: Vec<Step> = demonstration.turns.iter().map(|turn| self.recorded_step(turn)).collect();
+        let parsed: Vec<ParsedCompletion> = steps.iter().map(|step| self.parse(&step.completion_ids)).collect();
+        steps.iter_mut().zip(&parsed).for_each(|(step, parsed)| step.segments = row_segments(parsed));
+        let whole = self.check_memory(&parsed)?;
+        let rule = self.steps.profile().memory;
+        let faulty = |index: usize| format_problem(rule, index, &parsed[index]).is_some();
         for (index, (step, turn)) in steps.iter().zip(&demonstration.turns).enumerate() {
             if !turn.trained {
-                count(&mut encoded.counts.dropped, "loss_mask 0 (steps)", 1);
+                count(&mut encoded.counts.dropped, "not to be learnt (steps)", 1);
                 continue;
             }
             let past = Past { question: &demonstration.question, steps: &steps[..index], builder: &self.steps };
-            let prompt_ids =
-                self.steps.prompt(past.question, &self.context.carried(&past)).map_err(|error| error.to_string())?;
-            let parsed = self.parse(&step.completion_ids);
-            let faulty = format_problem(self.steps.profile().memory, index, &parsed).is_some();
-            let completion = Completion { ids: &step.completion_ids, segments: &row_segments(&parsed), faulty };
+            let prompt_ids = self.steps.prompt(past.question, &self.context.carried(&past));
+            let prompt_ids = prompt_ids.map_err(|error| error.to_string())?;
+            let completion = Completion { ids: &step.completion_ids, segments: &step.segments, faulty: faulty(index) };
             self.push_step(labels, index, prompt_ids, &completion, encoded);
         }
+        let answer = parsed.last().and_then(|parsed| parsed.answer.as_deref());
+        encoded.facts.format_valid = Some(!(0..parsed.len()).any(faulty));
+        judge(labels.objectives.as_deref(), answer, &mut encoded.facts);
+        encoded.facts.tool_calls = parsed.iter().filter(|parsed| parsed.tool_call.is_some()).count() as i64;
+        self.describe("chat", labels, &steps, encoded);
+        if !whole {
+            encoded.leave_out("memory missing in a step (trajectories)");
+        }
         Ok(())
+    }
+
+    /// What filters ask of a trajectory beside its judgement.
+    fn describe(&self, form: &str, labels: &Labels<'_>, steps: &[Step], encoded: &mut Encoded) {
+        let (facts, examples) = (&mut encoded.facts, &encoded.examples);
+        let lengths = || examples.iter().map(|example| example.input_ids.len() as i64);
+        facts.trajectory_id.clone_from(&labels.trajectory_id);
+        facts.task_id.clone_from(&labels.task_id);
+        facts.source.clone_from(&labels.source);
+        facts.split.clone_from(&labels.split);
+        facts.question.clone_from(&labels.question);
+        form.clone_into(&mut facts.form);
+        facts.steps = steps.len() as i64;
+        facts.tokens = lengths().sum();
+        facts.peak_tokens = lengths().max().unwrap_or_default();
+        facts.target_tokens = examples.iter().map(|example| i64::from(example.target_count)).sum();
+        if self.settings.find_leaks && !steps.is_empty() {
+            let memories: Vec<&str> = steps.iter().map(|step| memory(&step.completion)).collect();
+            let observations: Vec<&str> = steps.iter().map(|step| step.observation.as_deref().unwrap_or("")).collect();
+            let question = labels.question.as_deref().unwrap_or("");
+            let objectives = labels.objectives.as_deref();
+            facts.leaks = objectives.map(|objectives| leaks(objectives, question, &memories, &observations));
+        }
+        if self.settings.keep_text {
+            let question = labels.question.as_ref().or(labels.task_id.as_ref()).map_or("", String::as_str);
+            let completions = steps.iter().map(|step| step.completion.as_str());
+            encoded.text = [question].into_iter().chain(completions).collect::<Vec<_>>().join("\n");
+        }
     }
 
     /// A turn as the step the agent would have recorded.
     fn recorded_step(&self, turn: &Turn) -> Step {
         let completion_ids = self.steps.completion_ids_from_text(&turn.completion);
-        let segments = row_segments(&self.parse(&completion_ids));
         Step {
             task_id: String::new(),
             trajectory_index: 0,
@@ -169,7 +235,7 @@ impl Encoder {
             prompt_ids: Vec::new(),
             completion_ids,
             sampling_logprobs: Vec::new(),
-            segments,
+            segments: Vec::new(),
             completion: turn.completion.clone(),
             observation: turn.observation.clone(),
             observation_ids: turn.observation.as_deref().map(|text| self.steps.observation_ids(text, None)),
@@ -177,29 +243,27 @@ impl Encoder {
         }
     }
 
-    /// Refuses trajectories that the `mempo` context would make forget everything.
-    fn check_memory(&self, steps: &[Step]) -> Result<(), String> {
-        if !self.context.needs_memory() {
-            return Ok(());
+    /// Whether every step that needs a memory has one. Refuses trajectories without any, which a context that carries
+    /// memories would make forget everything.
+    fn check_memory(&self, parsed: &[ParsedCompletion]) -> Result<bool, String> {
+        if !self.context.needs_memory() || parsed.len() < 2 {
+            return Ok(true);
         }
-        for (index, step) in steps.iter().enumerate().skip(1) {
-            let found = self.parse(&step.completion_ids).memory_count;
-            if found != 1 {
-                return Err(format!(
-                    "step {index} (from 0) of {} has {found} <{}> segments, expected 1: --context {} carries nothing \
-                     older than the last step; use --context react for trajectories without memory",
-                    steps.len(),
-                    self.steps.profile().tags.memory,
-                    self.context.name()
-                ));
-            }
+        if parsed.iter().all(|step| step.memory_count == 0) {
+            return Err(format!(
+                "none of the {} steps has a <{}> segment: --context {} carries nothing older than the last step; use \
+                 --context react for trajectories without memory",
+                parsed.len(),
+                self.steps.profile().tags.memory,
+                self.context.name()
+            ));
         }
-        Ok(())
+        Ok(parsed[1..].iter().all(|step| step.memory_count == 1))
     }
 
     fn encode_pair(
         &self,
-        labels: &Labels,
+        labels: &Labels<'_>,
         prompt: &str,
         completion: &str,
         encoded: &mut Encoded,
@@ -213,22 +277,30 @@ impl Encoder {
         if let Some(targets) = self.push_completion(labels, 0, prompt_ids, &completion_ids, encoded) {
             count(&mut encoded.counts.targets, "completion", targets);
         }
+        self.describe("pair", labels, &[], encoded);
+        if self.settings.keep_text {
+            encoded.text = [prompt, completion].join("\n");
+        }
         Ok(())
     }
 
-    fn encode_text(&self, labels: &Labels, text: &str, encoded: &mut Encoded) -> Result<(), String> {
+    fn encode_text(&self, labels: &Labels<'_>, text: &str, encoded: &mut Encoded) -> Result<(), String> {
         count(&mut encoded.counts.rows, "text", 1);
         let ids = self.steps.tokenizer().encode_plain(text);
         if ids.len() < 2 {
             return Err(format!("{} tokens of text, expected at least 2: the row has no targets", ids.len()));
         }
-        for (index, piece) in ids.chunks(self.max_tokens).enumerate() {
+        for (index, piece) in ids.chunks(self.settings.max_tokens).enumerate() {
             if piece.len() < 2 {
                 count(&mut encoded.counts.dropped, "last piece of one token", 1);
                 continue;
             }
             count(&mut encoded.counts.targets, "text", piece.len() as u64 - 1);
             push(labels, index, piece.to_vec(), 1, encoded);
+        }
+        self.describe("text", labels, &[], encoded);
+        if self.settings.keep_text {
+            text.clone_into(&mut encoded.text);
         }
         Ok(())
     }
@@ -241,20 +313,19 @@ impl Encoder {
         encoded: &mut Encoded,
     ) -> Result<(), String> {
         count(&mut encoded.counts.rows, "rollout", 1);
-        let dropped = match trajectory.reward {
-            None => Some("failed around the policy (trajectories)"),
-            Some(reward) if self.keep == Keep::Correct && reward < 1.0 => Some("answer not correct (trajectories)"),
-            Some(_) => None,
-        };
-        if let Some(reason) = dropped {
-            count(&mut encoded.counts.dropped, reason, 1);
+        let Some(reward) = trajectory.reward else {
+            encoded.leave_out("failed around the policy (trajectories)");
             return Ok(());
-        }
+        };
+        let task = self.settings.tasks.find(Some(&trajectory.task_id), None)?;
         let labels = Labels {
             row,
             trajectory_id: format!("{}/{}", trajectory.task_id, trajectory.trajectory_index),
-            split: self.tasks.get(&trajectory.task_id).map(|task| task.split.clone()),
+            split: self.split(task.map(|task| task.split.clone()), &trajectory.task_id),
+            source: task.map(|task| task.source.clone()),
+            question: task.map(|task| task.question.clone()),
             task_id: Some(trajectory.task_id.clone()),
+            objectives: task.map(|task| Cow::Borrowed(task.objectives.as_slice())),
         };
         for (index, step) in steps.iter().enumerate() {
             self.check_ids(step)?;
@@ -270,6 +341,18 @@ impl Encoder {
             let completion = Completion { ids: &step.completion_ids, segments: &step.segments, faulty };
             self.push_step(&labels, index, step.prompt_ids.clone(), &completion, encoded);
         }
+        let mean =
+            |values: &[f32]| (!values.is_empty()).then(|| f64::from(values.iter().sum::<f32>()) / values.len() as f64);
+        encoded.facts = Facts {
+            answer: trajectory.answer.clone(),
+            tool_calls: i64::from(trajectory.tool_calls),
+            format_valid: Some(trajectory.format_valid),
+            correct: Some(reward >= 1.0),
+            exact_match: mean(&trajectory.exact_match),
+            f1: mean(&trajectory.f1),
+            ..Facts::default()
+        };
+        self.describe("rollout", &labels, steps, encoded);
         Ok(())
     }
 
@@ -293,7 +376,7 @@ impl Encoder {
     /// A step of a trajectory, with its targets counted by segment.
     fn push_step(
         &self,
-        labels: &Labels,
+        labels: &Labels<'_>,
         step_index: usize,
         prompt_ids: Vec<i32>,
         completion: &Completion<'_>,
@@ -321,7 +404,7 @@ impl Encoder {
     /// number of the other targets, or nothing where the example is too long.
     fn push_completion(
         &self,
-        labels: &Labels,
+        labels: &Labels<'_>,
         step_index: usize,
         prompt_ids: Vec<i32>,
         completion_ids: &[i32],
@@ -330,7 +413,7 @@ impl Encoder {
         let first_target = prompt_ids.len();
         let end_ids = self.steps.tokenizer().end_of_turn_ids();
         let ids = close_turn(prompt_ids, completion_ids, self.end_of_turn, end_ids);
-        if ids.len() > self.max_tokens {
+        if ids.len() > self.settings.max_tokens {
             count(&mut encoded.counts.dropped, "longer than --max-tokens", 1);
             return None;
         }
@@ -340,54 +423,28 @@ impl Encoder {
         Some(body as u64)
     }
 
-    /// Whether the last step answers the task as the agent's reward demands.
-    fn is_correct(&self, task_id: Option<&str>, steps: &[Step]) -> Result<bool, String> {
-        let task_id = task_id.ok_or("no `task_id`: --keep correct needs one to find the gold answers")?;
-        let task = self
-            .tasks
-            .get(task_id)
-            .ok_or_else(|| format!("task `{task_id}` is not among the tasks given by --tasks"))?;
-        let parsed: Vec<ParsedCompletion> = steps.iter().map(|step| self.parse(&step.completion_ids)).collect();
-        let rule = self.steps.profile().memory;
-        let tags_valid = parsed.iter().enumerate().all(|(index, parsed)| format_problem(rule, index, parsed).is_none());
-        let answer = parsed.last().and_then(|parsed| parsed.answer.as_deref());
-        let status = if answer.is_some() { Status::Ok } else { Status::MaxSteps };
-        Ok(outcome(&task.objectives, answer, tags_valid, status).reward == Some(1.0))
-    }
-
     fn parse(&self, completion_ids: &[i32]) -> ParsedCompletion {
         parse_completion(self.steps.tokenizer(), completion_ids, self.steps.profile())
     }
 }
 
-/// Prompt, completion and exactly one end of the turn: whichever of `end_ids` the completion ends with gives way to
-/// `end_of_turn`, the one the chat template writes.
-fn close_turn(prompt_ids: Vec<i32>, completion_ids: &[i32], end_of_turn: i32, end_ids: &[i32]) -> Vec<i32> {
-    let body = match completion_ids.split_last() {
-        Some((last, body)) if *last == end_of_turn || end_ids.contains(last) => body,
-        _ => completion_ids,
-    };
-    let mut ids = prompt_ids;
-    ids.extend_from_slice(body);
-    ids.push(end_of_turn);
-    ids
+/// What the answer is worth, where that can be known.
+fn judge(objectives: Option<&[Objective]>, answer: Option<&str>, facts: &mut Facts) {
+    facts.answer = answer.map(str::to_owned);
+    let Some(objectives) = objectives else { return };
+    let status = if answer.is_some() { Status::Ok } else { Status::MaxSteps };
+    let judged = outcome(objectives, answer, facts.format_valid == Some(true), status);
+    let mean = |values: &[f32]| f64::from(values.iter().sum::<f32>()) / values.len().max(1) as f64;
+    facts.format_valid = Some(judged.format_valid);
+    facts.correct = Some(judged.reward == Some(1.0));
+    facts.exact_match = Some(mean(&judged.exact_match));
+    facts.f1 = Some(mean(&judged.f1));
 }
 
-/// Appends the example whose targets are `ids[first_target..]`.
-fn push(labels: &Labels, step_index: usize, ids: Vec<i32>, first_target: usize, encoded: &mut Encoded) {
-    let target_count = ids.len() - first_target;
-    encoded.counts.examples += 1;
-    encoded.counts.tokens += ids.len() as u64;
-    encoded.examples.push(SftExample {
-        example_id: format!("{:09}-{step_index:05}", labels.row),
-        trajectory_id: labels.trajectory_id.clone(),
-        task_id: labels.task_id.clone(),
-        split: labels.split.clone(),
-        step_index: step_index as i32,
-        loss_mask: (0..ids.len()).map(|position| position >= first_target).collect(),
-        target_count: target_count as i32,
-        input_ids: ids,
-    });
+/// What stands in the first memory of a completion; empty if there is none.
+fn memory(completion: &str) -> &str {
+    let inside = completion.split_once("<mem>").and_then(|(_, rest)| rest.split_once("</mem>"));
+    inside.map_or("", |(inside, _)| inside)
 }
 
 fn segment_name(kind: SegmentKind) -> &'static str {
@@ -396,30 +453,5 @@ fn segment_name(kind: SegmentKind) -> &'static str {
         SegmentKind::Think => "think",
         SegmentKind::ToolCall => "tool call",
         SegmentKind::Answer => "answer",
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// The five-token case: two of the prompt, two of the completion, the end of the turn.
-    #[test]
-    fn targets_are_the_completion_and_one_end_of_turn() {
-        let labels = Labels { row: 3, trajectory_id: "t".into(), task_id: None, split: None };
-        let check = |completion: &[i32], ids: &[i32], mask: &[bool]| {
-            let mut encoded = Encoded::default();
-            push(&labels, 1, close_turn(vec![1, 2], completion, 9, &[8]), 2, &mut encoded);
-            let example = &encoded.examples[0];
-            assert_eq!((&example.input_ids[..], &example.loss_mask[..]), (ids, mask), "{completion:?}");
-            assert_eq!(example.target_count as usize, mask.iter().filter(|target| **target).count());
-            assert_eq!(example.example_id, "000000003-00001");
-        };
-        let (no, yes) = (false, true);
-        check(&[5, 6], &[1, 2, 5, 6, 9], &[no, no, yes, yes, yes]);
-        check(&[5, 6, 9], &[1, 2, 5, 6, 9], &[no, no, yes, yes, yes]);
-        check(&[5, 6, 8], &[1, 2, 5, 6, 9], &[no, no, yes, yes, yes]);
-        check(&[9, 6], &[1, 2, 9, 6, 9], &[no, no, yes, yes, yes]);
-        check(&[5], &[1, 2, 5, 9], &[no, no, yes, yes]);
     }
 }

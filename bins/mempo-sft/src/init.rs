@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tracing::info;
 
-use crate::record::{COLUMNS, Form, parse_record};
+use crate::record::{COLUMNS, Form, InputFormat, parse_record};
 use crate::source::data_files;
 
 /// Make a fresh model directory: random weights and a tokenizer trained on text.
@@ -198,7 +198,7 @@ fn texts_of(path: &Path) -> Box<dyn Iterator<Item = anyhow::Result<String>> + Se
 
 /// All the text of a row that a model would read or write.
 fn text_of_row(json: &[u8]) -> Result<String, String> {
-    Ok(match parse_record(json)?.form {
+    Ok(match parse_record(json, InputFormat::Auto)?.form {
         Form::Text(text) => text,
         Form::Pair { prompt, completion } => format!("{prompt}\n{completion}"),
         Form::Chat(chat) => {

@@ -2,17 +2,27 @@
 //!
 //! One file a subcommand. [`build`] turns demonstrations, our own rollouts, prompt and completion pairs or plain text
 //! into the table `sft_examples`; [`show`] prints one of them coloured by its loss mask; [`init`] makes a fresh model
-//! directory; [`train`] fits a model to the examples. Beside them: [`record`] reads rows (`chat` messages, a `transcript` with tags), [`encode`] turns text
-//! into ids and masks, [`source`] finds and reads rows, [`counts`] keeps the books, [`schedule`] orders the examples.
+//! directory; [`train`] fits a model to the examples. Beside them: [`record`] reads rows (`chat` messages, a `transcript` with tags, those of `mem1`), [`encode`]
+//! turns text into ids and masks, an [`example`] each (after the [`self_test`] of a template), [`filter`] says which rows stay (by [`gold`] answers,
+//! a [`condition`] in SQL, as no [`duplicates`], also [`near`] ones), [`source`] finds and reads rows, [`counts`] keeps the
+//! books, [`schedule`] orders the examples.
 
 mod build;
 mod chat;
+mod condition;
 mod counts;
 mod dataset;
+mod duplicates;
 mod encode;
+mod example;
+mod filter;
+mod gold;
 mod init;
+mod mem1;
+mod near;
 pub mod record;
 mod schedule;
+mod self_test;
 mod show;
 mod source;
 mod train;

@@ -1,20 +1,26 @@
 //! Rows of training data as people have them: JSON text -> question and turns, or prompt and completion, or plain text.
 //!
-//! Knows nothing of tokens. Which form a row has is told by its columns; [`crate::chat`] reads messages, [`crate::transcript`]
-//! one text with tags. Every error is a sentence for the person who owns the file.
+//! Knows nothing of tokens. Which form a row has is told by its columns, or by the user ([`InputFormat`]); [`crate::chat`]
+//! reads messages, [`crate::transcript`] one text with tags, [`crate::mem1`] the rows of MEM1. Every error is a sentence for
+//! the person who owns the file.
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
 pub use crate::chat::{Demonstration, Turn};
 use crate::chat::{Message, demonstration};
-use crate::transcript;
+use crate::{mem1, transcript};
 
-/// What a row is read from; other columns do not matter.
-pub const COLUMNS: [&str; 12] = [
+/// What a row is read from; other columns do not matter. (Those of MEM1, which are numbered, are not among them: it has
+/// JSON lines only.)
+pub const COLUMNS: [&str; 16] = [
     "id",
     "task_id",
+    "source",
+    "data_source",
     "split",
+    "golden_answers",
+    "reward_model",
     "messages",
     "conversations",
     "prompt",
@@ -35,8 +41,30 @@ pub struct Record {
     pub task_id: Option<String>,
     /// `split`, where the row has one.
     pub split: Option<String>,
+    /// `source` or `data_source`, where the row has one.
+    pub source: Option<String>,
+    /// The row's own gold answers: those accepted for each objective.
+    pub gold: Option<Vec<Vec<String>>>,
     /// What it holds.
     pub form: Form,
+}
+
+/// How rows are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum InputFormat {
+    /// Each row as its columns say
+    Auto,
+    /// `messages` or `conversations`
+    Chat,
+    /// `prompt` and `completion` or `response`
+    Pair,
+    /// `question` and `transcript` or `trajectory`
+    Transcript,
+    /// `q`, `t0`, `r0`, `i0`, `t1`, …
+    Mem1,
+    /// `text`
+    Text,
 }
 
 /// The forms a row may have.
@@ -56,45 +84,109 @@ pub enum Form {
 }
 
 /// Reads one JSON row.
-pub fn parse_record(json: &[u8]) -> Result<Record, String> {
+pub fn parse_record(json: &[u8], format: InputFormat) -> Result<Record, String> {
     let mut row: Map<String, Value> = serde_json::from_slice(json).map_err(|error| {
         let found = if json.trim_ascii_start().starts_with(b"[") { " (this looks like a JSON array)" } else { "" };
         format!("not a JSON object: {error}{found}; expected one object a line")
     })?;
+    let format = if format == InputFormat::Auto { format_of(&row)? } else { format };
     Ok(Record {
         id: label(&row, "id")?,
         task_id: label(&row, "task_id")?,
         split: label(&row, "split")?,
-        form: parse_form(&mut row)?,
+        source: label(&row, "source")?.map_or_else(|| label(&row, "data_source"), |source| Ok(Some(source)))?,
+        gold: gold(&row)?,
+        form: parse_form(&mut row, format)?,
     })
 }
 
-fn parse_form(row: &mut Map<String, Value>) -> Result<Form, String> {
-    let found = |names: &[&'static str]| names.iter().copied().find(|name| row.contains_key(*name));
-    let (list, completion) = (found(&["messages", "conversations"]), found(&["completion", "response"]));
-    let transcript = found(&["transcript", "trajectory"]);
-    let (has_prompt, has_question, has_text) =
-        (row.contains_key("prompt"), row.contains_key("question"), row.contains_key("text"));
-    let mut take = |name: &str| row.remove(name).unwrap_or_default();
-    if let Some(name) = list {
-        return Ok(Form::Chat(demonstration(messages(take(name), name)?)?));
+const LISTS: [&str; 2] = ["messages", "conversations"];
+const COMPLETIONS: [&str; 2] = ["completion", "response"];
+const TRANSCRIPTS: [&str; 2] = ["transcript", "trajectory"];
+
+/// The format that the columns tell. A row with columns of two is of the first in this order.
+fn format_of(row: &Map<String, Value>) -> Result<InputFormat, String> {
+    let has = |name: &str| row.contains_key(name);
+    let has_any = |names: [&str; 2]| names.into_iter().any(has);
+    Ok(match () {
+        () if has_any(LISTS) => InputFormat::Chat,
+        () if has("prompt") && has_any(COMPLETIONS) => InputFormat::Pair,
+        () if has("question") && has_any(TRANSCRIPTS) => InputFormat::Transcript,
+        () if has("q") && (has("t0") || has("r0")) => InputFormat::Mem1,
+        () if has("text") => InputFormat::Text,
+        () => {
+            return Err(format!(
+                "unknown columns [{}]; expected `messages` or `conversations`, or `prompt` and `completion` (or `response`), \
+                 or `question` and `transcript`, or `q`, `t0`, `r0`, …, or `text`",
+                names(row)
+            ));
+        }
+    })
+}
+
+fn names(row: &Map<String, Value>) -> String {
+    row.keys().map(String::as_str).collect::<Vec<_>>().join(", ")
+}
+
+fn parse_form(row: &mut Map<String, Value>, format: InputFormat) -> Result<Form, String> {
+    match format {
+        InputFormat::Mem1 => Ok(Form::Chat(mem1::demonstration(row)?)),
+        InputFormat::Text => Ok(Form::Text(text_of(take(row, ["text"; 2])?.1, "text")?)),
+        InputFormat::Transcript => {
+            let question = text_of(take(row, ["question"; 2])?.1, "question")?;
+            let (name, text) = take(row, TRANSCRIPTS)?;
+            Ok(Form::Chat(transcript::split(&question, &text_of(text, name)?)?))
+        }
+        InputFormat::Pair => {
+            let (_, prompt) = take(row, ["prompt"; 2])?;
+            let (name, completion) = take(row, COMPLETIONS)?;
+            prompted(prompt, name, completion)
+        }
+        InputFormat::Chat | InputFormat::Auto => {
+            let (name, list) = take(row, LISTS)?;
+            Ok(Form::Chat(demonstration(messages(list, name)?)?))
+        }
     }
-    if let Some(name) = completion.filter(|_| has_prompt) {
-        return prompted(take("prompt"), name, take(name));
+}
+
+/// The column of the first of two names that is there, and its name.
+fn take(row: &mut Map<String, Value>, either: [&'static str; 2]) -> Result<(&'static str, Value), String> {
+    let found = either.into_iter().find_map(|name| Some((name, row.remove(name)?)));
+    found.ok_or_else(|| {
+        let expected = if either[0] == either[1] { either[0].to_owned() } else { either.join("` or `") };
+        format!("no column `{expected}`, found [{}]", names(row))
+    })
+}
+
+/// The row's gold answers as `golden_answers` (MEM1: `Golden_answer`; verl: `reward_model.ground_truth`) has them: a text,
+/// the answers accepted for the one question, or a list of those for each objective.
+fn gold(row: &Map<String, Value>) -> Result<Option<Vec<Vec<String>>>, String> {
+    let verl = || {
+        let truth = row.get("reward_model")?.get("ground_truth")?;
+        Some(truth.get("target").unwrap_or(truth))
+    };
+    let own = ["golden_answers", "Golden_answer"].into_iter().map(|name| row.get(name));
+    let Some(found) = own.chain([verl()]).flatten().find(|value| !value.is_null()) else { return Ok(None) };
+    let nested = found.as_array().is_some_and(|list| list.iter().any(Value::is_array));
+    let objectives = if nested { found.as_array().cloned().unwrap_or_default() } else { vec![found.clone()] };
+    let gold: Option<Vec<Vec<String>>> = objectives.iter().map(accepted).collect();
+    match gold {
+        Some(gold) if gold.iter().all(|answers| !answers.is_empty()) && !gold.is_empty() => Ok(Some(gold)),
+        _ => Err("the gold answers are no text, list of texts or list of such lists".to_owned()),
     }
-    if let Some(name) = transcript.filter(|_| has_question) {
-        let (question, text) = (text_of(take("question"), "question")?, text_of(take(name), name)?);
-        return Ok(Form::Chat(transcript::split(&question, &text)?));
+}
+
+/// The answers accepted for one objective.
+fn accepted(value: &Value) -> Option<Vec<String>> {
+    let text = |value: &Value| match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Number(number) => Some(number.to_string()),
+        _ => None,
+    };
+    match value {
+        Value::Array(list) => list.iter().map(text).collect(),
+        one => Some(vec![text(one)?]),
     }
-    if has_text {
-        return Ok(Form::Text(text_of(take("text"), "text")?));
-    }
-    let names: Vec<&str> = row.keys().map(String::as_str).collect();
-    Err(format!(
-        "unknown columns [{}]; expected `messages` or `conversations`, or `prompt` and `completion` (or `response`), or \
-         `question` and `transcript`, or `text`",
-        names.join(", ")
-    ))
 }
 
 fn messages(list: Value, name: &str) -> Result<Vec<Message>, String> {
@@ -124,7 +216,7 @@ fn label(row: &Map<String, Value>, name: &str) -> Result<Option<String>, String>
     }
 }
 
-fn text_of(value: Value, name: &str) -> Result<String, String> {
+pub(crate) fn text_of(value: Value, name: &str) -> Result<String, String> {
     match value {
         Value::String(text) => Ok(text),
         other => Err(format!("`{name}` is {}, expected text", kind_of(&other))),
@@ -182,40 +274,81 @@ mod tests {
 
         #[test]
         fn whatever_a_row_holds_it_is_read_or_refused(row in rows()) {
-            let _ = parse_record(&row);
+            let _ = parse_record(&row, InputFormat::Auto);
         }
     }
 
     #[test]
     fn labels_and_the_other_forms() {
-        let record =
-            parse_record(br#"{"id": 7, "task_id": "t1", "split": "dev", "prompt": "p", "response": "r"}"#).unwrap();
+        let record = parse_record(
+            br#"{"id": 7, "task_id": "t1", "split": "dev", "prompt": "p", "response": "r"}"#,
+            InputFormat::Auto,
+        )
+        .unwrap();
         assert_eq!(
             (record.id.as_deref(), record.task_id.as_deref(), record.split.as_deref()),
             (Some("7"), Some("t1"), Some("dev"))
         );
         assert_eq!(record.form, Form::Pair { prompt: "p".into(), completion: "r".into() });
-        let record = parse_record(br#"{"prompt": "p", "completion": "c", "text": "x"}"#).unwrap();
+        let record = parse_record(br#"{"prompt": "p", "completion": "c", "text": "x"}"#, InputFormat::Auto).unwrap();
         assert_eq!(record.form, Form::Pair { prompt: "p".into(), completion: "c".into() });
-        assert_eq!(parse_record(br#"{"text": "x"}"#).unwrap().form, Form::Text("x".into()));
+        assert_eq!(parse_record(br#"{"text": "x"}"#, InputFormat::Auto).unwrap().form, Form::Text("x".into()));
     }
 
     #[test]
     fn of_a_prompt_of_messages_only_what_follows_is_learnt() {
         let row = r#"{"prompt": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Hm"},
             {"role": "user", "content": "Well?"}], "response": "Ann"}"#;
-        let Form::Chat(found) = parse_record(row.as_bytes()).unwrap().form else { panic!("expected a chat") };
+        let Form::Chat(found) = parse_record(row.as_bytes(), InputFormat::Auto).unwrap().form else {
+            panic!("expected a chat")
+        };
         let turns: Vec<_> = found.turns.iter().map(|turn| (turn.completion.as_str(), turn.trained)).collect();
         assert_eq!(turns, [("Hm", false), ("Ann", true)]);
         let row = r#"{"question": "Who?", "trajectory": "a<information>b</information>c", "answer": "c"}"#;
-        let Form::Chat(found) = parse_record(row.as_bytes()).unwrap().form else { panic!("expected a chat") };
+        let Form::Chat(found) = parse_record(row.as_bytes(), InputFormat::Auto).unwrap().form else {
+            panic!("expected a chat")
+        };
         assert_eq!((found.question.as_str(), found.turns.len()), ("Who?", 2));
+    }
+
+    #[test]
+    fn a_forced_format_looks_for_its_own_columns() {
+        let row = br#"{"messages": [], "text": "x", "prompt": "p"}"#;
+        assert_eq!(parse_record(row, InputFormat::Text).unwrap().form, Form::Text("x".into()));
+        let refused = |format| parse_record(row, format).unwrap_err();
+        assert!(refused(InputFormat::Pair).contains("no column `completion` or `response`, found [messages, text"));
+        assert!(refused(InputFormat::Transcript).contains("no column `question`"));
+        assert!(refused(InputFormat::Mem1).contains("no column `q`"));
+        assert!(refused(InputFormat::Auto).contains("no user turn"));
+    }
+
+    #[test]
+    fn gold_answers_stand_in_several_places() {
+        let check = |columns: &str, expected: &[&[&str]]| {
+            let row = format!(r#"{{"text": "x", {columns}}}"#);
+            let found = parse_record(row.as_bytes(), InputFormat::Auto).unwrap().gold.unwrap();
+            assert_eq!(found, expected, "{columns}");
+        };
+        check(r#""golden_answers": ["Paris", "paris"]"#, &[&["Paris", "paris"]]);
+        check(r#""golden_answers": 1889"#, &[&["1889"]]);
+        check(r#""Golden_answer": [["Paris"], ["1889", 1890]]"#, &[&["Paris"], &["1889", "1890"]]);
+        check(r#""Golden_answer": [["Paris"], "Rome"]"#, &[&["Paris"], &["Rome"]]);
+        check(r#""reward_model": {"ground_truth": {"target": ["a"]}}"#, &[&["a"]]);
+        check(r#""golden_answers": null, "data_source": "nq", "reward_model": {"ground_truth": "a"}"#, &[&["a"]]);
+        for odd in ["{}", "[]", "[[]]", "[null]", "true"] {
+            let row = format!(r#"{{"text": "x", "golden_answers": {odd}}}"#);
+            let error = parse_record(row.as_bytes(), InputFormat::Auto).unwrap_err();
+            assert!(error.contains("the gold answers are no text"), "{odd}: {error}");
+        }
+        let row = br#"{"text": "x", "data_source": "nq", "golden_answers": null}"#;
+        let record = parse_record(row, InputFormat::Auto).unwrap();
+        assert_eq!((record.source.as_deref(), record.gold), (Some("nq"), None));
     }
 
     #[test]
     fn refusals_say_what_was_found() {
         let check = |json: &str, expected: &str| {
-            let error = parse_record(json.as_bytes()).unwrap_err();
+            let error = parse_record(json.as_bytes(), InputFormat::Auto).unwrap_err();
             assert!(error.contains(expected), "{json}\n  found    {error}\n  expected {expected}");
         };
         check("{\"text\": ", "not a JSON object: EOF");

@@ -9,7 +9,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{anyhow, bail};
 use fs_err as fs;
 use mempo_data::{
-    JSON_ROWS_EXTENSIONS, JsonRows, Step, Trajectory, groups, has_extension, json_rows, parquet_row_count, read_rows,
+    JSON_ROWS_EXTENSIONS, JsonRows, Step, Trajectory, groups, has_extension, json_rows, parquet_bytes,
+    parquet_row_count, read_rows,
 };
 use mempo_run::{Input, ResultExt};
 
@@ -17,8 +18,9 @@ use crate::record::COLUMNS;
 
 /// Most rows of a unit.
 const UNIT_ROWS: u64 = 512;
-/// A unit is closed once its rows hold this much text.
-const UNIT_BYTES: usize = 16 << 20;
+/// A unit is closed once its rows hold this much text. Its examples take many times that: with a whole history in each prompt
+/// every text is in as many examples as steps follow it.
+const UNIT_BYTES: usize = 4 << 20;
 /// One file, or one part of a rollout directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Source {
@@ -145,7 +147,8 @@ pub(crate) fn plan_units(sources: &[Source]) -> anyhow::Result<Vec<Unit>> {
             }
             Source::Table(path) => {
                 let rows = parquet_row_count(path).bad_input()?;
-                unit_sizes((0..rows).map(|_| Ok(0)))?
+                let mean_bytes = parquet_bytes(path).bad_input()? / rows.max(1);
+                unit_sizes((0..rows).map(|_| Ok(mean_bytes as usize)))?
             }
             Source::Rollout { trajectories, .. } => vec![parquet_row_count(trajectories).bad_input()?],
         };
@@ -162,7 +165,7 @@ fn unit_sizes(row_bytes: impl Iterator<Item = anyhow::Result<usize>>) -> anyhow:
     let (mut sizes, mut rows, mut bytes) = (Vec::new(), 0, 0);
     for row in row_bytes {
         rows += 1;
-        bytes += row?;
+        bytes = row?.saturating_add(bytes);
         if rows == UNIT_ROWS || bytes >= UNIT_BYTES {
             sizes.push(rows);
             (rows, bytes) = (0, 0);

@@ -50,7 +50,10 @@ pub(crate) struct TrainArguments {
     /// Tokens run through the model at a time, padding included
     #[arg(long, default_value_t = 8192)]
     tokens_per_micro_batch: usize,
-    /// Examples to measure the loss on
+    /// Split of --examples that the loss is measured on instead of training on it (see `build --validation-share`)
+    #[arg(long, value_name = "SPLIT", default_value = "dev")]
+    validation_split: String,
+    /// More examples to measure the loss on, whatever their split
     #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     validation: Option<PathBuf>,
@@ -86,18 +89,21 @@ pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
 
     let limits =
         ModelLimits { vocabulary_size: config.vocab_size as usize, max_tokens: config.max_position_embeddings };
-    let dataset = Dataset::read(&examples, limits)?;
-    let validation =
-        if validation.is_empty() { Vec::new() } else { Dataset::read(&validation, limits)?.all_sequences() };
+    let (dataset, aside) = Dataset::read(&examples, limits, Some(&arguments.validation_split))?;
+    let mut measured = aside.all_sequences();
+    if !validation.is_empty() {
+        measured.extend(Dataset::read(&validation, limits, None)?.0.all_sequences());
+    }
     let lengths = dataset.lengths();
     let mut plan = plan_steps(&lengths, arguments.epochs, arguments.tokens_per_batch, &|parts| stage.seed(parts));
     plan.truncate(arguments.max_steps.unwrap_or(usize::MAX));
     info!("{} examples, {} tokens, {} optimizer steps", lengths.len(), lengths.iter().sum::<usize>(), plan.len());
+    info!("{} examples to measure the loss on", measured.len());
 
     let micro_batch = lengths.iter().copied().max().unwrap_or(0).max(arguments.tokens_per_micro_batch);
     info!("{}", MemoryBudget::new(&config, &runtime, &arguments.optimizer).describe(micro_batch));
 
-    let mut training = Training::open(arguments, &runtime, stage, dataset, validation)?;
+    let mut training = Training::open(arguments, &runtime, stage, dataset, measured)?;
     training.walk(&plan)?;
     training.finish(plan.len())
 }

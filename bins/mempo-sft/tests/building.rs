@@ -89,6 +89,10 @@ fn build_refusal(out: &Path, trajectories: &Path, more: &[&str]) -> (String, u8)
     refusal(&words)
 }
 
+fn dropped(dir: &Path) -> Value {
+    manifest(dir)["summary"]["dropped"].clone()
+}
+
 fn targets(example: &SftExample) -> (&[i32], &[i32]) {
     let first = example.loss_mask.iter().position(|target| *target).unwrap();
     assert!(example.loss_mask[first..].iter().all(|target| *target), "one run of targets at the end");
@@ -146,9 +150,14 @@ fn trajectories_without_memory_need_the_react_context() {
     let dir = tempfile::tempdir().unwrap();
     let mut row = chat_row(false);
     row["messages"][4]["content"] = json!("<think>no memory</think><answer>x</answer>");
+    let input = write(&dir.path().join("some.jsonl"), &format!("{}\n{row}\n", chat_row(false)));
+    build(&dir.path().join("some"), &[&input], &[]).unwrap();
+    assert_eq!(examples(&dir.path().join("some")).len(), 3);
+    assert_eq!(dropped(&dir.path().join("some")), json!({"memory missing in a step (trajectories)": 1}));
+    row["messages"][6]["content"] = json!("<answer>x</answer>");
     let input = write(&dir.path().join("chat.jsonl"), &format!("{}\n{row}\n", chat_row(false)));
     let (message, code) = build_refusal(&dir.path().join("a"), &input, &[]);
-    assert!(message.contains("chat.jsonl:2: step 1 (from 0) of 3 has 0 <mem> segments, expected 1"), "{message}");
+    assert!(message.contains("chat.jsonl:2: none of the 3 steps has a <mem> segment"), "{message}");
     assert!(message.contains("use --context react for trajectories without memory"), "{message}");
     assert_eq!(code, 4);
     let (message, code) = build_refusal(&dir.path().join("b"), &input, &["--context", "reakt"]);
@@ -170,14 +179,14 @@ fn a_loss_mask_of_zero_leaves_the_step_in_the_context_only() {
     let out = dir.path().join("out");
     build(&out, &[&write(&dir.path().join("chat.jsonl"), &row.to_string())], &[]).unwrap();
     assert_eq!(examples(&out).iter().map(|example| example.step_index).collect::<Vec<_>>(), [1, 2]);
-    assert_eq!(manifest(&out)["summary"]["dropped"]["loss_mask 0 (steps)"], 1);
+    assert_eq!(dropped(&out), json!({"not to be learnt (steps)": 1}));
     for index in [4, 6] {
         row["messages"][index]["loss_mask"] = json!(0);
     }
     let (message, code) =
         build_refusal(&dir.path().join("x"), &write(&dir.path().join("none.jsonl"), &row.to_string()), &[]);
     assert!(
-        message.contains("none.jsonl:1: every assistant turn has loss_mask 0: the row has no targets"),
+        message.contains("none.jsonl:1: no assistant turn is to be learnt (loss_mask 0, weight 0 or train false)"),
         "{message}"
     );
     assert_eq!(code, 4);
@@ -362,8 +371,11 @@ fn keeping_the_correct_ones_needs_gold_answers() {
     wrong["task_id"] = json!("task-2");
     let input = write(&dir.path().join("chat.jsonl"), &format!("{}\n{wrong}\n", chat_row(false)));
     let (message, code) = build_refusal(&dir.path().join("a"), &input, &["--keep", "correct"]);
-    assert!(message.contains("--keep correct needs --tasks DIR"), "{message}");
-    assert_eq!(code, 2);
+    assert!(
+        message.contains("chat.jsonl:1: no gold answers: --keep correct needs `golden_answers` in the row"),
+        "{message}"
+    );
+    assert_eq!(code, 4);
     let out = dir.path().join("b");
     build(&out, &[&input], &["--keep", "correct", "--tasks", text(&tasks)]).unwrap();
     assert_eq!(examples(&out).len(), 3);
@@ -401,7 +413,7 @@ fn bad_rows_are_named_and_counted_against_the_limit() {
         write(&dir.path().join("long.jsonl"), &json!({"prompt": "river ".repeat(50), "completion": "x"}).to_string());
     let (message, code) = build_refusal(&dir.path().join("c"), &long, &["--max-tokens", "20"]);
     assert!(message.contains("no example came of the rows: rows      pair 1"), "{message}");
-    assert!(message.contains("longer than --max-tokens 1"), "{message}");
+    assert!(message.contains("1  longer than --max-tokens"), "{message}");
     assert_eq!(code, 4);
 }
 

@@ -64,6 +64,13 @@ pub fn parquet_row_count(path: &Path) -> Result<u64> {
     Ok(open_table(path)?.metadata().file_metadata().num_rows() as u64)
 }
 
+/// Bytes of a Parquet file's rows before compression, all columns, by what its end says.
+pub fn parquet_bytes(path: &Path) -> Result<u64> {
+    let table = open_table(path)?;
+    let bytes = table.metadata().row_groups().iter().map(|group| u64::try_from(group.total_byte_size()).unwrap_or(0));
+    Ok(bytes.fold(0, u64::saturating_add))
+}
+
 /// Whether a name ends so, in upper or lower case.
 pub fn has_extension(path: &Path, extension: &str) -> bool {
     path.to_string_lossy().to_lowercase().ends_with(extension)
@@ -195,6 +202,7 @@ mod tests {
         assert_eq!(all(&path, &["nothing", "of", "it"]), whole);
         assert_eq!(all(&path, &["id", "question"])[0].1, r#"{"question":"é?","id":1}"#);
         assert_eq!(parquet_row_count(&path).unwrap(), 2);
+        assert!((20..2000).contains(&parquet_bytes(&path).unwrap()));
     }
 
     #[test]

@@ -29,7 +29,9 @@ mod write;
 
 pub use caught::{parquet_batches, parquet_builder};
 pub use error::Error;
-pub use json_rows::{JSON_ROWS_EXTENSIONS, JsonRow, JsonRows, has_extension, json_rows, parquet_row_count};
+pub use json_rows::{
+    JSON_ROWS_EXTENSIONS, JsonRow, JsonRows, has_extension, json_rows, parquet_bytes, parquet_row_count,
+};
 pub use merge::{Cursor, groups};
 pub use read::{RowReader, read_rows};
 pub use row::{Key, Row};
