@@ -1,6 +1,6 @@
 //! Whether a chat template shows a turn later as it was written.
 
-use mempo_text::{CarriedStep, Error, PromptBuilder};
+use mempo_text::{CarriedStep, Error, PromptBuilder, Turns};
 
 /// Prompts of two and three turns beside those of one fewer, each followed by what was written then. Where they differ, in
 /// words with the first token that does.
@@ -9,12 +9,13 @@ use mempo_text::{CarriedStep, Error, PromptBuilder};
 /// than it wrote it.
 pub(crate) fn drift(builder: &PromptBuilder, end_of_turn: i32) -> Result<Option<String>, Error> {
     let completion_ids = builder.completion_ids_from_text("A completion.");
-    let observation_ids = builder.observation_ids("A result.");
-    let step = CarriedStep { completion_ids: &completion_ids, observation_ids: Some(&observation_ids) };
+    let observation_ids = builder.observation_ids("A result.", None);
+    let step = CarriedStep::new(&completion_ids, Some(&observation_ids));
+    let closed: &[i32] = if builder.profile().turns == Turns::Separate { &[end_of_turn] } else { &[] };
     for turns in 0..2 {
-        let before = builder.prompt("A question?", &vec![step; turns])?;
-        let written = [&before[..], &completion_ids, &[end_of_turn]].concat();
-        let later = builder.prompt("A question?", &vec![step; turns + 1])?;
+        let before = builder.prompt("A question?", &vec![step.clone(); turns].into())?;
+        let written = [&before[..], &completion_ids, closed].concat();
+        let later = builder.prompt("A question?", &vec![step.clone(); turns + 1].into())?;
         let differs = |at: &usize| later.get(*at) != written.get(*at);
         if let Some(at) = (0..written.len()).find(differs) {
             let token = |ids: &[i32]| {
@@ -45,8 +46,12 @@ mod tests {
             if let Some(template) = template {
                 fs_err::write(dir.path().join("chat_template.jinja"), template).unwrap();
             }
-            let builder = PromptBuilder::load(dir.path(), Profile::load("mempo").unwrap(), &[]).unwrap();
-            drift(&builder, builder.end_of_turn_id().unwrap()).unwrap()
+            let drift_of = |profile| {
+                let builder = PromptBuilder::load(dir.path(), Profile::load(profile).unwrap(), &[]).unwrap();
+                drift(&builder, builder.end_of_turn_id().unwrap()).unwrap()
+            };
+            assert_eq!(drift_of("mem1"), None, "a turn that goes on is never rendered again");
+            drift_of("mempo")
         };
         assert_eq!(found(None), None);
         let turns = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}";
