@@ -2,6 +2,7 @@
 //! that answer nothing. Generation, search and tools all ask through it.
 
 mod breaker;
+mod pace;
 mod public;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -20,6 +21,7 @@ use ureq::http::{HeaderMap, StatusCode};
 use ureq::unversioned::transport::DefaultConnector;
 
 use self::breaker::Breaker;
+use self::pace::Pace;
 use self::public::PublicOnly;
 
 /// Longest time until a connection stands.
@@ -63,6 +65,8 @@ pub(crate) struct Limits {
     pub(crate) retries: u32,
     /// Longest answer, in bytes.
     pub(crate) answer_bytes: u64,
+    /// Most attempts in a minute, of all calls together.
+    pub(crate) per_minute: Option<u32>,
     /// Whether a host that answers nothing is left alone for a while.
     pub(crate) leaves_alone: bool,
 }
@@ -95,6 +99,7 @@ pub(crate) struct Client {
     secret: Option<Secret>,
     limits: Limits,
     breaker: Option<Breaker>,
+    pace: Option<Pace>,
     /// Draws of jitter so far.
     draws: AtomicU64,
 }
@@ -138,7 +143,8 @@ impl Client {
 
     fn with(agent: ureq::Agent, url: &str, secret: Option<Secret>, limits: Limits) -> Self {
         let breaker = limits.leaves_alone.then(|| Breaker::new(IN_VAIN, LEFT_ALONE));
-        Self { agent, url: url.to_owned(), secret, limits, breaker, draws: AtomicU64::new(0) }
+        let pace = limits.per_minute.map(Pace::new);
+        Self { agent, url: url.to_owned(), secret, limits, breaker, pace, draws: AtomicU64::new(0) }
     }
 
     pub(crate) fn url(&self) -> &str {
@@ -186,6 +192,7 @@ impl Client {
         let left = || deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()));
         let mut attempt = 0;
         loop {
+            std::thread::sleep(self.pace.as_ref().map_or(Duration::ZERO, |pace| pace.wait(Instant::now())));
             let result = self.attempt(path, body, self.limits.attempt.min(left())).and_then(|answer| read(&answer));
             let Err(Failure::Passing(problem, pause)) = result else { return result };
             let pause = pause.unwrap_or(FIRST_PAUSE * 2_u32.saturating_pow(attempt)).min(LONGEST_PAUSE);

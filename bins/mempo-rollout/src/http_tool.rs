@@ -103,7 +103,14 @@ mod tests {
             _ => Reply::Json(500, json!("broken")),
         });
         let second = Duration::from_secs(1);
-        let limits = Limits { attempt: second, call: Some(second), retries: 0, answer_bytes: 1000, leaves_alone: true };
+        let limits = Limits {
+            attempt: second,
+            call: Some(second),
+            retries: 0,
+            answer_bytes: 1000,
+            per_minute: None,
+            leaves_alone: true,
+        };
         let tool = HttpTool::new(named(&format!("{url}/weather")), limits);
         let call = |city: &str| tool.call(&json!({ "city": city }));
         assert_eq!(call("Accra"), Ok("31 degrees, {not JSON".to_owned()));

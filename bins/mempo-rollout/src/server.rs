@@ -52,6 +52,9 @@ pub(crate) struct ServerOptions {
     /// How often a request is made again that failed, each time after a longer pause
     #[arg(long, value_name = "N", default_value_t = 6)]
     pub(crate) server_retries: u32,
+    /// Most requests in a minute, evenly spread
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) server_requests_per_minute: Option<u32>,
 }
 
 impl ServerOptions {
@@ -68,8 +71,16 @@ fn address(text: &str) -> Result<String, String> {
 }
 
 /// How much a server may take: it is given up by who asks, not left alone.
-fn limits(timeout: Duration, retries: u32) -> Limits {
-    Limits { attempt: timeout, call: None, retries, answer_bytes: ANSWER_BYTES, leaves_alone: false }
+fn limits(options: &ServerOptions) -> Limits {
+    Limits {
+        attempt: Duration::from_secs(options.server_timeout),
+        call: None,
+        retries: options.server_retries,
+        answer_bytes: ANSWER_BYTES,
+        per_minute: options.server_requests_per_minute,
+        // Generation has a rule of its own for servers that are of no use.
+        leaves_alone: false,
+    }
 }
 
 /// What a server has to call the checkpoint with this digest.
@@ -94,11 +105,7 @@ impl Server {
         builder: &PromptBuilder,
         sampling: &SamplingOptions,
     ) -> Result<Self, String> {
-        let client = Client::new(
-            url,
-            Secret::bearer(KEY),
-            limits(Duration::from_secs(options.server_timeout), options.server_retries),
-        );
+        let client = Client::new(url, Secret::bearer(KEY), limits(options));
         let name = served_name(digest);
         let kind = kind(&client)?;
         if options.update_server {

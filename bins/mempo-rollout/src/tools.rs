@@ -180,7 +180,7 @@ impl ToolOptions {
         let call = Duration::from_secs(self.tool_timeout);
         let attempt = if self.tool_retries == 0 { call } else { call / 2 };
         let retries = self.tool_retries;
-        Limits { attempt, call: Some(call), retries, answer_bytes, leaves_alone: true }
+        Limits { attempt, call: Some(call), retries, answer_bytes, per_minute: None, leaves_alone: true }
     }
 }
 

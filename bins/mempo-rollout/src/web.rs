@@ -104,7 +104,14 @@ mod tests {
 
     fn limits() -> Limits {
         let second = Duration::from_secs(1);
-        Limits { attempt: second, call: Some(second), retries: 0, answer_bytes: 1 << 20, leaves_alone: true }
+        Limits {
+            attempt: second,
+            call: Some(second),
+            retries: 0,
+            answer_bytes: 1 << 20,
+            per_minute: None,
+            leaves_alone: true,
+        }
     }
 
     fn document(doc_id: &str, title: &str, text: &str) -> Document {

@@ -201,7 +201,11 @@ fn health(steps: &[&Step], policy: &[Vec<f32>], own_policy: bool) -> anyhow::Res
         for (place, (scored, sampled)) in policy.iter().zip(&step.sampling_logprobs).enumerate() {
             let difference = (f64::from(*scored) - f64::from(*sampled)).abs();
             if !difference.is_finite() {
-                return Err(anyhow!("{}: sampling log-probability {sampled} of token {place}", key(step))).quality();
+                return Err(anyhow!(
+                    "{}: sampling log-probability {sampled} of token {place} (what a teacher wrote has none)",
+                    key(step)
+                ))
+                .quality();
             }
             health.tokens += 1;
             health.difference_sum += difference;

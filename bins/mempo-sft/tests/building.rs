@@ -160,11 +160,13 @@ fn trajectories_without_memory_need_the_react_context() {
     assert!(message.contains("chat.jsonl:2: none of the 3 steps has a <mem> segment"), "{message}");
     assert!(message.contains("use --context react for trajectories without memory"), "{message}");
     assert_eq!(code, 4);
-    let (message, code) = build_refusal(&dir.path().join("b"), &input, &["--context", "reakt"]);
-    assert!(message.contains("unknown context policy `reakt`"), "{message}");
+    let (message, _) = build_refusal(&dir.path().join("b"), &input, &["--context", "reakt"]);
+    assert!(message.contains("invalid value 'reakt' for '--context"), "{message}");
+    let (message, code) = build_refusal(&dir.path().join("b"), &input, &["--context", "react", "--carry-steps", "2"]);
+    assert!(message.contains("--context react has no such option"), "{message}");
     assert_eq!(code, 2);
     let (message, code) = build_refusal(&dir.path().join("b"), &input, &["--context", "closed-book"]);
-    assert!(message.contains("choose `mempo` or `react`"), "{message}");
+    assert!(message.contains("--context closed-book is for evaluation"), "{message}");
     assert_eq!(code, 2);
     build(&dir.path().join("b"), &[&input], &["--context", "react"]).unwrap();
     assert_eq!(examples(&dir.path().join("b")).len(), 6);

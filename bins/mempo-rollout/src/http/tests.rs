@@ -8,7 +8,14 @@ use super::testing::{Reply, answer, serve};
 use super::*;
 
 fn limits(call: Duration) -> Limits {
-    Limits { attempt: call / 2, call: Some(call), retries: 8, answer_bytes: 1 << 20, leaves_alone: true }
+    Limits {
+        attempt: call / 2,
+        call: Some(call),
+        retries: 8,
+        answer_bytes: 1 << 20,
+        per_minute: None,
+        leaves_alone: true,
+    }
 }
 
 const SHORT: Duration = Duration::from_secs(2);

@@ -4,7 +4,6 @@
 //! such a rollout like any other. Log-probabilities are unknown (NaN): what needs them refuses the rollout.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use mempo_agent::{Request, SamplingOptions};
@@ -59,8 +58,7 @@ impl Teacher {
         sampling: &SamplingOptions,
     ) -> Option<Self> {
         let (url, model) = (options.teacher.as_ref()?, options.teacher_model.clone()?);
-        let limits = limits(Duration::from_secs(server.server_timeout), server.server_retries);
-        let client = Client::new(url, Secret::bearer(KEY), limits);
+        let client = Client::new(url, Secret::bearer(KEY), limits(server));
         let asking = Texts {
             model,
             interface: options.teacher_interface,

@@ -55,8 +55,20 @@ static BUILDER: LazyLock<PromptBuilder> = LazyLock::new(|| {
     PromptBuilder::load(folder.path(), Profile::load("mempo").unwrap(), &[]).unwrap()
 });
 
+/// How long a server may take in seconds, and how often it is asked again.
+fn patience(server_timeout: u64, server_retries: u32) -> ServerOptions {
+    ServerOptions {
+        server: None,
+        update_server: false,
+        trust_server: false,
+        server_timeout,
+        server_retries,
+        server_requests_per_minute: None,
+    }
+}
+
 fn engine<'a>(url: &str, kind: Kind, timeout: Duration, interrupted: &'a dyn Fn() -> bool) -> ServerEngine<'a> {
-    let client = Client::new(url, None, limits(timeout, 6));
+    let client = Client::new(url, None, limits(&patience(timeout.as_secs(), 6)));
     ServerEngine::new(&Arc::new(client), asking(kind), &BUILDER, 64, interrupted).unwrap()
 }
 
@@ -150,7 +162,7 @@ fn what_is_left_of_a_run_that_failed_is_not_taken_for_the_next_one_s() {
 #[test]
 fn a_server_that_only_fails_is_given_up_and_a_run_can_be_interrupted() {
     let url = serve(|_, _| Reply::Bytes(Vec::new()));
-    let client = Client::new(&url, None, limits(LONG, 0));
+    let client = Client::new(&url, None, limits(&patience(LONG.as_secs(), 0)));
     let mut failing = ServerEngine::new(&Arc::new(client), asking(Kind::Vllm), &BUILDER, 8, &|| false).unwrap();
     let (result, found) = two_steps(&mut failing, 100);
     assert!(result.unwrap_err().contains("16 requests in a row came to nothing"));
@@ -233,8 +245,7 @@ fn a_server_must_have_the_checkpoint_and_give_the_log_probabilities_that_it_samp
     fs_err::write(dir.path().join("config.json"), config.to_string()).unwrap();
     let config = Config::load(dir.path()).unwrap();
     let open = |url: &str, update_server: bool, trust_server: bool| {
-        let (server, server_timeout, server_retries) = (None, 60, 0);
-        let options = ServerOptions { server, update_server, trust_server, server_timeout, server_retries };
+        let options = ServerOptions { update_server, trust_server, ..patience(60, 0) };
         Server::open(url, &options, (dir.path(), digest, &config), &builder, &sampling).map(|server| server.describe())
     };
     let mine = "mempo-0123456789abcdef";
@@ -274,15 +285,8 @@ fn a_teacher_is_asked_in_messages_and_its_texts_become_ids() {
         teacher_model: Some("wise".to_owned()),
         teacher_interface: TeacherInterface::Chat,
     };
-    let server = ServerOptions {
-        server: None,
-        update_server: false,
-        trust_server: false,
-        server_timeout: 60,
-        server_retries: 0,
-    };
     let sampling = SamplingOptions { temperature: 1.0, top_p: 1.0, max_completion_tokens: 9 };
-    let teacher = Teacher::new(&options, &server, &BUILDER, &sampling).unwrap();
+    let teacher = Teacher::new(&options, &patience(60, 0), &BUILDER, &sampling).unwrap();
     assert_eq!(teacher.policy(), "teacher/wise");
     let mut engine = teacher.engine(&BUILDER, 2, &|| false).unwrap();
     assert!(engine.wants_messages());
