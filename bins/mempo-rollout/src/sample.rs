@@ -12,7 +12,7 @@ use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage, print_data, seed_of};
 use mempo_text::{Profile, PromptBuilder};
 use serde::Serialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::local_engine::LocalEngine;
 use crate::server::{Server, ServerOptions, Teacher, TeacherOptions, served_name};
@@ -103,7 +103,7 @@ struct Resolved<'a> {
     server: Option<&'a str>,
     /// The teacher that generates.
     #[serde(skip_serializing_if = "Option::is_none")]
-    teacher: Option<&'a str>,
+    teacher: Option<Value>,
     #[serde(flatten)]
     tools: RecordedTools,
 }
@@ -184,20 +184,22 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     let task_files = inputs.tasks.table("tasks")?;
     let task_count = count_tasks(&task_files, arguments.max_tasks)?;
     let table = arguments.tools.table()?;
+    let recorded_tools = arguments.tools.recorded(&table);
     let builder = prompt_builder(&arguments, &table)?;
     fit_to_model(&mut arguments, &builder)?;
+    arguments.teacher.check(builder.profile(), context.answers_at_once())?;
+    let tools = arguments.tools.open(table, inputs.search.as_ref(), builder.profile(), arguments.limits.top_k)?;
     let resolved = Resolved {
         arguments: &arguments,
         profile: arguments.profile(),
         server: arguments.server.recorded(),
-        teacher: arguments.teacher.teacher_model.as_deref(),
-        tools: arguments.tools.recorded(&table),
+        teacher: arguments.teacher.recorded(),
+        tools: recorded_tools,
     };
     let Some(stage) = Stage::open("mempo-rollout", "sample", &arguments.stage.stage(), &resolved, &inputs.all())?
     else {
         return Ok(());
     };
-    let tools = arguments.tools.open(table, inputs.search.as_ref(), builder.profile(), arguments.limits.top_k)?;
     let stored = inputs.stored(&arguments, &builder)?;
     let teacher = Teacher::new(&arguments.teacher, &arguments.server, &builder, &arguments.sampling);
     let policy = teacher.as_ref().map_or_else(|| inputs.model.digest().to_owned(), Teacher::policy);

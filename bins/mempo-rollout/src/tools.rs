@@ -18,7 +18,7 @@ use crate::http_tool::{self, HttpTool, NamedTool};
 use crate::index::INDEX_FOLDER;
 use crate::query_log::{Recorder, Replay};
 use crate::retrieval::{self, RemoteSearch};
-use crate::web::{Engine, WebSearch};
+use crate::web::{self, Engine, WebSearch};
 
 /// Longest answer of a server that is searched, in bytes.
 const ANSWER_BYTES: u64 = 16 << 20;
@@ -113,7 +113,7 @@ impl ToolOptions {
         if let Some(twice) = table.specs().into_iter().find(|spec| !names.insert(spec.name.clone())) {
             return Err(anyhow!("the tool `{}` is named twice by --tools and --tools-file", twice.name)).usage();
         }
-        match (names.contains("search"), &self.search) {
+        match (self.tools.contains(&BuiltIn::Search), &self.search) {
             (true, None) => {
                 Err(anyhow!("the tool `search` needs --search DIR or URL; --tools names other tools")).usage()
             }
@@ -153,7 +153,9 @@ impl ToolOptions {
     pub(crate) fn recorded(&self, table: &ToolTable) -> RecordedTools {
         let search = match &self.search {
             Some(Place::Server(url)) => Some(url.clone()),
-            Some(Place::Web(engine)) => Some(format!("web:{}", engine.name())),
+            Some(Place::Web(engine)) => {
+                Some(format!("web:{} {}", engine.name(), web::place(*engine).unwrap_or_default()))
+            }
             Some(Place::Dir(_)) | None => None,
         };
         let tools = Some(table.specs()).filter(|specs| *specs != [ToolSpec::search()]);

@@ -17,6 +17,8 @@ const SERPER: &str = "https://google.serper.dev";
 /// Longest title and text of a result, in characters.
 const TITLE: usize = 300;
 const TEXT: usize = 2000;
+/// Characters of a query that are sent.
+const QUERY: usize = 400;
 
 /// Who searches the web.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -46,15 +48,14 @@ impl Engine {
 impl WebSearch {
     /// With the address and the key that the environment names.
     pub(crate) fn from_environment(engine: Engine, limits: Limits, private: bool) -> anyhow::Result<Self> {
-        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let (url, secret) = match engine {
             Engine::Searxng => {
-                let url = variable(URL).with_context(|| format!("web:searxng needs an instance's address in {URL}"))?;
+                let url = place(engine).with_context(|| format!("web:searxng needs an instance's address in {URL}"))?;
                 (url, Secret::bearer(KEY))
             }
             Engine::Serper => {
                 let key = variable(KEY).with_context(|| format!("web:serper needs a key in {KEY}"))?;
-                (variable(URL).unwrap_or_else(|| SERPER.to_owned()), Some(Secret::key("x-api-key", key)))
+                (place(engine).unwrap_or_default(), Some(Secret::key("x-api-key", key)))
             }
         };
         let url = address(&url).map_err(|problem| anyhow!("{URL}: {problem}"))?;
@@ -63,11 +64,25 @@ impl WebSearch {
     }
 }
 
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
+
+/// The address that is asked, where one is known.
+pub(crate) fn place(engine: Engine) -> Option<String> {
+    variable(URL).or_else(|| (engine == Engine::Serper).then(|| SERPER.to_owned()))
+}
+
 impl Search for WebSearch {
     fn search(&self, query: &str, top_k: usize) -> Result<Vec<Document>, String> {
+        // What engines refuse would be the policy's doing, not theirs.
+        let query: String = query.trim().chars().take(QUERY).collect();
+        if query.is_empty() {
+            return Ok(Vec::new());
+        }
         let found = match self.engine {
             Engine::Searxng => {
-                let path = format!("/search?q={}&format=json", utf8_percent_encode(query, NON_ALPHANUMERIC));
+                let path = format!("/search?q={}&format=json", utf8_percent_encode(&query, NON_ALPHANUMERIC));
                 self.client.ask(&path, None, |answer| read(answer, "results", ["title", "content", "url"], top_k))
             }
             Engine::Serper => {

@@ -114,9 +114,16 @@ impl Chain {
 
     /// Writes the rows as a rollout of that name.
     pub(crate) fn write_rollouts(&self, name: &str) {
+        self.write_rollouts_with(name, None);
+    }
+
+    /// The same of a rollout whose memories were capped.
+    pub(crate) fn write_rollouts_with(&self, name: &str, max_memory_tokens: Option<usize>) {
         let profile = self.path("profile");
-        let arguments =
-            json!({"profile": profile, "context": "mempo", "temperature": 1.0, "top_p": 1.0, "group_size": 2});
+        let arguments = json!({
+            "profile": profile, "context": "mempo", "temperature": 1.0, "top_p": 1.0, "group_size": 2,
+            "max_memory_tokens": max_memory_tokens,
+        });
         write_stage(&self.path(name), &arguments, &[], |stage| {
             write_table(stage, &self.trajectories);
             write_table(stage, &self.steps);

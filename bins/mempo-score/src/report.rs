@@ -70,7 +70,7 @@ impl Report {
         };
         let rows = vec![
             row("profile", &setting(|settings| settings.profile.clone())),
-            row("context", &setting(|settings| settings.context.clone())),
+            row("context", &setting(Settings::context)),
             row("temperature", &setting(|settings| settings.temperature.to_string())),
             row("top_p", &setting(|settings| settings.top_p.to_string())),
             row("group_size", &setting(|settings| settings.group_size.to_string())),

@@ -16,6 +16,14 @@ pub(crate) const TASKS_PER_UNIT: usize = 16;
 pub(crate) struct Settings {
     pub(crate) profile: String,
     pub(crate) context: String,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) carry: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) carry_steps: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) retrieved_steps: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) max_tool_calls: Option<usize>,
     /// Most tokens of a memory that the next step saw.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) max_memory_tokens: Option<usize>,
@@ -33,6 +41,23 @@ fn search_alone() -> Vec<ToolSpec> {
 
 fn is_search_alone(tools: &[ToolSpec]) -> bool {
     tools == [ToolSpec::search()]
+}
+
+impl Settings {
+    /// The context policy with its options.
+    pub(crate) fn context(&self) -> String {
+        let Self { context, carry, carry_steps, retrieved_steps, max_tool_calls, max_memory_tokens, .. } = self;
+        let is_mempo = context == "mempo";
+        let named = |name: &str, value: Option<usize>| value.map(|value| format!("{name} {value}"));
+        let options = [
+            carry.clone().filter(|carry| is_mempo && carry != "step"),
+            named("steps", carry_steps.filter(|steps| is_mempo && *steps != 1)),
+            named("memory tokens", *max_memory_tokens),
+            named("retrieved", retrieved_steps.filter(|_| ["rag-memory", "a-mem"].contains(&context.as_str()))),
+            named("calls", *max_tool_calls),
+        ];
+        [Some(context.clone())].into_iter().chain(options).flatten().collect::<Vec<_>>().join(", ")
+    }
 }
 
 /// A trajectory with its steps, in order.

@@ -204,7 +204,7 @@ fn finish(stage: Stage, units: Range<usize>, explain: bool) -> anyhow::Result<()
 
 #[cfg(test)]
 mod tests {
-    use mempo_agent::{ContextPolicy, Past, React};
+    use mempo_agent::{ContextPolicy, Mempo, Past, React};
     use mempo_data::{Context, Score, SegmentKind, Step};
     use mempo_run::Failure;
     use mempo_text::Carried;
@@ -352,6 +352,30 @@ mod tests {
                 [&step.prompt_ids, &step.completion_ids[..start], &memory_ids(&chain, step), &opening].concat();
             assert_eq!(context.context_ids, expected);
         }
+    }
+
+    #[test]
+    fn a_capped_memory_is_scored_as_the_next_step_saw_it() {
+        let chain = Chain::new();
+        let builder = chain.builder();
+        let most = builder.tokenizer().encode_plain(mempo_text::CUT_MARK).len() + 1;
+        chain.write_rollouts_with("capped", Some(most));
+        chain.run(&format!("{} --bias none --explain --out @scores", COMMAND.replace("@rollouts", "@capped"))).unwrap();
+        let (rows, contexts) = (chain.rows::<Score>("scores"), chain.rows::<Context>("scores"));
+        let mempo = Mempo { max_memory_tokens: Some(most), ..Mempo::default() };
+        let mut cut = 0;
+        for ((row, context), step) in rows.iter().zip(&contexts).zip(&chain.steps) {
+            let task = chain.tasks.iter().find(|task| task.task_id == row.task_id).unwrap();
+            let past = Past { question: &task.question, steps: std::slice::from_ref(step), builder: &builder };
+            let seen = builder.prompt(past.question, &mempo.carried(&past)).unwrap();
+            let question = builder.prompt(past.question, &Carried::default()).unwrap();
+            let end = context.context_ids.len() - builder.answer_opening_ids().len();
+            let scored = &context.context_ids[question.len()..end];
+            assert!(seen.windows(scored.len()).any(|ids| ids == scored), "{}", step.completion);
+            cut += usize::from(row.truncated);
+            assert_eq!(row.truncated, scored != memory_ids(&chain, step));
+        }
+        assert!(cut > 0 && cut < rows.len(), "{cut} of {}", rows.len());
     }
 
     #[test]

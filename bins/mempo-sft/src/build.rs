@@ -81,6 +81,9 @@ pub(crate) struct BuildArguments {
     /// Longest example in tokens: plain text is cut, longer steps are dropped and counted
     #[arg(long, default_value_t = 8192, value_parser = clap::value_parser!(u32).range(2..))]
     max_tokens: u32,
+    /// --max-steps of the rollouts to come: profiles that tell how many steps are left (mem1) count from it
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..))]
+    max_steps: u32,
     /// Rows that may be unusable before the stage stops
     #[arg(long, default_value_t = 0)]
     #[serde(skip)]
@@ -111,6 +114,7 @@ pub(crate) fn run(arguments: &BuildArguments) -> anyhow::Result<()> {
         format: arguments.input_format,
         tasks: Tasks::default(),
         max_tokens: arguments.max_tokens as usize,
+        max_steps: arguments.max_steps as usize,
         validation,
         find_leaks: arguments.filter.drop_leaks || condition.as_ref().is_some_and(|condition| condition.asks("leaks")),
         keep_text: false,
@@ -269,9 +273,11 @@ impl Builder<'_> {
     /// Leaves out the rows of which --where is not true.
     fn filter(&self, mut encoded: Vec<Encoded>) -> anyhow::Result<Vec<Encoded>> {
         if let Some(condition) = &self.condition {
-            let facts: Vec<Facts> = encoded.iter().map(|row| row.facts.clone()).collect();
-            for (row, holds) in encoded.iter_mut().zip(condition.holds(&facts).usage()?) {
-                if !holds && !row.is_empty() {
+            // What is out already may know nothing of itself.
+            let mut left: Vec<&mut Encoded> = encoded.iter_mut().filter(|row| !row.is_empty()).collect();
+            let facts: Vec<Facts> = left.iter().map(|row| row.facts.clone()).collect();
+            for (row, holds) in left.iter_mut().zip(condition.holds(&facts).usage()?) {
+                if !holds {
                     row.leave_out("--where is not true (rows)");
                 }
             }

@@ -157,7 +157,12 @@ pub(crate) fn demonstration(messages: Vec<Message>) -> Result<Demonstration, Str
             (Speaker::Assistant, Some(_)) => {
                 return Err(at("two assistant turns in a row, expected a user or tool turn between them".into()));
             }
-            (Speaker::Call, Some(turn)) => add_call(&mut turn.completion, call_of(message).map_err(at)?).map_err(at)?,
+            (Speaker::Call, Some(turn)) => {
+                if message.marks.trained().map_err(at)? != turn.trained {
+                    return Err(at("it is part of the turn before it, but only one of them is to be learnt".into()));
+                }
+                add_call(&mut turn.completion, call_of(message).map_err(at)?).map_err(at)?;
+            }
             (Speaker::Assistant | Speaker::Call, None) => {
                 let turn = turn(message, speaker).map_err(at)?;
                 let goes_on = messages.peek().is_some_and(|(_, next)| next.speaker() == Ok(Speaker::Call));

@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use anyhow::Context;
 use datafusion::arrow::array::{Array, BooleanArray};
 use datafusion::arrow::datatypes::{DataType, Field, FieldRef, Schema};
 use datafusion::common::DFSchema;
@@ -103,8 +104,17 @@ impl Condition {
         self.asked.iter().any(|asked| asked == column)
     }
 
-    /// For each trajectory whether the condition holds; null does not.
+    /// For each trajectory whether the condition holds; null does not. Where it fails for all together, as `b > 0 AND a / b > 1`
+    /// may, each is looked at by itself: what it fails for then is named.
     pub(crate) fn holds(&self, facts: &[Facts]) -> anyhow::Result<Vec<bool>> {
+        let one = |facts: &Facts| {
+            let found = self.together(std::slice::from_ref(facts));
+            Ok(found.with_context(|| format!("--where: trajectory `{}`", facts.trajectory_id))?[0])
+        };
+        self.together(facts).or_else(|_| facts.iter().map(one).collect())
+    }
+
+    fn together(&self, facts: &[Facts]) -> anyhow::Result<Vec<bool>> {
         let batch = serde_arrow::to_record_batch(&self.fields, &facts)?;
         let found = self.expression.evaluate(&batch)?.into_array(facts.len())?;
         let found = found.as_any().downcast_ref::<BooleanArray>();

@@ -1,7 +1,7 @@
 //! Rows like an earlier one, found before anything is written.
 //!
 //! All rows are encoded and filtered once, in order, whatever part of them this shard does: so what counts as a duplicate
-//! depends on the rows and options alone. In memory are 16 bytes for each row kept so far, or 700 where near ones are looked
+//! depends on the rows and options alone. In memory are 16 bytes for each row kept so far, or 1.1 KB where near ones are looked
 //! for; the outcome is written as `duplicates.jsonl`, and a later start reads it.
 
 use std::collections::{HashMap, HashSet};
@@ -71,11 +71,8 @@ impl Finder {
         for print in &prints {
             self.judge(print);
         }
-        let (count, most) = match self.least {
-            Some(_) => (self.near.len(), MOST_NEAR),
-            None => (self.exact.len(), MOST_EXACT),
-        };
-        if count > most {
+        let counts = [(self.near.len(), MOST_NEAR), (self.exact.len() + self.found.len(), MOST_EXACT)];
+        if let Some((_, most)) = counts.into_iter().find(|(count, most)| count > most) {
             return Err(anyhow!("more than {most} rows to look for duplicates among; give them in several builds"))
                 .usage();
         }

@@ -21,7 +21,7 @@ use tracing::warn;
 use crate::condition::Facts;
 use crate::counts::count;
 use crate::example::{Encoded, Labels, close_turn, push};
-use crate::gold::{Tasks, leaks, objectives};
+use crate::gold::{Tasks, key, leaks, objectives};
 use crate::record::{Demonstration, Form, InputFormat, Record, Turn, parse_record};
 use crate::self_test::drift;
 use crate::source::{Row, RowContent};
@@ -44,6 +44,8 @@ pub(crate) struct Settings {
     pub(crate) tasks: Tasks,
     /// Longest example; plain text is cut to it, others are dropped.
     pub(crate) max_tokens: usize,
+    /// Steps that a rollout will have at most: some profiles tell how many are left.
+    pub(crate) max_steps: usize,
     /// Share of tasks put aside, and the seed that decides which.
     pub(crate) validation: Option<(f64, u64)>,
     /// Whether leaks are looked for, which takes time.
@@ -129,7 +131,8 @@ impl Encoder {
         let trajectory_id = id.as_ref().or(task_id.as_ref()).cloned().unwrap_or_else(|| format!("{row:09}"));
         let task_id = task_id.clone().or_else(|| Some(task?.task_id.clone()));
         let split = split.clone().or_else(|| Some(task?.split.clone()));
-        let kin = task_id.as_ref().or(question).unwrap_or(&trajectory_id);
+        let asked = question.map(|question| key(question));
+        let kin = task_id.as_ref().or(asked.as_ref()).unwrap_or(&trajectory_id);
         Ok(Labels {
             row,
             split: self.split(split, kin),
@@ -145,8 +148,7 @@ impl Encoder {
     fn split(&self, given: Option<String>, kin: &str) -> Option<String> {
         match self.settings.validation {
             Some((share, seed)) if given.as_ref().is_none_or(|split| split == "train") => {
-                let words: Vec<&str> = kin.split_whitespace().collect();
-                let drawn = seed_of(seed, &["validation", &words.join(" ")]) as f64 / 2f64.powi(64);
+                let drawn = seed_of(seed, &["validation", kin]) as f64 / 2f64.powi(64);
                 Some(if drawn < share { "dev" } else { "train" }.to_owned())
             }
             _ => given,
@@ -169,7 +171,8 @@ impl Encoder {
                     .to_owned(),
             );
         }
-        let mut steps: Vec<Step> = demonstration.turns.iter().map(|turn| self.recorded_step(turn)).collect();
+        let mut steps: Vec<Step> =
+            demonstration.turns.iter().enumerate().map(|(index, turn)| self.recorded_step(index, turn)).collect();
         let parsed: Vec<ParsedCompletion> = steps.iter().map(|step| self.parse(&step.completion_ids)).collect();
         steps.iter_mut().zip(&parsed).for_each(|(step, parsed)| step.segments = row_segments(parsed));
         let whole = self.check_memory(&parsed)?;
@@ -212,7 +215,8 @@ impl Encoder {
         facts.peak_tokens = lengths().max().unwrap_or_default();
         facts.target_tokens = examples.iter().map(|example| i64::from(example.target_count)).sum();
         if self.settings.find_leaks && !steps.is_empty() {
-            let memories: Vec<&str> = steps.iter().map(|step| memory(&step.completion)).collect();
+            let memories: Vec<String> = steps.iter().map(|step| self.memory(step)).collect();
+            let memories: Vec<&str> = memories.iter().map(String::as_str).collect();
             let observations: Vec<&str> = steps.iter().map(|step| step.observation.as_deref().unwrap_or("")).collect();
             let question = labels.question.as_deref().unwrap_or("");
             let objectives = labels.objectives.as_deref();
@@ -226,8 +230,11 @@ impl Encoder {
     }
 
     /// A turn as the step the agent would have recorded.
-    fn recorded_step(&self, turn: &Turn) -> Step {
+    fn recorded_step(&self, index: usize, turn: &Turn) -> Step {
         let completion_ids = self.steps.completion_ids_from_text(&turn.completion);
+        let steps_left = self.settings.max_steps.saturating_sub(index + 1);
+        let observation_ids =
+            turn.observation.as_deref().map(|text| self.steps.observation_ids(text, Some(steps_left)));
         Step {
             task_id: String::new(),
             trajectory_index: 0,
@@ -237,8 +244,8 @@ impl Encoder {
             sampling_logprobs: Vec::new(),
             segments: Vec::new(),
             completion: turn.completion.clone(),
-            observation: turn.observation.clone(),
-            observation_ids: turn.observation.as_deref().map(|text| self.steps.observation_ids(text, None)),
+            observation: observation_ids.as_deref().map(|ids| self.steps.tokenizer().decode(ids)),
+            observation_ids,
             stop_reason: StopReason::Eos,
         }
     }
@@ -341,8 +348,6 @@ impl Encoder {
             let completion = Completion { ids: &step.completion_ids, segments: &step.segments, faulty };
             self.push_step(&labels, index, step.prompt_ids.clone(), &completion, encoded);
         }
-        let mean =
-            |values: &[f32]| (!values.is_empty()).then(|| f64::from(values.iter().sum::<f32>()) / values.len() as f64);
         encoded.facts = Facts {
             answer: trajectory.answer.clone(),
             tool_calls: i64::from(trajectory.tool_calls),
@@ -423,6 +428,13 @@ impl Encoder {
         Some(body as u64)
     }
 
+    /// What stands in the first memory of a step; empty if there is none.
+    fn memory(&self, step: &Step) -> String {
+        let memory = step.segments.iter().find(|segment| segment.kind == SegmentKind::Memory);
+        let ids = memory.and_then(|memory| step.completion_ids.get(memory.start as usize..memory.end as usize));
+        ids.map_or_else(String::new, |ids| self.steps.tokenizer().decode(ids))
+    }
+
     fn parse(&self, completion_ids: &[i32]) -> ParsedCompletion {
         parse_completion(self.steps.tokenizer(), completion_ids, self.steps.profile())
     }
@@ -434,17 +446,16 @@ fn judge(objectives: Option<&[Objective]>, answer: Option<&str>, facts: &mut Fac
     let Some(objectives) = objectives else { return };
     let status = if answer.is_some() { Status::Ok } else { Status::MaxSteps };
     let judged = outcome(objectives, answer, facts.format_valid == Some(true), status);
-    let mean = |values: &[f32]| f64::from(values.iter().sum::<f32>()) / values.len().max(1) as f64;
     facts.format_valid = Some(judged.format_valid);
     facts.correct = Some(judged.reward == Some(1.0));
-    facts.exact_match = Some(mean(&judged.exact_match));
-    facts.f1 = Some(mean(&judged.f1));
+    facts.exact_match = mean(&judged.exact_match);
+    facts.f1 = mean(&judged.f1);
 }
 
-/// What stands in the first memory of a completion; empty if there is none.
-fn memory(completion: &str) -> &str {
-    let inside = completion.split_once("<mem>").and_then(|(_, rest)| rest.split_once("</mem>"));
-    inside.map_or("", |(inside, _)| inside)
+/// Of single-precision numbers, to the digits that they have: 0.9 is to be 0.9 in a condition.
+fn mean(values: &[f32]) -> Option<f64> {
+    let mean = values.iter().map(|value| f64::from(*value)).sum::<f64>() / values.len() as f64;
+    (!values.is_empty()).then(|| (mean * 1e6).round() / 1e6)
 }
 
 fn segment_name(kind: SegmentKind) -> &'static str {

@@ -46,7 +46,8 @@ pub(crate) struct FilterOptions {
     /// Leave out rows like an earlier one that was kept; all rows are encoded once more, first, to find them
     #[arg(long, value_enum, value_name = "WHICH")]
     pub(crate) drop_duplicates: Option<Duplicates>,
-    /// Estimated share of five-word sequences (shared ones over all of both rows) from which rows are near duplicates
+    /// Estimated share of five-word sequences (shared ones over all of both rows) from which rows are near duplicates, from
+    /// 0.75 on
     #[arg(long, default_value_t = 0.8, value_name = "SHARE")]
     pub(crate) near_similarity: f64,
 }
@@ -54,9 +55,10 @@ pub(crate) struct FilterOptions {
 impl FilterOptions {
     /// Refuses what makes no sense; the condition, where there is one.
     pub(crate) fn check(&self) -> anyhow::Result<Option<Condition>> {
-        if !(0.5..=1.0).contains(&self.near_similarity) {
+        // Of pairs below, too few are ever compared.
+        if !(0.75..=1.0).contains(&self.near_similarity) {
             let found = self.near_similarity;
-            return Err(anyhow::anyhow!("--near-similarity {found}, expected a share from 0.5 to 1")).usage();
+            return Err(anyhow::anyhow!("--near-similarity {found}, expected a share from 0.75 to 1")).usage();
         }
         let condition = self.condition.as_deref().map(Condition::parse).transpose();
         condition.map_err(anyhow::Error::msg).usage()

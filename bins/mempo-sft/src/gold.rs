@@ -76,7 +76,7 @@ impl FromIterator<Task> for Tasks {
 }
 
 /// A question without what does not matter: white space, and the question mark that tasks are given.
-fn key(question: &str) -> String {
+pub(crate) fn key(question: &str) -> String {
     let words: Vec<&str> = question.split_whitespace().collect();
     let text = words.join(" ");
     text.trim_end_matches(['?', ' ']).to_owned()
@@ -90,23 +90,24 @@ pub(crate) fn objectives(gold: Vec<Vec<String>>) -> Vec<Objective> {
 /// Whether a memory holds a gold answer before the agent can have read it.
 ///
 /// `memories[i]` was written when the agent had seen the question and `observations[..i]`. Texts are compared as answers
-/// are, word by word. An objective counts as seen once any of its accepted answers was; answers that say nothing where they
+/// are, word by word, where punctuation is nothing (`U.S.`) or parts words (`capital:Paris`). An objective counts as seen once any of its accepted answers was; answers that say nothing where they
 /// stand (`yes`, `no`, one character) are not looked for.
 pub(crate) fn leaks(objectives: &[Objective], question: &str, memories: &[&str], observations: &[&str]) -> bool {
-    let all = |texts: &[&str]| texts.iter().map(|text| padded(text)).collect::<Vec<_>>();
-    let (question, memories, observations) = (padded(question), all(memories), all(observations));
+    let all = |texts: &[&str]| texts.iter().map(|text| readings(text)).collect::<Vec<_>>();
+    let (question, memories, observations) = (readings(question), all(memories), all(observations));
     objectives.iter().any(|objective| {
-        let answers = objective.answers.iter().map(|answer| padded(answer));
+        let answers = objective.answers.iter().flat_map(|answer| readings(answer));
         let answers: Vec<String> = answers.filter(|answer| tells(answer.trim())).collect();
-        let holds = |text: &String| answers.iter().any(|answer| text.contains(answer));
+        let holds = |text: &[String; 2]| answers.iter().any(|answer| text.iter().any(|text| text.contains(answer)));
         let shown = if holds(&question) { Some(0) } else { observations.iter().position(holds).map(|at| at + 1) };
         memories.iter().take(shown.unwrap_or(memories.len())).any(holds)
     })
 }
 
-/// Normalised, with a space on either side, so that words are found whole.
-fn padded(text: &str) -> String {
-    format!(" {} ", normalize(text))
+/// Normalised, without punctuation and with spaces in its place; a space on either side, so that words are found whole.
+fn readings(text: &str) -> [String; 2] {
+    let parted = text.replace(|letter: char| letter.is_ascii_punctuation(), " ");
+    [normalize(text), normalize(&parted)].map(|text| format!(" {text} "))
 }
 
 /// Whether a normalised answer says something by itself.
@@ -167,6 +168,9 @@ mod tests {
         check("Capital?", &["It is Szohod  city!"], &[], true);
         check("Capital?", &["", "Szohôd"], &["called Szohod City here"], false);
         check("Is Szohôd the capital?", &["Szohôd"], &[], false);
+        check("Capital?", &["", "Szohôd"], &["(Szohôd,Syldavia)"], false);
+        check("Capital?", &["", "Szohôd"], &["<information>Szohôd</information>"], false);
+        check("Capital?", &["capital:Szohôd"], &[], true);
         check("Capital?", &["Szohôds", "no 7"], &["no"], false);
     }
 }

@@ -29,16 +29,30 @@ pub(crate) fn demonstration(row: &Map<String, Value>) -> Result<Demonstration, S
         }
         let mut observation = None;
         if let Some(found) = part(row, &format!("i{index}"))?.filter(|found| !found.trim().is_empty()) {
-            observe(&mut observation, &found);
+            observe(&mut observation, without_hint(&found));
         }
         turns.push(Turn { completion, observation, trained: true });
     }
     if turns.is_empty() {
         return Err("neither `t0` nor `r0`: the row has no targets".to_owned());
     }
-    match row.keys().find(|name| turn_of(name).is_some_and(|turn| turn > turns.len() as u64)) {
-        Some(name) => Err(format!("`{name}`, but no turn {}: the turns have a gap", turns.len())),
+    let is_late = |(name, value): &(&String, &Value)| {
+        let is_there = !value.is_null() && value.as_str().is_none_or(|text| !text.trim().is_empty());
+        is_there && turn_of(name).is_some_and(|turn| turn > turns.len() as u64)
+    };
+    match row.iter().find(is_late) {
+        Some((name, _)) => Err(format!("`{name}`, but no turn {}: the turns have a gap", turns.len())),
         None => Ok(Demonstration { question, turns, system_messages: 0 }),
+    }
+}
+
+/// What came back without how many turns were left: that is the profile's to say.
+fn without_hint(found: &str) -> &str {
+    let inside = found.trim_start();
+    let inside = inside.strip_prefix("<information>").unwrap_or(inside).trim_start();
+    match inside.strip_prefix("[HINT]").and_then(|rest| rest.split_once("[/HINT]")) {
+        Some((_, rest)) => rest.trim_end().trim_end_matches("</information>").trim(),
+        None => found,
     }
 }
 
@@ -76,8 +90,8 @@ mod tests {
     fn a_response_that_holds_its_thought_is_not_doubled() {
         let row = json!({
             "q": "Who?; When?", "t0": "<think>a</think>", "r0": "<think>a</think>\n<search>x</search>",
-            "i0": "\n\n<information>\nDoc 1\n</information>\n\n", "t1": "<think>b</think>", "r1": "<answer>Ann; 1</answer>",
-            "i1": null, "Golden_answer": [["Ann"], ["1"]], "Exact_match": 2, "time_taken": 3.5,
+            "i0": "\n\n<information>\n[HINT]You have 4 turns left.[/HINT]\n\nDoc 1\n</information>\n\n", "t1": "<think>b</think>", "r1": "<answer>Ann; 1</answer>",
+            "i1": null, "t2": null, "r2": null, "i2": null, "t3": null, "r3": "", "Golden_answer": [["Ann"], ["1"]], "Exact_match": 2, "time_taken": 3.5,
         });
         let found = read(&row).unwrap();
         let turns: Vec<_> =

@@ -13,6 +13,9 @@ const SHINGLE_WORDS: usize = 5;
 const BANDS: usize = 20;
 const BAND_ORDERS: usize = 6;
 const ORDERS: usize = BANDS * BAND_ORDERS;
+/// Texts of a band that are compared, the newest: many rows of one template, not quite near, must not be compared with
+/// all before them.
+const MOST_COMPARED: usize = 256;
 /// No text.
 const NONE: u32 = u32::MAX;
 
@@ -52,7 +55,7 @@ impl Sketch {
     }
 }
 
-/// The texts so far, some 700 bytes each.
+/// The texts so far, up to 1.1 KB each.
 #[derive(Default)]
 pub(crate) struct NearIndex {
     texts: Vec<Indexed>,
@@ -78,7 +81,10 @@ impl NearIndex {
         let mut best: Option<(f64, u32)> = None;
         for (index, band) in sketch.bands.iter().enumerate() {
             let mut at = self.newest.get(band).copied().unwrap_or(NONE);
-            while at != NONE {
+            for _ in 0..MOST_COMPARED {
+                if at == NONE {
+                    break;
+                }
                 let text = &self.texts[at as usize];
                 let similarity = sketch.similarity(&text.firsts);
                 let better = |(most, of): (f64, u32)| similarity.total_cmp(&most).then(of.cmp(&at)).is_gt();

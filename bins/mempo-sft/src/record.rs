@@ -13,13 +13,14 @@ use crate::{mem1, transcript};
 
 /// What a row is read from; other columns do not matter. (Those of MEM1, which are numbered, are not among them: it has
 /// JSON lines only.)
-pub const COLUMNS: [&str; 16] = [
+pub const COLUMNS: [&str; 17] = [
     "id",
     "task_id",
     "source",
     "data_source",
     "split",
     "golden_answers",
+    "Golden_answer",
     "reward_model",
     "messages",
     "conversations",

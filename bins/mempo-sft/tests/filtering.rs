@@ -100,7 +100,7 @@ fn words_that_mean_nothing_are_refused_before_anything_is_written() {
             "--where: Schema error: No field named reward; expected a condition on trajectory_id (text)",
         ),
         (["--where", "steps"], "--where: it is whole number, no condition"),
-        (["--near-similarity", "0.2"], "expected a share from 0.5 to 1"),
+        (["--near-similarity", "0.2"], "expected a share from 0.75 to 1"),
         (["--validation-share", "1"], "expected a share from 0 to below 1"),
     ] {
         let (message, code) = refusal(&words(&out, &input, &more));
@@ -140,7 +140,7 @@ fn duplicates_are_those_of_rows_that_were_kept_whatever_the_shards() {
     assert_eq!(kept(&build(&out, &input, &["--drop-duplicates", "exact"])).len(), 450);
     assert_eq!(dropped(&out), json!({"exact duplicate (rows)": 150}));
 
-    let more = ["--drop-duplicates", "near", "--keep", "correct", "--near-similarity", "0.7"];
+    let more = ["--drop-duplicates", "near", "--keep", "correct", "--near-similarity", "0.75"];
     let whole = dir.path().join("near");
     let found = build(&whole, &input, &more);
     assert_eq!(kept(&found), (0..150).map(|story| 4 * story + 1).collect::<Vec<_>>());

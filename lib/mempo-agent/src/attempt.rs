@@ -104,7 +104,8 @@ impl<'t> Attempt<'t> {
     }
 
     fn call(&mut self, agent: &Agent<'_>, call: &ToolCall, step: &mut Step) {
-        if let Some(most) = agent.limits.max_tool_calls.filter(|most| self.tool_calls as usize >= *most) {
+        let made = self.steps.iter().filter(|step| step.observation.is_some()).count();
+        if let Some(most) = agent.limits.max_tool_calls.filter(|most| made >= *most) {
             return observe(agent, format!("Error: all {most} tool calls are made; answer now."), step);
         }
         self.tool_calls += 1;

@@ -224,6 +224,9 @@ impl Parser<'_> {
             _ => return Err(format!("there is no `{name}`")),
         };
         let values = self.parenthesised()?;
+        if values.iter().any(|value| value.is_nan()) {
+            return Err(format!("a value given to `{name}` is not a number"));
+        }
         match (one, &values[..]) {
             (Some(function), [value]) => Ok(function(*value)),
             (Some(_), _) => Err(format!("`{name}` takes one value, found {}", values.len())),

@@ -29,7 +29,7 @@ pub struct LimitOptions {
     /// Longest observation, in tokens; a longer one is cut and marked
     #[arg(long, default_value_t = 1024, value_parser = at_least_one)]
     pub max_observation_tokens: usize,
-    /// Most tool calls of a trajectory; more are not made, and the policy is told
+    /// Most tool calls of a trajectory, malformed ones among them; more are not made, and the policy is told
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tool_calls: Option<usize>,

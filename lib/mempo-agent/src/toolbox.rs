@@ -10,6 +10,8 @@ use serde_json::Value;
 use crate::{Error, SearchIndex};
 
 /// Text of a search that found nothing.
+/// Queries of one call.
+const MOST_QUERIES: usize = 8;
 const NOTHING: &str = "No results.";
 
 /// Something a policy may call.
@@ -123,6 +125,11 @@ impl<S: Search> Tool for SearchTool<S> {
 
     fn call(&self, arguments: &Value) -> Result<String, ToolFailure> {
         let queries = queries(arguments)?;
+        if queries.len() > MOST_QUERIES {
+            let text =
+                format!("Error: {} queries in one call, at most {MOST_QUERIES} are searched for.", queries.len());
+            return Err(ToolFailure::BadArguments(text));
+        }
         let results: Result<Vec<String>, ToolFailure> = queries.iter().map(|query| self.results(query)).collect();
         Ok(results?.join("\n---\n"))
     }
@@ -183,6 +190,8 @@ pub(crate) mod tests {
         assert_eq!(call("search", json!({"query": "red"})), Ok(found.clone()), "names in a document are not filled in");
         let several = json!({"query": ["red", "nothing"]});
         assert_eq!(call("search", several), Ok(format!("{found}\n---\nNo results.")));
+        let many = json!({"query": vec!["red"; MOST_QUERIES + 1]});
+        assert!(matches!(call("search", many), Err(ToolFailure::BadArguments(text)) if text.contains("9 queries")));
     }
 
     #[test]

@@ -141,23 +141,25 @@ impl PromptBuilder {
         Ok(ids)
     }
 
-    /// The same prompt as messages, for a model behind a chat interface, which has a template of its own.
+    /// The same prompt as messages, for a model behind a chat interface, which has a template of its own. What stands in them
+    /// spells none of this tokenizer's control tokens; of those of the other model nothing is known.
     pub fn messages(&self, question: &str, carried: &Carried<'_>) -> Result<Vec<Message>, Error> {
         if self.profile.turns == Turns::Continued && !carried.steps.is_empty() {
             let message = "its steps go on in one turn, which a chat interface cannot continue".to_owned();
             return Err(Error::Profile { name: self.profile.name.clone(), message });
         }
-        let mut asked = self.profile.user.replace("{question}", &neutralise(question));
+        let mut asked = self.profile.user.replace("{question}", &self.tokenizer.break_controls(&neutralise(question)));
         if let Some(notes) = &carried.notes {
-            asked.push_str(&self.profile.notes.replace("{notes}", &neutralise(notes)));
+            let notes = self.tokenizer.break_controls(&neutralise(notes));
+            asked.push_str(&self.profile.notes.replace("{notes}", &notes));
         }
         let system = (!self.system.is_empty()).then(|| Message::new("system", self.system.as_str()));
         let mut messages: Vec<Message> = system.into_iter().chain([Message::new("user", asked)]).collect();
         for step in &carried.steps {
             let completion = self.without_end_of_turn(&step.completion_ids);
-            messages.push(Message::new("assistant", self.tokenizer.decode(completion)));
+            messages.push(Message::new("assistant", self.tokenizer.decode_for_text(completion)));
             let reply = step.observation_ids.as_deref();
-            messages.extend(reply.map(|ids| Message::new("user", self.tokenizer.decode(ids))));
+            messages.extend(reply.map(|ids| Message::new("user", self.tokenizer.decode_for_text(ids))));
         }
         Ok(messages)
     }

@@ -84,6 +84,30 @@ impl Tokenizer {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// The same for a program that takes control tokens from text: what only spells one, in ids of other tokens, is broken by
+    /// a zero-width space after its first character.
+    pub fn decode_for_text(&self, ids: &[i32]) -> String {
+        let runs = ids.chunk_by(|one, next| self.is_control(*one) == self.is_control(*next));
+        let text = |run: &[i32]| {
+            let text = self.decode(run);
+            if self.is_control(run[0]) { text } else { self.break_controls(&text) }
+        };
+        runs.map(text).collect()
+    }
+
+    /// Text from outside in which no control token is spelled any more.
+    pub fn break_controls(&self, text: &str) -> String {
+        let mut text = text.to_owned();
+        for id in &self.control_ids {
+            let spelled = self.decode(&[*id]);
+            let Some(first) = spelled.chars().next() else { continue };
+            if spelled.chars().nth(1).is_some() && text.contains(&spelled) {
+                text = text.replace(&spelled, &format!("{first}\u{200b}{}", &spelled[first.len_utf8()..]));
+            }
+        }
+        text
+    }
+
     /// The bytes of one token; a character can be split over several tokens. Empty for an unknown id.
     pub fn token_bytes(&self, id: i32) -> &[u8] {
         self.bytes.get(id)

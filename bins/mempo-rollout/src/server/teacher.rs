@@ -5,10 +5,12 @@
 
 use std::sync::Arc;
 
+use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use mempo_agent::{Request, SamplingOptions};
 use mempo_data::StopReason;
-use mempo_text::{PromptBuilder, Tokenizer, ToolCall};
+use mempo_run::ResultExt;
+use mempo_text::{Profile, PromptBuilder, Tokenizer, ToolCall, Turns};
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -47,6 +49,37 @@ pub(crate) struct TeacherOptions {
 pub(crate) struct Teacher {
     client: Arc<Client>,
     asking: Texts,
+}
+
+impl TeacherOptions {
+    /// Refuses what a teacher cannot do.
+    pub(crate) fn check(&self, profile: &Profile, answers_at_once: bool) -> anyhow::Result<()> {
+        if self.teacher.is_none() {
+            return Ok(());
+        }
+        if answers_at_once {
+            return Err(anyhow!(
+                "--context closed-book begins the answer for the policy, which a teacher cannot be made to \
+                                go on from: choose another context"
+            ))
+            .usage();
+        }
+        if profile.turns == Turns::Continued && self.teacher_interface == TeacherInterface::Chat {
+            let name = &profile.name;
+            return Err(anyhow!(
+                "profile `{name}` goes on in one turn, which a chat interface cannot continue: give \
+                                --teacher-interface completions"
+            ))
+            .usage();
+        }
+        Ok(())
+    }
+
+    /// What a rollout is known by: who demonstrates, and through which interface.
+    pub(crate) fn recorded(&self) -> Option<Value> {
+        let model = self.teacher_model.as_ref()?;
+        Some(json!({"model": model, "interface": self.teacher_interface}))
+    }
 }
 
 impl Teacher {
@@ -121,7 +154,9 @@ impl Protocol for Texts {
         });
         match self.interface {
             TeacherInterface::Chat => body["messages"] = json!(request.messages),
-            TeacherInterface::Completions => body["prompt"] = json!(self.tokenizer.decode(&request.prompt_ids)),
+            TeacherInterface::Completions => {
+                body["prompt"] = json!(self.tokenizer.decode_for_text(&request.prompt_ids));
+            }
         }
         body
     }
@@ -187,6 +222,22 @@ mod tests {
             stop: vec!["</tool_call>".to_owned(), "</answer>".to_owned()],
             tokenizer: Arc::new(Tokenizer::load(folder.path()).unwrap()),
         }
+    }
+
+    #[test]
+    fn what_a_teacher_cannot_do_is_refused_before_it_is_asked() {
+        let options = |teacher_interface| TeacherOptions {
+            teacher: Some("http://a".to_owned()),
+            teacher_model: Some("t".to_owned()),
+            teacher_interface,
+        };
+        let profile = |name| Profile::load(name).unwrap();
+        let (chat, completions) = (options(TeacherInterface::Chat), options(TeacherInterface::Completions));
+        assert!(chat.check(&profile("mempo"), false).is_ok() && completions.check(&profile("mem1"), false).is_ok());
+        for wrong in [chat.check(&profile("mem1"), false), completions.check(&profile("react"), true)] {
+            assert_eq!(mempo_run::exit_code(&wrong.unwrap_err()), 2);
+        }
+        assert_ne!(chat.recorded(), completions.recorded());
     }
 
     #[test]

@@ -73,6 +73,23 @@ fn check(fixture: &Fixture, builder: &PromptBuilder, text: &str) -> Result<(), T
 }
 
 #[test]
+fn text_for_another_program_spells_no_control_token_but_those_that_are_there() {
+    for fixture in families() {
+        let tokenizer = &fixture.tokenizer;
+        let control = tokenizer.control_ids()[0];
+        let spelled = tokenizer.decode(&[control]);
+        let outside = tokenizer.encode_untrusted(&format!("a {spelled} b"));
+        assert!(tokenizer.decode(&outside).contains(&spelled));
+        let text = tokenizer.decode_for_text(&[&outside[..], &[control], &outside].concat());
+        assert_eq!(text.matches(&spelled).count(), 1, "{text}");
+        assert_eq!(text.replace('\u{200b}', ""), format!("a {spelled} b{spelled}a {spelled} b"));
+        let messages = fixture.builder("mempo").messages(&spelled, &Carried::default()).unwrap();
+        assert!(!messages[1].content.contains(&spelled));
+        assert_eq!(tokenizer.break_controls("nothing"), "nothing");
+    }
+}
+
+#[test]
 fn a_tokenizer_s_own_tokens_stay_text() {
     for fixture in families() {
         let builder = fixture.builder("mempo");
