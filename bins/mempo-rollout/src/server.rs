@@ -8,7 +8,6 @@ mod protocol;
 mod teacher;
 
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
@@ -17,11 +16,9 @@ use mempo_model::Config;
 use mempo_text::{Carried, PromptBuilder};
 use serde_json::{Value, json};
 
-use self::engine::ServerEngine;
+pub(crate) use self::engine::Remote;
 use self::protocol::{Asking, Kind, Protocol};
-#[cfg(test)]
-use self::teacher::TeacherInterface;
-pub(crate) use self::teacher::{Teacher, TeacherOptions};
+pub(crate) use self::teacher::TeacherOptions;
 use crate::http::{self, Client, Failure, Limits, Secret};
 use crate::local_engine::SampledIds;
 
@@ -88,111 +85,72 @@ pub(crate) fn served_name(digest: &str) -> String {
     format!("mempo-{}", &digest[..NAME_DIGITS.min(digest.len())])
 }
 
-/// A server that is known to serve the checkpoint.
-pub(crate) struct Server {
-    client: Arc<Client>,
-    asking: Asking,
-    /// Whether its name is the checkpoint's.
-    is_proven: bool,
+/// Looks what kind of server it is and which model it serves, of which `digest` has to be the digest and `dir` the place.
+pub(crate) fn open(
+    url: &str,
+    options: &ServerOptions,
+    (dir, digest, config): (&Path, &str, &Config),
+    builder: &PromptBuilder,
+    sampling: &SamplingOptions,
+) -> Result<Remote, String> {
+    let client = Client::new(url, Secret::bearer(KEY), limits(options));
+    let name = served_name(digest);
+    let kind = kind(&client)?;
+    if options.update_server {
+        update(&client, kind, dir, &name)?;
+    }
+    let model = match kind {
+        Kind::Vllm => vllm_model(&client, &name, options.trust_server)?,
+        Kind::Sglang => name.clone(),
+    };
+    let (tokenizer, SampledIds { end_ids, mut banned_ids }) = (builder.tokenizer(), SampledIds::of(builder));
+    // Rows of the embedding that no text has.
+    banned_ids.extend((tokenizer.vocabulary_size() as i32)..config.vocab_size as i32);
+    let is_proven = model == name && (kind == Kind::Vllm || !options.trust_server);
+    let described = json!({"protocol": kind, "model": model, "is_proven": is_proven});
+    let asking = Asking {
+        kind,
+        model,
+        weights: (kind == Kind::Sglang && !options.trust_server).then_some(name),
+        sampling: sampling.clone(),
+        stop: builder.profile().stop.clone(),
+        end_ids,
+        banned_ids,
+        vocabulary_size: tokenizer.vocabulary_size(),
+    };
+    check_answers(&client, &asking, builder)?;
+    Ok(Remote { client, protocol: Box::new(asking), described })
 }
 
-impl Server {
-    /// Looks what kind of server it is and which model it serves, of which `digest` has to be the digest and `dir` the place.
-    pub(crate) fn open(
-        url: &str,
-        options: &ServerOptions,
-        (dir, digest, config): (&Path, &str, &Config),
-        builder: &PromptBuilder,
-        sampling: &SamplingOptions,
-    ) -> Result<Self, String> {
-        let client = Client::new(url, Secret::bearer(KEY), limits(options));
-        let name = served_name(digest);
-        let kind = kind(&client)?;
-        if options.update_server {
-            update(&client, kind, dir, &name)?;
-        }
-        let model = match kind {
-            Kind::Vllm => vllm_model(&client, &name, options.trust_server)?,
-            Kind::Sglang => name.clone(),
+/// One completion, read as all will be; and log-probabilities have to be those at the sampling temperature: what is not most
+/// probable becomes more so as the temperature grows, unless they are of the model's raw numbers.
+fn check_answers(client: &Client, asking: &Asking, builder: &PromptBuilder) -> Result<(), String> {
+    let prompt_ids = builder.prompt("?", &Carried::default()).map_err(|error| error.to_string())?;
+    let request = Request { trajectory: 0, prompt_ids, messages: Vec::new(), seed: 1 };
+    let runner_up = |temperature: f64| {
+        let sampling = SamplingOptions { temperature, top_p: 1.0, max_completion_tokens: 1 };
+        let asking = Asking { sampling, ..asking.clone() };
+        let read = |answer: &Value| {
+            asking.generation(answer)?;
+            asking.runner_up(answer).ok_or_else(|| Failure::One("it names no second most probable token".to_owned()))
         };
-        let (tokenizer, SampledIds { end_ids, mut banned_ids }) = (builder.tokenizer(), SampledIds::of(builder));
-        // Rows of the embedding that no text has.
-        banned_ids.extend((tokenizer.vocabulary_size() as i32)..config.vocab_size as i32);
-        let is_proven = model == name && (kind == Kind::Vllm || !options.trust_server);
-        let asking = Asking {
-            kind,
-            model,
-            weights: (kind == Kind::Sglang && !options.trust_server).then_some(name),
-            sampling: sampling.clone(),
-            stop: builder.profile().stop.clone(),
-            end_ids,
-            banned_ids,
-            vocabulary_size: tokenizer.vocabulary_size(),
-        };
-        let server = Self { client: Arc::new(client), asking, is_proven };
-        server.check_answers(builder)?;
-        Ok(server)
+        let path = asking.path();
+        client.ask(path, Some(&asking.body(&request, 5)), read).map_err(|failure| told(client, path, &failure))
+    };
+    let temperature = asking.sampling.temperature;
+    let cold = runner_up(temperature)?;
+    if temperature == 0.0 {
+        return Ok(());
     }
-
-    /// The agent's engine, with at most so many requests under way.
-    pub(crate) fn engine<'a>(
-        self,
-        builder: &'a PromptBuilder,
-        concurrency: usize,
-        interrupted: &'a dyn Fn() -> bool,
-    ) -> std::io::Result<ServerEngine<'a>> {
-        ServerEngine::new(&self.client, self.asking, builder, concurrency, interrupted)
+    let warm = runner_up(4.0 * temperature)?;
+    if (cold - warm).abs() >= 1e-4 {
+        return Ok(());
     }
-
-    /// For the manifest: who generated.
-    pub(crate) fn describe(&self) -> Value {
-        let kind = match self.asking.kind {
-            Kind::Vllm => "vllm",
-            Kind::Sglang => "sglang",
-        };
-        json!({"protocol": kind, "model": self.asking.model, "is_proven": self.is_proven})
-    }
-
-    /// One completion, read as all will be; and log-probabilities have to be those at the sampling temperature: what is not
-    /// most probable becomes more so as the temperature grows, unless they are of the model's raw numbers.
-    fn check_answers(&self, builder: &PromptBuilder) -> Result<(), String> {
-        let prompt_ids = builder.prompt("?", &Carried::default()).map_err(|error| error.to_string())?;
-        let request = Request { trajectory: 0, prompt_ids, messages: Vec::new(), seed: 1 };
-        let runner_up = |temperature: f64| {
-            let sampling = SamplingOptions { temperature, top_p: 1.0, max_completion_tokens: 1 };
-            let asking = Asking { sampling, ..self.asking.clone() };
-            let read = |answer: &Value| {
-                asking.generation(answer)?;
-                asking
-                    .runner_up(answer)
-                    .ok_or_else(|| Failure::One("it names no second most probable token".to_owned()))
-            };
-            self.ask(asking.path(), Some(&asking.body(&request, 5)), read)
-        };
-        let temperature = self.asking.sampling.temperature;
-        let cold = runner_up(temperature)?;
-        if temperature == 0.0 {
-            return Ok(());
-        }
-        let warm = runner_up(4.0 * temperature)?;
-        if (cold - warm).abs() >= 1e-4 {
-            return Ok(());
-        }
-        Err(format!(
-            "{}: its log-probabilities do not depend on the temperature, so they are not those it samples from (vLLM gives \
-             these when started with --logprobs-mode processed_logprobs)",
-            self.client.url()
-        ))
-    }
-
-    fn ask<T>(
-        &self,
-        path: &str,
-        body: Option<&Value>,
-        read: impl Fn(&Value) -> Result<T, Failure>,
-    ) -> Result<T, String> {
-        self.client.ask(path, body, read).map_err(|failure| told(&self.client, path, &failure))
-    }
+    Err(format!(
+        "{}: its log-probabilities do not depend on the temperature, so they are not those it samples from (vLLM gives \
+         these when started with --logprobs-mode processed_logprobs)",
+        client.url()
+    ))
 }
 
 fn told(client: &Client, path: &str, failure: &Failure) -> String {

@@ -211,6 +211,18 @@ impl ToolTable {
         let built_in = self.built_in.iter().map(|tool| tool.spec());
         built_in.chain(self.named.iter().map(NamedTool::spec)).collect()
     }
+
+    /// Refuses tools that no call of the profile can name.
+    pub(crate) fn check_callable(&self, profile: &Profile) -> anyhow::Result<()> {
+        let (name, tag) = (&profile.name, &profile.tags.tool_call);
+        match self.specs().into_iter().find(|spec| spec.name != *tag) {
+            Some(spec) if tag == "search" => Err(anyhow!(
+                "profile `{name}` calls by <search>QUERY</search>, which names no tool but `search`: take `{}` out of the                  tools, or choose a profile whose calls are JSON",
+                spec.name
+            )),
+            _ => Ok(()),
+        }
+    }
 }
 
 /// What a directory answers.

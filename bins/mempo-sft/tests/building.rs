@@ -146,6 +146,32 @@ fn steps_are_the_prompts_of_the_rollout_function_under_both_contexts() {
 }
 
 #[test]
+fn steps_are_retrieved_and_turns_counted_as_in_a_rollout() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = |context: &str, call: &str, more: &[&str]| -> Vec<String> {
+        let says = |role: &str, text: &str| json!({"role": role, "content": text});
+        let mut messages = vec![says("user", "The river of Borduria?")];
+        for result in ["Doc 1", "of the river", "Doc 3"] {
+            messages.push(says("assistant", call));
+            messages.push(says("tool", &format!("<information>{result}</information>")));
+        }
+        messages.push(says("assistant", "<think>so</think><answer>Szohôd</answer>"));
+        let row = json!({ "messages": messages }).to_string();
+        let (input, out) = (write(&dir.path().join("chat.jsonl"), &row), dir.path().join(context));
+        build(&out, &[&input], &[&["--context", context][..], more].concat()).unwrap();
+        let tokenizer = Tokenizer::load(model_dir()).unwrap();
+        examples(&out).iter().map(|example| tokenizer.decode(targets(example).0)).collect()
+    };
+    // Of the steps before the last one, that with the question's words.
+    let found = prompts("rag-memory", COMPLETIONS[0], &["--retrieved-steps", "1"]);
+    let seen: Vec<[bool; 3]> =
+        found.iter().map(|prompt| ["Doc 1", "of the river<", "Doc 3"].map(|result| prompt.contains(result))).collect();
+    assert_eq!(seen, [[false, false, false], [true, false, false], [true, true, false], [false, true, true]]);
+    let found = prompts("mem1", "<think>look</think><search>the river</search>", &["--max-steps", "4"]);
+    assert!(found[1].contains("You have 3 turns left") && found[3].contains("You have 1 turn left"), "{}", found[3]);
+}
+
+#[test]
 fn trajectories_without_memory_need_the_react_context() {
     let dir = tempfile::tempdir().unwrap();
     let mut row = chat_row(false);

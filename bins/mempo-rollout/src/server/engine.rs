@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use mempo_agent::{Engine, Generation, Next, Request};
 use mempo_data::StopReason;
 use mempo_text::PromptBuilder;
+use serde_json::Value;
 use tracing::warn;
 
 use super::protocol::{Protocol, Reply};
@@ -28,6 +29,26 @@ type Outcome = (usize, Result<Reply, Failure>);
 /// The same, and of which run.
 type Answer = (u64, Outcome);
 
+/// A server that generates, and how it is asked.
+pub(crate) struct Remote {
+    pub(super) client: Client,
+    pub(super) protocol: Box<dyn Protocol>,
+    /// For the manifest: who generates.
+    pub(crate) described: Value,
+}
+
+impl Remote {
+    /// The agent's engine, with at most so many requests under way.
+    pub(crate) fn engine<'a>(
+        self,
+        builder: &'a PromptBuilder,
+        concurrency: usize,
+        interrupted: &'a dyn Fn() -> bool,
+    ) -> std::io::Result<ServerEngine<'a>> {
+        ServerEngine::new(self.client, self.protocol, builder, concurrency, interrupted)
+    }
+}
+
 /// Generates with a server's model.
 pub(crate) struct ServerEngine<'a> {
     questions: Sender<Question>,
@@ -45,8 +66,8 @@ impl<'a> ServerEngine<'a> {
     /// At most `concurrency` requests are under way. Once `interrupted` says so, every run ends at once with an error; what
     /// is under way then is left to itself.
     pub(crate) fn new(
-        client: &Arc<Client>,
-        protocol: impl Protocol + 'static,
+        client: Client,
+        protocol: Box<dyn Protocol>,
         builder: &'a PromptBuilder,
         concurrency: usize,
         interrupted: &'a dyn Fn() -> bool,
@@ -55,10 +76,10 @@ impl<'a> ServerEngine<'a> {
         let (done, answers) = channel();
         let (open, run) = (Arc::new(Mutex::new(open)), Arc::new(AtomicU64::new(0)));
         let (url, wants_messages) = (client.url().to_owned(), protocol.wants_messages());
-        let protocol: Arc<dyn Protocol> = Arc::new(protocol);
+        let (client, protocol): (_, Arc<dyn Protocol>) = (Arc::new(client), Arc::from(protocol));
         for _ in 0..concurrency {
             let (open, done, run) = (Arc::clone(&open), done.clone(), Arc::clone(&run));
-            let (protocol, client) = (Arc::clone(&protocol), Arc::clone(client));
+            let (protocol, client) = (Arc::clone(&protocol), Arc::clone(&client));
             std::thread::Builder::new().spawn(move || work(&open, &done, &run, &*protocol, &client))?;
         }
         Ok(Self { questions, answers, run, url, wants_messages, builder, interrupted })

@@ -6,6 +6,7 @@
 
 use mempo_agent::{Generation, Request, SamplingOptions};
 use mempo_data::StopReason;
+use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::http::Failure;
@@ -51,7 +52,8 @@ impl Protocol for Asking {
 }
 
 /// The two protocols that carry ids.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum Kind {
     /// vLLM, or what speaks as it does.
     Vllm,

@@ -14,7 +14,7 @@ use mempo_text::{Profile, PromptBuilder, Tokenizer, ToolCall, Turns};
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::engine::ServerEngine;
+use super::engine::Remote;
 use super::protocol::{Protocol, Reply};
 use super::{KEY, ServerOptions, address, limits};
 use crate::http::{Client, Failure, Secret};
@@ -45,12 +45,6 @@ pub(crate) struct TeacherOptions {
     pub(crate) teacher_interface: TeacherInterface,
 }
 
-/// A model that is asked in texts.
-pub(crate) struct Teacher {
-    client: Arc<Client>,
-    asking: Texts,
-}
-
 impl TeacherOptions {
     /// Refuses what a teacher cannot do.
     pub(crate) fn check(&self, profile: &Profile, answers_at_once: bool) -> anyhow::Result<()> {
@@ -59,16 +53,16 @@ impl TeacherOptions {
         }
         if answers_at_once {
             return Err(anyhow!(
-                "--context closed-book begins the answer for the policy, which a teacher cannot be made to \
-                                go on from: choose another context"
+                "--context closed-book begins the answer for the policy, and a teacher cannot be made to go on from it: \
+                 choose another context"
             ))
             .usage();
         }
         if profile.turns == Turns::Continued && self.teacher_interface == TeacherInterface::Chat {
             let name = &profile.name;
             return Err(anyhow!(
-                "profile `{name}` goes on in one turn, which a chat interface cannot continue: give \
-                                --teacher-interface completions"
+                "profile `{name}` goes on in one turn, which a chat interface cannot continue: give --teacher-interface \
+                 completions"
             ))
             .usage();
         }
@@ -80,46 +74,30 @@ impl TeacherOptions {
         let model = self.teacher_model.as_ref()?;
         Some(json!({"model": model, "interface": self.teacher_interface}))
     }
-}
 
-impl Teacher {
-    /// The teacher of the options, if there is one.
-    pub(crate) fn new(
-        options: &TeacherOptions,
+    /// The teacher, if there is one.
+    pub(crate) fn open(
+        &self,
         server: &ServerOptions,
         builder: &PromptBuilder,
         sampling: &SamplingOptions,
-    ) -> Option<Self> {
-        let (url, model) = (options.teacher.as_ref()?, options.teacher_model.clone()?);
+    ) -> Option<Remote> {
+        let (url, model) = (self.teacher.as_ref()?, self.teacher_model.clone()?);
         let client = Client::new(url, Secret::bearer(KEY), limits(server));
-        let asking = Texts {
+        let described = json!({"protocol": self.teacher_interface, "model": model});
+        let texts = Texts {
             model,
-            interface: options.teacher_interface,
+            interface: self.teacher_interface,
             sampling: sampling.clone(),
             stop: builder.profile().stop.clone(),
             tokenizer: builder.shared_tokenizer(),
         };
-        Some(Self { client: Arc::new(client), asking })
-    }
-
-    /// For the manifest: who generated.
-    pub(crate) fn describe(&self) -> Value {
-        json!({"protocol": self.asking.interface, "model": self.asking.model})
+        Some(Remote { client, protocol: Box::new(texts), described })
     }
 
     /// In the place of a checkpoint's digest.
-    pub(crate) fn policy(&self) -> String {
-        format!("teacher/{}", self.asking.model)
-    }
-
-    /// The agent's engine, with at most so many requests under way.
-    pub(crate) fn engine<'a>(
-        self,
-        builder: &'a PromptBuilder,
-        concurrency: usize,
-        interrupted: &'a dyn Fn() -> bool,
-    ) -> std::io::Result<ServerEngine<'a>> {
-        ServerEngine::new(&self.client, self.asking, builder, concurrency, interrupted)
+    pub(crate) fn policy(&self) -> Option<String> {
+        Some(format!("teacher/{}", self.teacher_model.as_ref()?))
     }
 }
 

@@ -2,14 +2,16 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{LazyLock, Mutex};
+use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Instant;
 
 use mempo_agent::{Engine, Generation};
 use mempo_data::StopReason;
 use mempo_text::{Carried, NewTokenizer, Profile, train_tokenizer};
 
+use super::engine::ServerEngine;
 use super::protocol::tests::{answer, asking};
+use super::teacher::TeacherInterface;
 use super::*;
 use crate::http::testing::{Reply, serve};
 
@@ -69,7 +71,7 @@ fn patience(server_timeout: u64, server_retries: u32) -> ServerOptions {
 
 fn engine<'a>(url: &str, kind: Kind, timeout: Duration, interrupted: &'a dyn Fn() -> bool) -> ServerEngine<'a> {
     let client = Client::new(url, None, limits(&patience(timeout.as_secs(), 6)));
-    ServerEngine::new(&Arc::new(client), asking(kind), &BUILDER, 64, interrupted).unwrap()
+    ServerEngine::new(client, Box::new(asking(kind)), &BUILDER, 64, interrupted).unwrap()
 }
 
 const LONG: Duration = Duration::from_mins(1);
@@ -163,7 +165,7 @@ fn what_is_left_of_a_run_that_failed_is_not_taken_for_the_next_one_s() {
 fn a_server_that_only_fails_is_given_up_and_a_run_can_be_interrupted() {
     let url = serve(|_, _| Reply::Bytes(Vec::new()));
     let client = Client::new(&url, None, limits(&patience(LONG.as_secs(), 0)));
-    let mut failing = ServerEngine::new(&Arc::new(client), asking(Kind::Vllm), &BUILDER, 8, &|| false).unwrap();
+    let mut failing = ServerEngine::new(client, Box::new(asking(Kind::Vllm)), &BUILDER, 8, &|| false).unwrap();
     let (result, found) = two_steps(&mut failing, 100);
     assert!(result.unwrap_err().contains("16 requests in a row came to nothing"));
     assert!(found.values().all(|generation| generation.stop_reason == StopReason::Error));
@@ -244,30 +246,30 @@ fn a_server_must_have_the_checkpoint_and_give_the_log_probabilities_that_it_samp
     });
     fs_err::write(dir.path().join("config.json"), config.to_string()).unwrap();
     let config = Config::load(dir.path()).unwrap();
-    let open = |url: &str, update_server: bool, trust_server: bool| {
+    let opened = |url: &str, update_server: bool, trust_server: bool| {
         let options = ServerOptions { update_server, trust_server, ..patience(60, 0) };
-        Server::open(url, &options, (dir.path(), digest, &config), &builder, &sampling).map(|server| server.describe())
+        open(url, &options, (dir.path(), digest, &config), &builder, &sampling).map(|remote| remote.described)
     };
     let mine = "mempo-0123456789abcdef";
     let proven = |kind: &str| Ok(json!({"protocol": kind, "model": mine, "is_proven": true}));
-    assert_eq!(open(&met(Kind::Vllm, mine, false), false, false), proven("vllm"));
+    assert_eq!(opened(&met(Kind::Vllm, mine, false), false, false), proven("vllm"));
     let (vllm, sglang) = (met(Kind::Vllm, "another", false), met(Kind::Sglang, "another", false));
-    let told = open(&vllm, false, false).unwrap_err();
+    let told = opened(&vllm, false, false).unwrap_err();
     assert!(told.contains("serves `another`, expected `mempo-0123456789abcdef`"), "{told}");
-    assert!(open(&vllm, true, false).unwrap_err().contains("vLLM cannot be told"));
+    assert!(opened(&vllm, true, false).unwrap_err().contains("vLLM cannot be told"));
     let trusted = json!({"protocol": "vllm", "model": "another", "is_proven": false});
-    assert_eq!(open(&vllm, false, true), Ok(trusted));
-    let told = open(&sglang, false, false).unwrap_err();
+    assert_eq!(opened(&vllm, false, true), Ok(trusted));
+    let told = opened(&sglang, false, false).unwrap_err();
     assert!(
         told.contains("its weights are \"another\", not \"mempo-0123456789abcdef\": give --update-server"),
         "{told}"
     );
-    assert_eq!(open(&sglang, true, false), proven("sglang"));
-    assert_eq!(open(&sglang, false, false), proven("sglang"));
-    let told = open(&met(Kind::Vllm, mine, true), false, false).unwrap_err();
+    assert_eq!(opened(&sglang, true, false), proven("sglang"));
+    assert_eq!(opened(&sglang, false, false), proven("sglang"));
+    let told = opened(&met(Kind::Vllm, mine, true), false, false).unwrap_err();
     assert!(told.contains("do not depend on the temperature"), "{told}");
     assert_eq!(address("http://gpu:8000/v1/"), Ok("http://gpu:8000".to_owned()));
-    assert!(open("http://127.0.0.1:9", false, false).unwrap_err().contains("1 attempts"));
+    assert!(opened("http://127.0.0.1:9", false, false).unwrap_err().contains("1 attempts"));
 }
 
 #[test]
@@ -286,8 +288,8 @@ fn a_teacher_is_asked_in_messages_and_its_texts_become_ids() {
         teacher_interface: TeacherInterface::Chat,
     };
     let sampling = SamplingOptions { temperature: 1.0, top_p: 1.0, max_completion_tokens: 9 };
-    let teacher = Teacher::new(&options, &patience(60, 0), &BUILDER, &sampling).unwrap();
-    assert_eq!(teacher.policy(), "teacher/wise");
+    assert_eq!(options.policy().unwrap(), "teacher/wise");
+    let teacher = options.open(&patience(60, 0), &BUILDER, &sampling).unwrap();
     let mut engine = teacher.engine(&BUILDER, 2, &|| false).unwrap();
     assert!(engine.wants_messages());
     let messages = BUILDER.messages("red?", &Carried::default()).unwrap();

@@ -218,6 +218,7 @@ fn tools_by_name_stand_in_the_prompt_and_the_manifest_and_are_called() {
         ("--tools calculator --search @index", "does not name `search`"),
         ("--tools search", "needs --search"),
         ("--tools calculator,calculator", "named twice"),
+        ("--tools search,calculator --search @index --profile search-r1 --context react", "take `calculator` out"),
     ] {
         let error = setting.sample("none", more).unwrap_err();
         assert!(mempo_run::exit_code(&error) == 2 && error.to_string().contains(told), "{error}");

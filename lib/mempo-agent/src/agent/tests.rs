@@ -224,6 +224,25 @@ fn a_policy_is_told_what_it_did_wrong() {
     }
 }
 
+#[test]
+fn tool_calls_are_counted_over_the_whole_trajectory() {
+    let builder = builder("mempo");
+    let limits = LimitOptions { max_tool_calls: Some(1), ..LIMITS };
+    let setting = Setting { limits, ..Setting::new(&builder) };
+    let (trajectory, steps) = setting.play(&[SEARCH, SEARCH, RIGHT]);
+    assert!(steps[0].observation.as_ref().unwrap().contains("It is red."));
+    let told = "all 1 tool calls are made";
+    assert!(steps[1].observation.as_ref().unwrap().contains(told), "{:?}", steps[1].observation);
+    assert_eq!((trajectory.tool_calls, trajectory.reward), (1, Some(1.0)), "who is told can still answer");
+    // The stored step has made the one call.
+    let script = |call: usize, _, _| Ok(([SEARCH, RIGHT][call].to_owned(), StopReason::StopString));
+    let mut engine = Scripted { builder: &builder, calls: Vec::new(), bytewise: false, script };
+    let task = task("a");
+    let starts = vec![Start { task: &task, trajectory_index: 0, steps: &steps[..1] }];
+    let unit = setting.with_agent(|agent| agent.run(&mut engine, starts).unwrap());
+    assert!(unit.steps[1].observation.as_ref().unwrap().contains(told), "{:?}", unit.steps[1].observation);
+}
+
 /// Returns nothing, whatever is asked.
 struct Forgetful;
 impl Engine for Forgetful {
