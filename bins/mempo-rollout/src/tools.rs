@@ -217,7 +217,8 @@ impl ToolTable {
         let (name, tag) = (&profile.name, &profile.tags.tool_call);
         match self.specs().into_iter().find(|spec| spec.name != *tag) {
             Some(spec) if tag == "search" => Err(anyhow!(
-                "profile `{name}` calls by <search>QUERY</search>, which names no tool but `search`: take `{}` out of the                  tools, or choose a profile whose calls are JSON",
+                "profile `{name}` calls by <search>QUERY</search>, which names no tool but `search`: take `{}` out of the \
+                 tools, or choose a profile whose calls are JSON",
                 spec.name
             )),
             _ => Ok(()),
