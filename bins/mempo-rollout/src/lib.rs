@@ -23,6 +23,7 @@ mod show;
 mod stored;
 mod tally;
 mod tools;
+mod top_up;
 mod web;
 
 use clap::{CommandFactory, Parser, Subcommand};

@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use clap::Args;
 use mempo_agent::{Agent, ContextOptions, Engine, LimitOptions, SamplingOptions, Start, Unit, context_policy};
-use mempo_data::{Task, Trajectory, read_rows, write_rows};
+use mempo_data::{AnsweredQuery, Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage, print_data, seed_of};
 use mempo_text::{Profile, PromptBuilder};
@@ -19,6 +19,7 @@ use crate::server::{self, Remote, ServerOptions, TeacherOptions, served_name};
 use crate::stored::{FromOptions, MemoryControl, Stored};
 use crate::tally::Tally;
 use crate::tools::{RecordedTools, ToolOptions, ToolTable, Tools};
+use crate::top_up::{Earlier, MAY_DIFFER};
 
 /// Let a checkpoint work on tasks, each several times.
 ///
@@ -59,6 +60,11 @@ pub(crate) struct SampleArguments {
     #[arg(long, value_enum, requires = "from")]
     #[serde(skip_serializing_if = "Option::is_none")]
     memory: Option<MemoryControl>,
+    /// Top up this rollout, made by the same command: groups whose rewards are all equal, from which nothing can be learnt,
+    /// get --group-size further trajectories; what it holds is taken over
+    #[arg(long, value_name = "DIR", conflicts_with = "from")]
+    #[serde(skip)]
+    only_groups: Option<PathBuf>,
     /// Use the first tasks only
     #[arg(long, value_name = "N")]
     max_tasks: Option<NonZeroUsize>,
@@ -118,6 +124,8 @@ struct Inputs {
     profile: Option<Input>,
     /// The rollout to go on from.
     from: Option<Input>,
+    /// The rollout to top up.
+    only_groups: Option<Input>,
 }
 
 impl Inputs {
@@ -130,11 +138,25 @@ impl Inputs {
             search: arguments.tools.input()?,
             profile: if profile.is_dir() { Some(Input::files("profile", &files)?) } else { None },
             from: arguments.from.as_ref().map(|dir| Input::stage("from", dir)).transpose()?,
+            only_groups: arguments.only_groups.as_ref().map(|dir| Input::stage("only-groups", dir)).transpose()?,
         })
     }
 
     fn all(&self) -> Vec<&Input> {
-        [&self.tasks, &self.model].into_iter().chain(&self.search).chain(&self.profile).chain(&self.from).collect()
+        let optional = [&self.search, &self.profile, &self.from, &self.only_groups];
+        [&self.tasks, &self.model].into_iter().chain(optional.into_iter().flatten()).collect()
+    }
+
+    /// Refuses to top up a rollout that was made in another way.
+    fn check_earlier(&self, resolved: &Resolved<'_>) -> anyhow::Result<()> {
+        let Some(earlier) = &self.only_groups else { return Ok(()) };
+        earlier.check_same_work(&resolved.arguments.stage.stage(), resolved, &self.all(), &MAY_DIFFER)
+    }
+
+    /// The rollout to top up, if there is one.
+    fn earlier(&self, arguments: &SampleArguments) -> anyhow::Result<Option<Earlier>> {
+        let count = arguments.group_size.get();
+        self.only_groups.as_ref().map(|input| Earlier::read(input, count)).transpose()
     }
 
     /// The trajectories to go on from, if they are to be.
@@ -199,11 +221,13 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
         teacher: arguments.teacher.recorded(),
         tools: recorded_tools,
     };
+    inputs.check_earlier(&resolved)?;
     let Some(stage) = Stage::open("mempo-rollout", "sample", &arguments.stage.stage(), &resolved, &inputs.all())?
     else {
         return Ok(());
     };
     let stored = inputs.stored(&arguments, &builder)?;
+    let earlier = inputs.earlier(&arguments)?;
     let policy = arguments.teacher.policy().unwrap_or_else(|| inputs.model.digest().to_owned());
     let (seed, policy) = (arguments.stage.stage().seed, policy.as_str());
     let seed_of = |task_id: &str, trajectory_index: i32, step_index: i32| {
@@ -219,7 +243,8 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
         seed_of: &seed_of,
     };
     let interrupted = || stage.check_interrupt().is_err();
-    let sampling = Sampling { arguments: &arguments, stage: &stage, agent: &agent, tools: &tools, task_count, stored };
+    let sampling =
+        Sampling { arguments: &arguments, stage: &stage, agent: &agent, tools: &tools, task_count, stored, earlier };
     let concurrency = arguments.concurrency.get();
     let (tally, server) = if let Some(remote) = arguments.open_remote(policy, &builder)? {
         let described = remote.described.clone();
@@ -290,6 +315,10 @@ fn count_tasks(files: &[PathBuf], most: Option<NonZeroUsize>) -> anyhow::Result<
     Ok(count)
 }
 
+fn generated_tokens(unit: &Unit) -> u64 {
+    unit.trajectories.iter().map(|row| row.generated_tokens as u64).sum()
+}
+
 /// The work of one run, unit by unit.
 struct Sampling<'a> {
     arguments: &'a SampleArguments,
@@ -298,6 +327,7 @@ struct Sampling<'a> {
     tools: &'a Tools,
     task_count: usize,
     stored: Option<Stored>,
+    earlier: Option<Earlier>,
 }
 
 impl Sampling<'_> {
@@ -313,7 +343,7 @@ impl Sampling<'_> {
         for unit in units {
             let tasks: Vec<Task> = tasks.by_ref().take(size).collect::<Result<_, _>>().bad_input()?;
             self.stage.check_interrupt()?;
-            let trajectories = tasks.iter().map(|task| self.starts(task).len() as u64).sum();
+            let trajectories = tasks.iter().map(|task| self.count_of(task)).sum();
             if self.stage.has_part("trajectories", unit) {
                 self.count_part(unit, &mut tally)?;
                 progress.skip(trajectories);
@@ -327,14 +357,20 @@ impl Sampling<'_> {
     }
 
     fn count_trajectories(&self, tasks: impl Iterator<Item = mempo_data::Result<Task>>) -> anyhow::Result<u64> {
-        tasks.map(|task| Ok(self.starts(&task.bad_input()?).len() as u64)).sum()
+        tasks.map(|task| Ok(self.count_of(&task.bad_input()?))).sum()
+    }
+
+    /// How many trajectories a task will have.
+    fn count_of(&self, task: &Task) -> u64 {
+        (self.starts(task).len() + self.earlier.as_ref().map_or(0, |earlier| earlier.kept(task))) as u64
     }
 
     fn starts<'t>(&'t self, task: &'t Task) -> Vec<Start<'t>> {
         let anew = |index| Start { task, trajectory_index: index, steps: &[] };
-        match &self.stored {
-            Some(stored) => stored.starts(task),
-            None => (0..self.arguments.group_size.get() as i32).map(anew).collect(),
+        match (&self.stored, &self.earlier) {
+            (Some(stored), _) => stored.starts(task),
+            (None, Some(earlier)) => earlier.starts(task),
+            (None, None) => (0..self.arguments.group_size.get() as i32).map(anew).collect(),
         }
     }
 
@@ -346,36 +382,46 @@ impl Sampling<'_> {
         tally: &mut Tally,
         planned: u64,
     ) -> anyhow::Result<()> {
-        let (start, tokens) = (Instant::now(), tally.generated_tokens);
+        let start = Instant::now();
         let starts = tasks.iter().flat_map(|task| self.starts(task)).collect();
         self.tools.begin(unit);
         let sampled = self.agent.run(engine, starts);
         self.stage.check_interrupt()?;
-        let Unit { trajectories, steps } = match sampled {
+        let sampled = match sampled {
             Err(mempo_agent::Error::Engine(problem)) => {
                 return Err(anyhow!("{problem}; the same command goes on after the units that are done"));
             }
             sampled => sampled.bad_input()?,
         };
+        let (count, tokens) = (sampled.trajectories.len(), generated_tokens(&sampled));
+        let (Unit { trajectories, steps }, queries) = self.with_earlier(unit, sampled)?;
         for row in &trajectories {
             tally.add(row);
         }
         tally.check(self.arguments.max_error_rate, planned)?;
-        if let Some(queries) = self.tools.answered() {
+        if let Some(queries) = queries {
             self.stage.write_part("queries", unit, |file| Ok(write_rows(&queries, file).map(drop)?))?;
         }
         self.stage.write_part("steps", unit, |file| Ok(write_rows(&steps, file).map(drop)?))?;
         self.stage.write_part("trajectories", unit, |file| Ok(write_rows(&trajectories, file).map(drop)?))?;
         let seconds = start.elapsed().as_secs_f64();
         tally.sampled_seconds += seconds;
-        tally.sampled_tokens += tally.generated_tokens - tokens;
+        tally.sampled_tokens += tokens;
         self.stage.timing(&json!({
             "unit": unit,
             "seconds": seconds,
-            "trajectories": trajectories.len(),
-            "generated_tokens": tally.generated_tokens - tokens,
+            "trajectories": count,
+            "generated_tokens": tokens,
         }));
         Ok(())
+    }
+
+    /// A unit's rows and what a server told it, with those of the rollout that is topped up.
+    fn with_earlier(&self, unit: usize, sampled: Unit) -> anyhow::Result<(Unit, Option<Vec<AnsweredQuery>>)> {
+        let answered = self.tools.answered();
+        let Some(earlier) = &self.earlier else { return Ok((sampled, answered)) };
+        let answered = answered.map(|new| earlier.join_answers(unit, new)).transpose()?;
+        Ok((earlier.join(unit, sampled)?, answered))
     }
 
     /// Counts a unit that an earlier run finished.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use clap::{Args, ValueEnum};
-use mempo_agent::{Calculator, Search, SearchIndex, SearchTool, Tool, Toolbox};
+use mempo_agent::{Bm25Options, Calculator, Search, SearchIndex, SearchTool, Tool, Toolbox};
 use mempo_data::{AnsweredQuery, Document, Row};
 use mempo_run::{Input, ResultExt};
 use mempo_text::{Profile, ToolSpec};
@@ -27,6 +27,7 @@ pub(crate) const KEY: &str = "MEMPO_SEARCH_KEY";
 /// Calls to tools elsewhere that are under way at a time.
 const WAITING: usize = 64;
 
+const NO_INDEX: &str = "--bm25-k1 and --bm25-b are for an index; what else is searched ranks in its own way";
 /// Longest answer of a tool elsewhere, in bytes.
 const TOOL_BYTES: u64 = 1 << 20;
 
@@ -46,6 +47,8 @@ pub(crate) struct ToolOptions {
     /// search was a server, to be answered as it was then
     #[arg(long, value_name = "DIR|URL|web:NAME", value_parser = place)]
     search: Option<Place>,
+    #[command(flatten)]
+    bm25: Bm25Options,
     /// Longest time of a call to a server, with all its attempts, of which one may take half of it
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
     tool_timeout: u64,
@@ -118,8 +121,13 @@ impl ToolOptions {
                 Err(anyhow!("the tool `search` needs --search DIR or URL; --tools names other tools")).usage()
             }
             (false, Some(_)) => Err(anyhow!("--search is given, but --tools does not name `search`")).usage(),
+            (_, Some(Place::Server(_) | Place::Web(_))) if self.has_bm25() => Err(anyhow!(NO_INDEX)).usage(),
             _ => Ok(table),
         }
+    }
+
+    fn has_bm25(&self) -> bool {
+        self.bm25 != Bm25Options::default()
     }
 
     /// The tools; `input` is what [`Self::input`] gave, `table` what [`Self::table`] did.
@@ -160,12 +168,12 @@ impl ToolOptions {
         };
         let tools = Some(table.specs()).filter(|specs| *specs != [ToolSpec::search()]);
         let tool_urls = table.named.iter().map(|tool| (tool.spec().name, tool.url.clone())).collect();
-        RecordedTools { search, tools, tool_urls }
+        RecordedTools { search, bm25: Some(self.bm25).filter(|_| self.has_bm25()), tools, tool_urls }
     }
 
     fn source(&self, place: &Place, input: Option<&Input>) -> anyhow::Result<Source> {
         match place {
-            Place::Dir(dir) => stored(dir, input),
+            Place::Dir(dir) => stored(dir, input, self.bm25),
             Place::Server(url) => {
                 let client = Client::new(url, Secret::bearer(KEY), self.limits(ANSWER_BYTES));
                 Ok(Source::Server(Recorder::new(Box::new(RemoteSearch(client)))))
@@ -198,6 +206,9 @@ pub(crate) struct RecordedTools {
     /// Address of the server that is searched, or who searches the web: nothing tells what stands behind it.
     #[serde(skip_serializing_if = "Option::is_none")]
     search: Option<String>,
+    /// How an index is searched, if not as usual.
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    bm25: Option<Bm25Options>,
     /// What the policy is told.
     #[serde(skip_serializing_if = "Option::is_none")]
     tools: Option<Vec<ToolSpec>>,
@@ -227,12 +238,13 @@ impl ToolTable {
 }
 
 /// What a directory answers.
-fn stored(dir: &Path, input: Option<&Input>) -> anyhow::Result<Source> {
+fn stored(dir: &Path, input: Option<&Input>, bm25: Bm25Options) -> anyhow::Result<Source> {
     let index = dir.join(INDEX_FOLDER);
     if index.is_dir() {
-        return Ok(Source::Index(SearchIndex::open(&index).bad_input()?));
+        return Ok(Source::Index(SearchIndex::open(&index, bm25).bad_input()?));
     }
     match input.filter(|input| input.table(AnsweredQuery::TABLE).is_ok()) {
+        Some(_) if bm25 != Bm25Options::default() => Err(anyhow!(NO_INDEX)).usage(),
         Some(input) => Ok(Source::Log(Replay::read(input)?)),
         None => Err(anyhow!(
             "{}: neither an index, as `mempo-rollout index` writes it, nor a rollout with a table `{}`, as there is one \

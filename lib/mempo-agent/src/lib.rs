@@ -7,6 +7,7 @@
 
 mod agent;
 mod attempt;
+mod bm25;
 mod calculator;
 mod context;
 mod engine;
@@ -20,6 +21,7 @@ mod toolbox;
 use std::path::PathBuf;
 
 pub use agent::{Agent, Start, Unit};
+pub use bm25::Bm25Options;
 pub use calculator::Calculator;
 pub use context::{
     AMem, Carry, ClosedBook, ContextOptions, ContextPolicy, Mem1, Mempo, NoPast, Past, RagMemory, React, context_policy,

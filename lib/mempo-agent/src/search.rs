@@ -1,4 +1,4 @@
-//! BM25 search (k1 = 1.2, b = 0.75, tantivy's own constants) over title and text, lower-cased words, any language.
+//! BM25 search over title and text, lower-cased words, any language.
 //!
 //! A ranking is a function of the documents and their order alone: one segment, equal scores by insertion order.
 //! Queries are plain text: there is no query language, so no character means anything in one.
@@ -14,9 +14,12 @@ use tantivy::indexer::NoMergePolicy;
 use tantivy::query::{BooleanQuery, Query, TermQuery};
 use tantivy::schema::{FAST, Field, IndexRecordOption, STORED, Schema, TextFieldIndexing, TextOptions, Value};
 use tantivy::tokenizer::{LowerCaser, SimpleTokenizer, TextAnalyzer};
-use tantivy::{Index, IndexReader, IndexWriter, ReloadPolicy, TantivyDocument, TantivyError, Term};
+use tantivy::{
+    DocAddress, Index, IndexReader, IndexWriter, ReloadPolicy, Score, Searcher, TantivyDocument, TantivyError, Term,
+};
 
 use crate::Error;
+use crate::bm25::{Bm25Options, best};
 use crate::read_only::ReadOnly;
 
 /// Memory of the index writer in bytes; what does not fit becomes a segment of its own until the final merge.
@@ -37,6 +40,7 @@ pub struct SearchIndex {
     path: PathBuf,
     reader: IndexReader,
     fields: Fields,
+    options: Bm25Options,
 }
 
 #[derive(Clone, Copy)]
@@ -94,7 +98,7 @@ impl SearchIndex {
     }
 
     /// Opens the index in `dir`, which is never written to.
-    pub fn open(dir: &Path) -> Result<Self, Error> {
+    pub fn open(dir: &Path, options: Bm25Options) -> Result<Self, Error> {
         let at_dir = |source| index_error(dir, source);
         let directory = MmapDirectory::open(dir).map_err(|error| at_dir(error.into()))?;
         let index = Index::open(ReadOnly(directory)).map_err(at_dir)?;
@@ -104,7 +108,7 @@ impl SearchIndex {
             return Err(at_dir(TantivyError::SchemaError(found.to_owned())));
         }
         let reader = index.reader_builder().reload_policy(ReloadPolicy::Manual).try_into().map_err(at_dir)?;
-        Ok(Self { path: dir.to_owned(), reader, fields })
+        Ok(Self { path: dir.to_owned(), reader, fields, options })
     }
 
     /// How many documents are searched.
@@ -121,7 +125,11 @@ impl SearchIndex {
         }
         let at_path = |source| index_error(&self.path, source);
         let searcher = self.reader.searcher();
-        let found = searcher.search(&BooleanQuery::union(terms), &TopDocs::with_limit(top_k).order_by_score());
+        let found = if self.options == Bm25Options::default() {
+            pruned(&searcher, terms, top_k)
+        } else {
+            best(&searcher, self.fields.contents, &terms, self.options, top_k)
+        };
         let hits = found.map_err(at_path)?.into_iter().map(|(score, address)| {
             let document = self.document(&searcher.doc(address).map_err(at_path)?)?;
             Ok(Hit { document, score })
@@ -129,8 +137,8 @@ impl SearchIndex {
         hits.collect()
     }
 
-    /// One clause a distinct word, in the words' order.
-    fn terms(&self, query: &str) -> Vec<Box<dyn Query>> {
+    /// The distinct words, in their order.
+    fn terms(&self, query: &str) -> Vec<Term> {
         let mut analyzer = analyzer();
         let mut stream = analyzer.token_stream(query);
         let mut terms: Vec<Term> = Vec::new();
@@ -140,8 +148,7 @@ impl SearchIndex {
                 terms.push(term);
             }
         }
-        let clause = |term| -> Box<dyn Query> { Box::new(TermQuery::new(term, IndexRecordOption::WithFreqs)) };
-        terms.into_iter().map(clause).collect()
+        terms
     }
 
     fn document(&self, stored: &TantivyDocument) -> Result<Document, Error> {
@@ -155,6 +162,13 @@ impl SearchIndex {
             text: text(self.fields.text, "text")?,
         })
     }
+}
+
+/// The best documents by the library's constants, without a look at those that cannot be among them.
+fn pruned(searcher: &Searcher, terms: Vec<Term>, top_k: usize) -> tantivy::Result<Vec<(Score, DocAddress)>> {
+    let clause = |term| -> Box<dyn Query> { Box::new(TermQuery::new(term, IndexRecordOption::WithFreqs)) };
+    let any = BooleanQuery::union(terms.into_iter().map(clause).collect());
+    searcher.search(&any, &TopDocs::with_limit(top_k).order_by_score())
 }
 
 fn build(documents: impl IntoIterator<Item = Document>, dir: &Path, writer_bytes: usize) -> tantivy::Result<u64> {
@@ -209,8 +223,12 @@ mod tests {
     fn index(documents: &[Document]) -> (tempfile::TempDir, SearchIndex) {
         let directory = tempfile::tempdir().unwrap();
         assert_eq!(SearchIndex::build(documents.to_vec(), directory.path()).unwrap(), documents.len() as u64);
-        let index = SearchIndex::open(directory.path()).unwrap();
+        let index = open(directory.path());
         (directory, index)
+    }
+
+    fn open(dir: &Path) -> SearchIndex {
+        SearchIndex::open(dir, Bm25Options::default()).unwrap()
     }
 
     fn ids(hits: &[Hit]) -> Vec<&str> {
@@ -282,7 +300,7 @@ mod tests {
         let documents =
             (0..4_000).map(|i| document(&format!("{i:05}"), "same title", &format!("red fish {}", unique(i))));
         build(documents, directory.path(), 15 << 20).unwrap();
-        let index = SearchIndex::open(directory.path()).unwrap();
+        let index = open(directory.path());
         assert_eq!(index.reader.searcher().segment_readers().len(), 1);
         let hits = index.search("the same red fish", 4).unwrap();
         assert_eq!(ids(&hits), ["00000", "00001", "00002", "00003"]);
@@ -302,8 +320,8 @@ mod tests {
             fs_err::remove_file(directory.path().join(lock)).ok();
         }
         let before = names(directory.path());
-        assert_eq!(SearchIndex::open(directory.path()).unwrap().search("words", 1).unwrap().len(), 1);
+        assert_eq!(open(directory.path()).search("words", 1).unwrap().len(), 1);
         assert_eq!(names(directory.path()), before);
-        assert!(SearchIndex::open(Path::new("/nowhere")).is_err());
+        assert!(SearchIndex::open(Path::new("/nowhere"), Bm25Options::default()).is_err());
     }
 }

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use mempo_agent::SearchIndex;
+use mempo_agent::{Bm25Options, SearchIndex};
 use mempo_data::{Document, Task, read_rows};
 
 /// Scores further apart than this are not mixed up; the index adds in single precision.
@@ -18,6 +18,7 @@ struct Reference {
     /// Lengths as the index keeps them.
     lengths: Vec<f64>,
     mean_length: f64,
+    options: Bm25Options,
 }
 
 fn words(text: &str) -> Vec<String> {
@@ -48,11 +49,12 @@ impl Reference {
                 }
             }
         }
-        Self { postings, lengths, mean_length: total as f64 / documents.len() as f64 }
+        Self { postings, lengths, mean_length: total as f64 / documents.len() as f64, options: Bm25Options::default() }
     }
 
     /// The score of every document: the sum over the query's distinct words.
     fn scores(&self, query: &str) -> Vec<f64> {
+        let (k1, b) = (f64::from(self.options.bm25_k1), f64::from(self.options.bm25_b));
         let mut scores = vec![0.0; self.lengths.len()];
         let mut words = words(query);
         words.sort();
@@ -61,8 +63,8 @@ impl Reference {
             let (all, with) = (self.lengths.len() as f64, holding.len() as f64);
             let idf = (1.0 + (all - with + 0.5) / (with + 0.5)).ln();
             for &(place, count) in holding {
-                let norm = 1.2 * (0.25 + 0.75 * self.lengths[place] / self.mean_length);
-                scores[place] += idf * 2.2 * count / (count + norm);
+                let norm = k1 * (1.0 - b + b * self.lengths[place] / self.mean_length);
+                scores[place] += idf * (k1 + 1.0) * count / (count + norm);
             }
         }
         scores
@@ -88,11 +90,10 @@ fn check(index: &SearchIndex, reference: &Reference, places: &HashMap<&str, usiz
     }
 }
 
-fn build(documents: &[Document]) -> (tempfile::TempDir, SearchIndex) {
-    let folder = tempfile::tempdir().unwrap();
-    SearchIndex::build(documents.to_vec(), folder.path()).unwrap();
-    let index = SearchIndex::open(folder.path()).unwrap();
-    (folder, index)
+/// The library's constants, those of Search-R1, and the ends of what they may be.
+fn all_options() -> impl Iterator<Item = Bm25Options> {
+    let constants = [(1.2, 0.75), (0.9, 0.4), (0.0, 0.0), (2.0, 1.0)];
+    constants.into_iter().map(|(bm25_k1, bm25_b)| Bm25Options { bm25_k1, bm25_b })
 }
 
 fn places(documents: &[Document]) -> HashMap<&str, usize> {
@@ -131,11 +132,17 @@ fn the_best_are_those_of_the_formula_over_all_documents() {
             Document { doc_id: format!("{i:05}"), title, text }
         })
         .collect();
-    let ((_folder, index), reference, places) = (build(&documents), Reference::new(&documents), places(&documents));
-    for i in 0..500 {
-        let length = 1 + random.below(12);
-        let query = random.text(length) + if i % 5 == 0 { "unheard of?" } else { "" };
-        check(&index, &reference, &places, &query, [1, 3, 20][i % 3]);
+    let folder = tempfile::tempdir().unwrap();
+    SearchIndex::build(documents.clone(), folder.path()).unwrap();
+    let (mut reference, places) = (Reference::new(&documents), places(&documents));
+    for options in all_options() {
+        reference.options = options;
+        let index = SearchIndex::open(folder.path(), options).unwrap();
+        for i in 0..150 {
+            let length = 1 + random.below(12);
+            let query = random.text(length) + if i % 5 == 0 { "unheard of?" } else { "" };
+            check(&index, &reference, &places, &query, [1, 3, 20][i % 3]);
+        }
     }
 }
 
@@ -154,7 +161,7 @@ fn the_best_are_those_of_the_formula_on_real_questions() {
     let mut folders = folders.split(':').map(Path::new);
     let dir = folders.next().unwrap();
     let documents: Vec<Document> = read_rows(&parts(&dir.join("corpus"))).unwrap().map(Result::unwrap).collect();
-    let index = SearchIndex::open(&dir.join("index")).unwrap();
+    let index = SearchIndex::open(&dir.join("index"), Bm25Options::default()).unwrap();
     let (reference, places) = (Reference::new(&documents), places(&documents));
     let mut queries = 0;
     for folder in folders {

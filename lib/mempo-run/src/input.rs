@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::anyhow;
+use serde::Serialize;
 
-use crate::{FileRecord, InputRecord, Manifest, ResultExt, Run, check, digest, manifest};
+use crate::{FileRecord, InputRecord, Manifest, ResultExt, Run, StageArgs, check, difference, digest, manifest};
 
 static TRUSTED: AtomicBool = AtomicBool::new(false);
 
@@ -128,6 +129,27 @@ impl Input {
         }
         let (dir, from) = (self.dir.display(), source.dir.display());
         Err(anyhow!("{dir}: not made from {from}: run `{stage} --{name} {from}`")).bad_input()
+    }
+
+    /// Refuses what was not made by the same work as a stage is to do, so that rows of both can stand together. `except` are
+    /// settings that may differ: arguments by their names in the manifest, inputs as `content of --NAME`.
+    pub fn check_same_work(
+        &self,
+        args: &StageArgs,
+        arguments: &impl Serialize,
+        inputs: &[&Input],
+        except: &[&str],
+    ) -> anyhow::Result<()> {
+        let dir = self.dir.display();
+        let Some(manifest) = &self.manifest else { return Err(anyhow!("{dir}: no stage made it")).bad_input() };
+        let run = Run::new((&manifest.program, &manifest.stage), args, arguments, inputs)?;
+        let mut differences = difference::between(&manifest.run, &run);
+        differences.retain(|line| except.iter().all(|name| line.split(": ").next() != Some(*name)));
+        if differences.is_empty() {
+            return Ok(());
+        }
+        let differences = differences.join("\n  ");
+        Err(anyhow!("{dir} was made with other arguments or inputs (there -> here):\n  {differences}")).usage()
     }
 
     /// Refuses a model directory whose weights were removed: its digest is known, but nothing can be made from it.

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::{ResultExt, Shard, digest, durable};
+use crate::{Input, ResultExt, Shard, StageArgs, digest, durable};
 
 /// Name of the file written when a stage begins.
 pub(crate) const RUN: &str = "run.json";
@@ -90,6 +90,26 @@ impl Deref for Manifest {
 }
 
 impl Run {
+    /// What a program's stage is to be started with.
+    pub(crate) fn new(
+        (program, stage): (&str, &str),
+        args: &StageArgs,
+        arguments: &impl Serialize,
+        inputs: &[&Input],
+    ) -> anyhow::Result<Self> {
+        Ok(Self {
+            schema_version: mempo_data::SCHEMA_VERSION,
+            program: program.to_owned(),
+            program_version: env!("CARGO_PKG_VERSION").to_owned(),
+            stage: stage.to_owned(),
+            shard: args.shard,
+            seed: args.seed,
+            // As it is once it has been written and read, so that it can be compared with what is read later.
+            arguments: serde_json::from_str(&serde_json::to_string(arguments)?)?,
+            inputs: inputs.iter().map(|input| input.to_record()).collect(),
+        })
+    }
+
     /// Names this run's temporary files, so that only they are cleaned up.
     pub(crate) fn id(&self) -> anyhow::Result<String> {
         let mut without_paths = self.clone();

@@ -42,16 +42,7 @@ impl Stage {
         arguments: &A,
         inputs: &[&Input],
     ) -> anyhow::Result<Option<Self>> {
-        let run = Run {
-            schema_version: mempo_data::SCHEMA_VERSION,
-            program: program.to_owned(),
-            program_version: env!("CARGO_PKG_VERSION").to_owned(),
-            stage: stage.to_owned(),
-            shard: args.shard,
-            seed: args.seed,
-            arguments: as_written(arguments)?,
-            inputs: inputs.iter().map(|input| input.to_record()).collect(),
-        };
+        let run = Run::new((program, stage), args, arguments, inputs)?;
         refuse_place(args, inputs)?;
         let dir = args.dir();
         if args.has_work() {
@@ -290,11 +281,6 @@ impl Stage {
 /// The path of a unit's part of a table.
 fn part(table: &str, unit: usize) -> String {
     format!("{table}/part-{unit:05}.parquet")
-}
-
-/// A value as it is once it has been written and read, so that it can be compared with what is read later.
-fn as_written(value: &impl Serialize) -> anyhow::Result<Value> {
-    Ok(serde_json::from_str(&serde_json::to_string(value)?)?)
 }
 
 /// Refuses to write into an input, or to mix shards with a whole.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
-use mempo_agent::SearchIndex;
+use mempo_agent::{Bm25Options, SearchIndex};
 use mempo_data::Document;
 use mempo_run::{Input, ResultExt, Stage, StageArgs};
 use serde::Serialize;
@@ -76,7 +76,7 @@ fn questions(
     let mut sorted = documents.to_vec();
     sorted.sort_by(|a, b| a.doc_id.cmp(&b.doc_id));
     SearchIndex::build(sorted, folder.path())?;
-    let index = SearchIndex::open(folder.path())?;
+    let index = SearchIndex::open(folder.path(), Bm25Options::default())?;
     questions::compose(entities, facts, &Finder { index: &index, top_k }, rejections)
 }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, anyhow};
 use clap::Args;
-use mempo_agent::SearchIndex;
+use mempo_agent::{Bm25Options, SearchIndex};
 use mempo_data::{Document, Task, read_rows};
 use mempo_run::{Input, ResultExt, Stage, StageArgs};
 use mempo_text::Profile;
@@ -63,7 +63,7 @@ pub(crate) fn run(arguments: &ExpertArguments) -> anyhow::Result<()> {
     let Some(stage) = Stage::open("mempo-demo", "expert", &arguments.stage, arguments, &[&tasks, &search])? else {
         return Ok(());
     };
-    let index = SearchIndex::open(&arguments.search.join("index")).bad_input()?;
+    let index = SearchIndex::open(&arguments.search.join("index"), Bm25Options::default()).bad_input()?;
     let mut attempts = Vec::new();
     for task in read_rows::<Task>(&tasks.table("tasks")?)? {
         let task = task?;

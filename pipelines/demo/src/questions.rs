@@ -167,6 +167,7 @@ fn question(entities: &[&Entity], attribute: &str, mention: &str, hops: Vec<Hop>
 
 #[cfg(test)]
 mod tests {
+    use mempo_agent::Bm25Options;
     use serde_json::json;
 
     use super::*;
@@ -189,7 +190,7 @@ mod tests {
         let corpus: Vec<Document> = entities.iter().flat_map(documents).collect();
         let folder = tempfile::tempdir().unwrap();
         SearchIndex::build(corpus.clone(), folder.path()).unwrap();
-        let index = SearchIndex::open(folder.path()).unwrap();
+        let index = SearchIndex::open(folder.path(), Bm25Options::default()).unwrap();
         let mut rejections = Rejections::new();
         let facts = facts::collect(entities, &corpus, &mut rejections);
         let questions = compose(entities, &facts, &Finder { index: &index, top_k: 1 }, &mut rejections).unwrap();

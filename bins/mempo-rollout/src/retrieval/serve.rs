@@ -16,7 +16,7 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
-use mempo_agent::SearchIndex;
+use mempo_agent::{Bm25Options, SearchIndex};
 use mempo_run::{Input, ResultExt, check_interrupt};
 use serde_json::{Value, json};
 use tokio::sync::Semaphore;
@@ -61,12 +61,14 @@ pub(crate) struct ServeSearchArguments {
     /// Documents a query brings if the client does not say how many
     #[arg(long, value_name = "N", default_value = "3")]
     top_k: NonZeroUsize,
+    #[command(flatten)]
+    bm25: Bm25Options,
 }
 
 /// Runs `serve-search`.
 pub(crate) fn run(arguments: &ServeSearchArguments) -> anyhow::Result<()> {
     let input = Input::stage("index", &arguments.index)?;
-    let index = SearchIndex::open(&input.dir().join(INDEX_FOLDER)).bad_input()?;
+    let index = SearchIndex::open(&input.dir().join(INDEX_FOLDER), arguments.bm25).bad_input()?;
     let address = SocketAddr::new(arguments.host, arguments.port);
     let listener = TcpListener::bind(address)
         .with_context(|| format!("cannot listen on {address}: choose another --host or --port"))

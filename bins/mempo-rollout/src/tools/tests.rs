@@ -65,8 +65,9 @@ impl Setting {
 
     fn sample(&self, out: &str, more: &str) -> anyhow::Result<()> {
         let generator = &self.generator;
+        let size = if more.contains("--group-size") { "" } else { "--group-size 2" };
         self.run(&format!(
-            "sample --tasks @tasks --model @model --server {generator} --trust-server --temperature 0 --group-size 2 \
+            "sample --tasks @tasks --model @model --server {generator} --trust-server --temperature 0 {size} \
              --tasks-per-unit 4 --out @{out} {more}"
         ))
     }
@@ -125,7 +126,8 @@ fn generator(tokenizer: Tokenizer, script: Script) -> String {
 fn searched(setting: &Setting, stop: &Arc<AtomicBool>) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let index = SearchIndex::open(&setting.folder.path().join("index").join(INDEX_FOLDER)).unwrap();
+    let index =
+        SearchIndex::open(&setting.folder.path().join("index").join(INDEX_FOLDER), Bm25Options::default()).unwrap();
     let (served, stop) = (Served { index, digest: String::new(), top_k: 3 }, Arc::clone(stop));
     std::thread::spawn(move || serve_search(listener, served, &|| stop.load(Ordering::Relaxed)));
     url
@@ -218,6 +220,7 @@ fn tools_by_name_stand_in_the_prompt_and_the_manifest_and_are_called() {
         ("--tools calculator --search @index", "does not name `search`"),
         ("--tools search", "needs --search"),
         ("--tools calculator,calculator", "named twice"),
+        ("--search http://127.0.0.1:9 --bm25-b 0.4", "are for an index"),
         ("--tools search,calculator --search @index --profile search-r1 --context react", "take `calculator` out"),
     ] {
         let error = setting.sample("none", more).unwrap_err();
@@ -240,4 +243,22 @@ fn tools_by_name_stand_in_the_prompt_and_the_manifest_and_are_called() {
     let names: Vec<&Value> = recorded["tools"].as_array().unwrap().iter().map(|tool| &tool["name"]).collect();
     assert_eq!(names, ["search", "calculator", "weather"]);
     assert_eq!(setting.manifest("weather")["arguments"]["search"], Value::Null);
+}
+
+/// The script answers every trajectory of a task alike, so that every group is topped up.
+#[test]
+fn a_rollout_topped_up_is_the_rollout_that_had_as_many_at_once() {
+    let (setting, stop) = (Setting::new(search), Arc::new(AtomicBool::new(false)));
+    let url = searched(&setting, &stop);
+    let sample = |out, more| setting.sample(out, &format!("--search {url} --seed 5 {more}"));
+    sample("two", "").unwrap();
+    sample("three", "--group-size 3").unwrap();
+    sample("more", "--group-size 1 --only-groups @two").unwrap();
+    let error = sample("none", "--max-steps 3 --only-groups @two").unwrap_err();
+    stop.store(true, Ordering::Relaxed);
+    assert_eq!(setting.bytes("more"), setting.bytes("three"));
+    assert_eq!(setting.rows::<AnsweredQuery>("more"), setting.rows::<AnsweredQuery>("three"));
+    assert_eq!(setting.manifest("more")["summary"], setting.manifest("three")["summary"]);
+    assert!(mempo_run::exit_code(&error) == 2 && error.to_string().contains("max_steps: 16 -> 3"), "{error}");
+    assert!(!setting.folder.path().join("none").exists());
 }

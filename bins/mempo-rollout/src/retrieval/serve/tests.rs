@@ -46,7 +46,7 @@ fn documents() -> Vec<Document> {
 fn start() -> (tempfile::TempDir, Running) {
     let folder = tempfile::tempdir().unwrap();
     SearchIndex::build(documents(), folder.path()).unwrap();
-    let index = SearchIndex::open(folder.path()).unwrap();
+    let index = SearchIndex::open(folder.path(), Bm25Options::default()).unwrap();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let (address, stop) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
     let stopped = Arc::clone(&stop);
@@ -65,7 +65,7 @@ fn post(url: &str, body: &[u8]) -> (u16, Value) {
 #[test]
 fn documents_come_in_both_shapes_and_in_the_index_s_own_order() {
     let (folder, server) = start();
-    let index = SearchIndex::open(folder.path()).unwrap();
+    let index = SearchIndex::open(folder.path(), Bm25Options::default()).unwrap();
     let queries: Vec<String> = (0..60).map(|i| format!("city {} river {} bridges?", i % 7, i)).collect();
     for (topk, count) in [(json!(null), 3), (json!(0), 3), (json!(1), 1), (json!(200), 200)] {
         let ask = |return_scores| {
@@ -128,7 +128,11 @@ fn an_answer_stays_within_its_bound() {
     let folder = tempfile::tempdir().unwrap();
     let text = "word ".repeat(1 << 18);
     SearchIndex::build([Document { doc_id: "a".into(), title: "A".into(), text }], folder.path()).unwrap();
-    let served = Served { index: SearchIndex::open(folder.path()).unwrap(), digest: String::new(), top_k: 3 };
+    let served = Served {
+        index: SearchIndex::open(folder.path(), Bm25Options::default()).unwrap(),
+        digest: String::new(),
+        top_k: 3,
+    };
     let asked = |count| Asked { queries: vec!["word".to_owned(); count], topk: None, return_scores: None };
     let later = Instant::now() + REQUEST;
     assert!(served.retrieve(&asked(20), later).is_ok_and(|body| body.len() > 20 << 20));
