@@ -3,10 +3,12 @@
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
+use arrow::record_batch::RecordBatch;
 use arrow_json::LineDelimitedWriter;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 
+use crate::caught::guarded;
 use crate::{Error, Result, parquet_batches, parquet_builder};
 
 /// Longest line read.
@@ -122,20 +124,19 @@ fn table_rows(path: &Path, wanted: &[&str]) -> Result<JsonRows> {
     }
     let file = path.to_owned();
     let batches = parquet_batches(table).map_err(|source| Error::Parquet { file: file.clone(), source })?;
-    let rows = batches.flat_map(move |batch| {
-        let text = batch.and_then(|batch| {
-            let mut writer = LineDelimitedWriter::new(Vec::new());
-            writer.write(&batch)?;
-            Ok(writer.into_inner())
-        });
-        match text {
-            Ok(text) => {
-                text.split(|byte| *byte == b'\n').filter(|row| !row.is_empty()).map(|row| Ok(row.to_vec())).collect()
-            }
-            Err(source) => vec![Err(Error::Parquet { file: file.clone(), source })],
+    let rows = batches.flat_map(move |batch| match batch.and_then(|batch| guarded(move || json_lines(&batch))?) {
+        Ok(text) => {
+            text.split(|byte| *byte == b'\n').filter(|row| !row.is_empty()).map(|row| Ok(row.to_vec())).collect()
         }
+        Err(source) => vec![Err(Error::Parquet { file: file.clone(), source })],
     });
     Ok(Box::new((1..).zip(rows).map(|(number, row)| row.map(|row| (number, row)))))
+}
+
+fn json_lines(batch: &RecordBatch) -> parquet::errors::Result<Vec<u8>> {
+    let mut writer = LineDelimitedWriter::new(Vec::new());
+    writer.write(batch)?;
+    Ok(writer.into_inner())
 }
 
 #[cfg(test)]
@@ -145,7 +146,6 @@ mod tests {
     use std::sync::Arc;
 
     use arrow::array::{ArrayRef, Int64Array, LargeStringArray, ListBuilder, StringBuilder};
-    use arrow::record_batch::RecordBatch;
     use parquet::arrow::ArrowWriter;
 
     use super::*;

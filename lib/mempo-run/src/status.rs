@@ -178,7 +178,7 @@ impl Shared {
             work: state.work.as_ref(),
             seconds_left: state.work.as_ref().and_then(Work::seconds_left),
             last_commit: state.last_commit.as_deref(),
-            resident_bytes: resident_bytes(),
+            resident_bytes: mempo_guard::resident_bytes(),
         };
         let text = serde_json::to_string_pretty(&report)? + "\n";
         let written = fs_err::write(&self.temporary, text).and_then(|()| fs_err::rename(&self.temporary, &self.path));
@@ -193,13 +193,6 @@ impl Work {
         let left = self.total.saturating_sub(self.done);
         Some((self.started.elapsed().as_secs_f64() * left as f64 / own as f64) as u64)
     }
-}
-
-/// Memory of this process that is in RAM, where the system tells.
-fn resident_bytes() -> Option<u64> {
-    let text = fs_err::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-    Some(1024 * line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?)
 }
 
 #[cfg(test)]

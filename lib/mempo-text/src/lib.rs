@@ -8,7 +8,6 @@
 pub mod answer;
 mod byte_table;
 mod error;
-mod guard;
 mod json;
 mod namespaces;
 mod neutralise;

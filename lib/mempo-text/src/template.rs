@@ -4,14 +4,15 @@ use std::collections::BTreeMap;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
+use mempo_guard::{Bounds, bounded};
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, ErrorKind};
 use serde::Serialize;
 
 use crate::error::Error;
-use crate::guard::bounded;
 use crate::json::{python_json, python_json_indented};
 use crate::namespaces::check_namespaces;
 use crate::tokenizer::{read_json, token_text};
@@ -22,6 +23,8 @@ const FUEL: u64 = 1_000_000;
 const SOURCE_BYTES: usize = 64 * 1024;
 /// Bytes a template may write beyond four times its input.
 const OUTPUT_ALLOWANCE: usize = 64 * 1024;
+/// What reading or rendering one may take; the stack is for its recursion.
+const BOUNDS: Bounds = Bounds { time: Some(Duration::from_secs(10)), memory: 1 << 30, stack: 512 << 20 };
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -88,7 +91,7 @@ impl ChatTemplate {
             return Err(error(format!("it has {} bytes, more than {SOURCE_BYTES}", source.len())));
         }
         check_namespaces(&source).map_err(error)?;
-        let environment = bounded(|| environment(source)).flatten().map_err(error)?;
+        let environment = within_bounds(|| environment(source)).map_err(error)?;
         Ok(Self { environment: Arc::new(environment), special_tokens, path })
     }
 
@@ -96,13 +99,17 @@ impl ChatTemplate {
     pub fn render(&self, messages: Vec<Message>, add_generation_prompt: bool) -> Result<String, Error> {
         let (environment, special_tokens) = (Arc::clone(&self.environment), self.special_tokens.clone());
         let context = Context { messages, add_generation_prompt, tools: (), documents: (), special_tokens };
-        bounded(move || render(&environment, context)).flatten().map_err(|message| self.error(message))
+        within_bounds(move || render(&environment, context)).map_err(|message| self.error(message))
     }
 
     /// An error that names this template.
     pub(crate) fn error(&self, message: String) -> Error {
         Error::Template { path: self.path.clone(), message }
     }
+}
+
+fn within_bounds<T: Send + 'static>(work: impl FnOnce() -> Result<T, String> + Send + 'static) -> Result<T, String> {
+    bounded(&BOUNDS, work).map_err(|given_up| given_up.to_string()).flatten()
 }
 
 /// The engine with the template in it.
