@@ -114,6 +114,8 @@ struct Inputs {
     model: Input,
     /// What is searched, if it is a directory.
     search: Option<Input>,
+    /// The encoder by which it is searched, if it is.
+    encoder: Option<Input>,
     /// The files of a profile that is a folder.
     profile: Option<Input>,
     /// The rollout to go on from.
@@ -128,13 +130,15 @@ impl Inputs {
             tasks: Input::stage("tasks", &arguments.tasks)?,
             model: Input::model("model", &arguments.model)?,
             search: arguments.tools.input()?,
+            encoder: arguments.tools.encoder()?,
             profile: if profile.is_dir() { Some(Input::files("profile", &files)?) } else { None },
             from: arguments.from.as_ref().map(|dir| Input::stage("from", dir)).transpose()?,
         })
     }
 
     fn all(&self) -> Vec<&Input> {
-        [&self.tasks, &self.model].into_iter().chain(&self.search).chain(&self.profile).chain(&self.from).collect()
+        let searched = self.search.iter().chain(&self.encoder);
+        [&self.tasks, &self.model].into_iter().chain(searched).chain(&self.profile).chain(&self.from).collect()
     }
 
     /// The trajectories to go on from, if they are to be.
@@ -191,7 +195,8 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     let builder = prompt_builder(&arguments, &table)?;
     fit_to_model(&mut arguments, &builder)?;
     arguments.teacher.check(builder.profile(), context.answers_at_once())?;
-    let tools = arguments.tools.open(table, inputs.search.as_ref(), builder.profile(), arguments.limits.top_k)?;
+    let searched = (inputs.search.as_ref(), inputs.encoder.as_ref());
+    let tools = arguments.tools.open(table, searched, builder.profile(), arguments.limits.top_k)?;
     let resolved = Resolved {
         arguments: &arguments,
         profile: arguments.profile(),
