@@ -44,6 +44,7 @@ schemas:
 parity *models="pipelines/demo/base": (setup "python")
     .tools/python/bin/python lib/mempo-text/tests/golden/make.py --check
     .tools/python/bin/python lib/mempo-model/tests/golden/make.py --check
+    .tools/python/bin/python lib/mempo-model/tests/golden/make_encoder.py --check
     .tools/python/bin/python bins/mempo-sft/tests/golden/make.py --check
     cargo build --locked --release --package mempo-train --example engine
     .tools/python/bin/python tools/peers/parity.py target/release/examples/engine {{ models }}
@@ -98,3 +99,10 @@ bench-advantages profile="release":
     cargo build --locked --profile {{ profile }} --package mempo-score --bin mempo-score --example rows
     target/{{ if profile == 'dev' { 'debug' } else { profile } }}/examples/rows target/tmp/rows
     time target/{{ if profile == 'dev' { 'debug' } else { profile } }}/mempo-score advantages --rollouts target/tmp/rows/rollouts --scores target/tmp/rows/scores --restart --out target/tmp/rows/advantages
+
+# time, disk and memory of `mempo-rollout index` for made-up passages, by words and by vectors, and of a search among vectors
+bench-index passages="1000000" encoded="100000" profile="release": (setup "python")
+    cargo build --locked --profile {{ profile }} --package mempo-rollout --bin mempo-rollout
+    cargo build --locked --profile {{ profile }} --package mempo-model --example nearest
+    .tools/python/bin/python tools/peers/index.py target/{{ if profile == 'dev' { 'debug' } else { profile } }}/mempo-rollout {{ passages }} {{ encoded }}
+    target/{{ if profile == 'dev' { 'debug' } else { profile } }}/examples/nearest target/tmp/nearest {{ passages }} 384

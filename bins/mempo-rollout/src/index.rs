@@ -1,4 +1,4 @@
-//! `index`: documents -> the corpus table and a BM25 index over it.
+//! `index`: documents -> the corpus table, a BM25 index over it and, if an encoder is given, their vectors.
 
 use std::path::PathBuf;
 
@@ -12,6 +12,7 @@ use serde_json::json;
 
 use crate::retrieval::split_contents;
 use crate::rows::{self, Located};
+use crate::vectors::{Recipe, VectorOptions};
 
 /// Documents in one file of the table.
 const PART_ROWS: usize = 100_000;
@@ -21,7 +22,8 @@ pub(crate) const INDEX_FOLDER: &str = "index";
 /// Make a BM25 search index of documents.
 ///
 /// Reads JSON Lines or Parquet rows: doc_id (or id), title, text; or Search-R1's id and contents, whose first line is the
-/// title in quotes. Words are lower-cased, title and text are searched together.
+/// title in quotes. Words are lower-cased, title and text are searched together. With --encoder documents can be found by
+/// vectors, too.
 #[derive(Debug, Args, Serialize)]
 pub(crate) struct IndexArguments {
     /// Files of documents, `.parquet` or JSON Lines (also `.gz`, `.zst`)
@@ -30,15 +32,31 @@ pub(crate) struct IndexArguments {
     corpus: Vec<PathBuf>,
     #[command(flatten)]
     #[serde(skip)]
+    vectors: VectorOptions,
+    #[command(flatten)]
+    #[serde(skip)]
     stage: StageArgs,
+}
+
+/// What the manifest holds: the arguments, and how vectors were made, if they were.
+#[derive(Serialize)]
+struct Resolved<'a> {
+    #[serde(flatten)]
+    arguments: &'a IndexArguments,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    vectors: Option<&'a Recipe>,
 }
 
 /// Runs `index`.
 pub(crate) fn run(arguments: &IndexArguments) -> anyhow::Result<()> {
     arguments.stage.check_free()?;
     let input = Input::files("corpus", &arguments.corpus)?;
+    let encoder = arguments.vectors.input()?;
     let documents = read_documents(&arguments.corpus).bad_input()?;
-    let Some(stage) = Stage::open("mempo-rollout", "index", &arguments.stage, arguments, &[&input])? else {
+    let embedder = arguments.vectors.open()?;
+    let resolved = Resolved { arguments, vectors: embedder.as_ref().map(|embedder| &embedder.recipe) };
+    let inputs: Vec<&Input> = [&input].into_iter().chain(&encoder).collect();
+    let Some(stage) = Stage::open("mempo-rollout", "index", &arguments.stage, &resolved, &inputs)? else {
         return Ok(());
     };
     for (unit, part) in documents.chunks(PART_ROWS).enumerate() {
@@ -46,6 +64,9 @@ pub(crate) fn run(arguments: &IndexArguments) -> anyhow::Result<()> {
         if !stage.has_part("corpus", unit) {
             stage.write_part("corpus", unit, |file| Ok(write_rows(part, file).map(drop)?))?;
         }
+    }
+    if let Some(embedder) = &embedder {
+        embedder.write(&stage, &documents)?;
     }
     stage.check_interrupt()?;
     let count = documents.len() as u64;

@@ -5,7 +5,7 @@
 //! what a step saw.
 //! Beside them: [`rows`] reads JSON Lines and Parquet, [`question`] understands question rows, [`local_engine`] puts a
 //! model behind the agent, [`server`] one of a vLLM or SGLang server, [`retrieval`] puts a search index behind Search-R1's protocol,
-//! [`stored`] gives states to go on from, [`tally`] keeps the books.
+//! [`vectors`] puts an encoder's beside it, [`retriever`] finds documents by words, vectors or both, [`stored`] gives states to go on from, [`tally`] keeps the books.
 
 mod compose;
 mod context;
@@ -16,6 +16,7 @@ mod local_engine;
 mod query_log;
 mod question;
 mod retrieval;
+mod retriever;
 mod rows;
 mod sample;
 mod server;
@@ -24,6 +25,7 @@ mod stored;
 mod tally;
 mod tools;
 mod top_up;
+mod vectors;
 mod web;
 
 use clap::{CommandFactory, Parser, Subcommand};

@@ -9,6 +9,7 @@ mod remote;
 mod serve;
 
 use mempo_agent::Hit;
+use mempo_data::Document;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -35,12 +36,17 @@ struct Asked {
 /// Found documents as an answer has them.
 fn hits_value(hits: Vec<Hit>, with_scores: bool) -> Value {
     let value = |Hit { document, score }| {
-        let (title, text) = (document.title, document.text);
-        let contents = format!("\"{title}\"\n{text}");
-        let value = json!({"id": document.doc_id, "title": title, "text": text, "contents": contents});
+        let contents = contents(&document);
+        let Document { doc_id, title, text } = document;
+        let value = json!({"id": doc_id, "title": title, "text": text, "contents": contents});
         if with_scores { json!({"document": value, "score": score}) } else { value }
     };
     hits.into_iter().map(value).collect()
+}
+
+/// A document in Search-R1's form: the title in quotes, a newline and the text.
+pub(crate) fn contents(Document { title, text, .. }: &Document) -> String {
+    format!("\"{title}\"\n{text}")
 }
 
 /// Title and text of Search-R1's `contents`, whose first line is the title, in quotes or not; a single line is all text.

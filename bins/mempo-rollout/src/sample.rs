@@ -120,6 +120,8 @@ struct Inputs {
     model: Input,
     /// What is searched, if it is a directory.
     search: Option<Input>,
+    /// The encoder by which it is searched, if it is.
+    encoder: Option<Input>,
     /// The files of a profile that is a folder.
     profile: Option<Input>,
     /// The rollout to go on from.
@@ -136,6 +138,7 @@ impl Inputs {
             tasks: Input::stage("tasks", &arguments.tasks)?,
             model: Input::model("model", &arguments.model)?,
             search: arguments.tools.input()?,
+            encoder: arguments.tools.encoder()?,
             profile: if profile.is_dir() { Some(Input::files("profile", &files)?) } else { None },
             from: arguments.from.as_ref().map(|dir| Input::stage("from", dir)).transpose()?,
             only_groups: arguments.only_groups.as_ref().map(|dir| Input::stage("only-groups", dir)).transpose()?,
@@ -143,7 +146,7 @@ impl Inputs {
     }
 
     fn all(&self) -> Vec<&Input> {
-        let optional = [&self.search, &self.profile, &self.from, &self.only_groups];
+        let optional = [&self.search, &self.encoder, &self.profile, &self.from, &self.only_groups];
         [&self.tasks, &self.model].into_iter().chain(optional.into_iter().flatten()).collect()
     }
 
@@ -213,7 +216,8 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     let builder = prompt_builder(&arguments, &table)?;
     fit_to_model(&mut arguments, &builder)?;
     arguments.teacher.check(builder.profile(), context.answers_at_once())?;
-    let tools = arguments.tools.open(table, inputs.search.as_ref(), builder.profile(), arguments.limits.top_k)?;
+    let searched = (inputs.search.as_ref(), inputs.encoder.as_ref());
+    let tools = arguments.tools.open(table, searched, builder.profile(), arguments.limits.top_k)?;
     let resolved = Resolved {
         arguments: &arguments,
         profile: arguments.profile(),

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use clap::{Args, ValueEnum};
-use mempo_agent::{Bm25Options, Calculator, Search, SearchIndex, SearchTool, Tool, Toolbox};
+use mempo_agent::{Calculator, Search, SearchTool, Tool, Toolbox};
 use mempo_data::{AnsweredQuery, Document, Row};
 use mempo_run::{Input, ResultExt};
 use mempo_text::{Profile, ToolSpec};
@@ -18,6 +18,7 @@ use crate::http_tool::{self, HttpTool, NamedTool};
 use crate::index::INDEX_FOLDER;
 use crate::query_log::{Recorder, Replay};
 use crate::retrieval::{self, RemoteSearch};
+use crate::retriever::{RecordedRetriever, Retriever, RetrieverOptions};
 use crate::web::{self, Engine, WebSearch};
 
 /// Longest answer of a server that is searched, in bytes.
@@ -27,7 +28,6 @@ pub(crate) const KEY: &str = "MEMPO_SEARCH_KEY";
 /// Calls to tools elsewhere that are under way at a time.
 const WAITING: usize = 64;
 
-const NO_INDEX: &str = "--bm25-k1 and --bm25-b are for an index; what else is searched ranks in its own way";
 /// Longest answer of a tool elsewhere, in bytes.
 const TOOL_BYTES: u64 = 1 << 20;
 
@@ -48,7 +48,7 @@ pub(crate) struct ToolOptions {
     #[arg(long, value_name = "DIR|URL|web:NAME", value_parser = place)]
     search: Option<Place>,
     #[command(flatten)]
-    bm25: Bm25Options,
+    retriever: RetrieverOptions,
     /// Longest time of a call to a server, with all its attempts, of which one may take half of it
     #[arg(long, value_name = "SECONDS", default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..))]
     tool_timeout: u64,
@@ -108,6 +108,18 @@ impl ToolOptions {
         }
     }
 
+    /// The encoder of an index that is searched by vectors.
+    pub(crate) fn encoder(&self) -> anyhow::Result<Option<Input>> {
+        match &self.search {
+            Some(Place::Dir(_)) => self.retriever.input(),
+            _ if self.retriever.is_usual() => Ok(None),
+            _ => Err(anyhow!(
+                "--retriever, --bm25-k1 and --bm25-b say how an index is searched, which --search does not name"
+            ))
+            .usage(),
+        }
+    }
+
     /// The tools, by name.
     pub(crate) fn table(&self) -> anyhow::Result<ToolTable> {
         let from_file = self.tools_file.as_deref().map(http_tool::read).transpose()?.unwrap_or_default();
@@ -121,24 +133,19 @@ impl ToolOptions {
                 Err(anyhow!("the tool `search` needs --search DIR or URL; --tools names other tools")).usage()
             }
             (false, Some(_)) => Err(anyhow!("--search is given, but --tools does not name `search`")).usage(),
-            (_, Some(Place::Server(_) | Place::Web(_))) if self.has_bm25() => Err(anyhow!(NO_INDEX)).usage(),
             _ => Ok(table),
         }
     }
 
-    fn has_bm25(&self) -> bool {
-        self.bm25 != Bm25Options::default()
-    }
-
-    /// The tools; `input` is what [`Self::input`] gave, `table` what [`Self::table`] did.
+    /// The tools; `input` and `encoder` are what [`Self::input`] and [`Self::encoder`] gave, `table` what [`Self::table`] did.
     pub(crate) fn open(
         &self,
         table: ToolTable,
-        input: Option<&Input>,
+        (input, encoder): (Option<&Input>, Option<&Input>),
         profile: &Profile,
         top_k: usize,
     ) -> anyhow::Result<Tools> {
-        let source = self.search.as_ref().map(|place| self.source(place, input)).transpose()?.map(Arc::new);
+        let source = self.search.as_ref().map(|place| self.source(place, input, encoder)).transpose()?.map(Arc::new);
         let mut tools: Vec<Box<dyn Tool>> = Vec::new();
         for tool in &table.built_in {
             match (tool, &source) {
@@ -149,7 +156,12 @@ impl ToolOptions {
                 (BuiltIn::Calculator, _) => tools.push(Box::new(Calculator)),
             }
         }
-        let is_elsewhere = matches!(source.as_deref(), Some(Source::Server(_))) || !table.named.is_empty();
+        let waits = match source.as_deref() {
+            Some(Source::Server(_)) => true,
+            Some(Source::Index(retriever)) => retriever.is_dense(),
+            Some(Source::Log(_)) | None => false,
+        };
+        let is_elsewhere = waits || !table.named.is_empty();
         for tool in table.named {
             tools.push(Box::new(HttpTool::new(tool, self.limits(TOOL_BYTES))));
         }
@@ -168,12 +180,12 @@ impl ToolOptions {
         };
         let tools = Some(table.specs()).filter(|specs| *specs != [ToolSpec::search()]);
         let tool_urls = table.named.iter().map(|tool| (tool.spec().name, tool.url.clone())).collect();
-        RecordedTools { search, bm25: Some(self.bm25).filter(|_| self.has_bm25()), tools, tool_urls }
+        RecordedTools { search, retriever: self.retriever.recorded(), tools, tool_urls }
     }
 
-    fn source(&self, place: &Place, input: Option<&Input>) -> anyhow::Result<Source> {
+    fn source(&self, place: &Place, input: Option<&Input>, encoder: Option<&Input>) -> anyhow::Result<Source> {
         match place {
-            Place::Dir(dir) => stored(dir, input, self.bm25),
+            Place::Dir(dir) => self.stored(dir, input, encoder),
             Place::Server(url) => {
                 let client = Client::new(url, Secret::bearer(KEY), self.limits(ANSWER_BYTES));
                 Ok(Source::Server(Recorder::new(Box::new(RemoteSearch(client)))))
@@ -183,6 +195,23 @@ impl ToolOptions {
                 let search = WebSearch::from_environment(*engine, limits, self.allow_private_addresses).usage()?;
                 Ok(Source::Server(Recorder::new(Box::new(search))))
             }
+        }
+    }
+
+    /// What a directory answers.
+    fn stored(&self, dir: &Path, input: Option<&Input>, encoder: Option<&Input>) -> anyhow::Result<Source> {
+        if let Some(input) = input.filter(|input| input.dir().join(INDEX_FOLDER).is_dir()) {
+            return Ok(Source::Index(self.retriever.open(input, encoder)?));
+        }
+        match input.filter(|input| self.retriever.is_usual() && input.table(AnsweredQuery::TABLE).is_ok()) {
+            Some(input) => Ok(Source::Log(Replay::read(input)?)),
+            None => Err(anyhow!(
+                "{}: neither an index, as `mempo-rollout index` writes it, nor a rollout with a table `{}`, as there is one \
+                 where --search was a server, to be answered without --retriever, --bm25-k1 and --bm25-b",
+                dir.display(),
+                AnsweredQuery::TABLE
+            ))
+            .bad_input(),
         }
     }
 
@@ -207,8 +236,8 @@ pub(crate) struct RecordedTools {
     #[serde(skip_serializing_if = "Option::is_none")]
     search: Option<String>,
     /// How an index is searched, if not as usual.
-    #[serde(flatten, skip_serializing_if = "Option::is_none")]
-    bm25: Option<Bm25Options>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    retriever: Option<RecordedRetriever>,
     /// What the policy is told.
     #[serde(skip_serializing_if = "Option::is_none")]
     tools: Option<Vec<ToolSpec>>,
@@ -237,28 +266,9 @@ impl ToolTable {
     }
 }
 
-/// What a directory answers.
-fn stored(dir: &Path, input: Option<&Input>, bm25: Bm25Options) -> anyhow::Result<Source> {
-    let index = dir.join(INDEX_FOLDER);
-    if index.is_dir() {
-        return Ok(Source::Index(SearchIndex::open(&index, bm25).bad_input()?));
-    }
-    match input.filter(|input| input.table(AnsweredQuery::TABLE).is_ok()) {
-        Some(_) if bm25 != Bm25Options::default() => Err(anyhow!(NO_INDEX)).usage(),
-        Some(input) => Ok(Source::Log(Replay::read(input)?)),
-        None => Err(anyhow!(
-            "{}: neither an index, as `mempo-rollout index` writes it, nor a rollout with a table `{}`, as there is one \
-             where --search was a server",
-            dir.display(),
-            AnsweredQuery::TABLE
-        ))
-        .bad_input(),
-    }
-}
-
 /// What is searched.
 enum Source {
-    Index(SearchIndex),
+    Index(Retriever),
     Server(Recorder),
     Log(Replay),
 }
@@ -266,7 +276,10 @@ enum Source {
 impl Search for Source {
     fn search(&self, query: &str, top_k: usize) -> Result<Vec<Document>, String> {
         match self {
-            Self::Index(index) => Search::search(index, query, top_k),
+            Self::Index(index) => {
+                let found = index.search(&[query.to_owned()], top_k).map_err(|error| format!("{error:#}"))?;
+                Ok(found.into_iter().flatten().map(|hit| hit.document).collect())
+            }
             Self::Server(recorder) => recorder.search(query, top_k),
             Self::Log(replay) => replay.search(query, top_k),
         }

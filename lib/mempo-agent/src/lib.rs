@@ -11,6 +11,7 @@ mod bm25;
 mod calculator;
 mod context;
 mod engine;
+mod fusion;
 mod observation;
 mod options;
 mod outcome;
@@ -27,6 +28,7 @@ pub use context::{
     AMem, Carry, ClosedBook, ContextOptions, ContextPolicy, Mem1, Mempo, NoPast, Past, RagMemory, React, context_policy,
 };
 pub use engine::{Engine, Generation, Next, Request};
+pub use fusion::reciprocal_rank_fusion;
 pub use options::{LimitOptions, SamplingOptions};
 pub use outcome::{Outcome, format_problem, outcome, row_segments};
 pub use search::{Hit, SearchIndex};

@@ -137,6 +137,14 @@ impl SearchIndex {
         hits.collect()
     }
 
+    /// The document at a place in the order of insertion, from 0.
+    pub fn document_at(&self, position: usize) -> Result<Document, Error> {
+        // One segment whose document numbers are positions.
+        let address = DocAddress::new(0, u32::try_from(position).unwrap_or(u32::MAX));
+        let stored = self.reader.searcher().doc(address).map_err(|source| index_error(&self.path, source))?;
+        self.document(&stored)
+    }
+
     /// The distinct words, in their order.
     fn terms(&self, query: &str) -> Vec<Term> {
         let mut analyzer = analyzer();
@@ -305,6 +313,9 @@ mod tests {
         let hits = index.search("the same red fish", 4).unwrap();
         assert_eq!(ids(&hits), ["00000", "00001", "00002", "00003"]);
         assert_eq!(ids(&index.search("w3999x3 title", 2).unwrap()), ["03999", "00000"]);
+        for position in [0, 1, 3999] {
+            assert_eq!(index.document_at(position).unwrap().doc_id, format!("{position:05}"));
+        }
     }
 
     #[test]

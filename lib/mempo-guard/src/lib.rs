@@ -88,7 +88,7 @@ mod tests {
         let second = Duration::from_secs(1);
         assert_eq!(bounded(&BOUNDS, || panic!("on purpose")), Err::<(), _>(GivenUp::Panic));
         let bounds = Bounds { time: Some(second), ..BOUNDS };
-        assert_eq!(bounded(&bounds, || std::thread::sleep(10 * second)), Err(GivenUp::Time(second)));
+        assert_eq!(bounded(&bounds, move || std::thread::sleep(10 * second)), Err(GivenUp::Time(second)));
         // Grows by a megabyte at a time, and then waits to be given up.
         let grow = || {
             let mut held: Vec<Vec<u8>> = Vec::new();

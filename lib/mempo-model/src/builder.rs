@@ -4,6 +4,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::adapter::{Adapter, Adapters};
 use crate::kernels::Kernels;
+use crate::{Error, Runtime};
 
 /// Passed through the constructors of a model; each asks it for its parameters by name and shape.
 pub(crate) struct Builder {
@@ -53,4 +54,21 @@ impl Builder {
         assert_eq!(tensor.size(), shape, "tensor `{name}`");
         tensor
     }
+}
+
+/// Parameters of these names and shapes, one after the other in a flat buffer of zeros.
+pub(crate) fn allocate(shapes: Vec<(String, Vec<i64>)>, runtime: &Runtime) -> Result<Vec<(String, Tensor)>, Error> {
+    let count = |shape: &[i64]| shape.iter().product::<i64>();
+    let total = shapes.iter().map(|(_, shape)| count(shape)).sum::<i64>();
+    let flat = Tensor::f_zeros([total], (runtime.kind, runtime.device)).map_err(|_| {
+        let gibibytes = total as f64 * runtime.kind.elt_size_in_bytes() as f64 / f64::from(1 << 30);
+        Error::Device(format!("the model's weights take {gibibytes:.1} GiB, more memory than {:?} has", runtime.device))
+    })?;
+    let mut start = 0;
+    let mut parameters = Vec::with_capacity(shapes.len());
+    for (name, shape) in shapes {
+        parameters.push((name, flat.narrow(0, start, count(&shape)).view(&shape[..])));
+        start += count(&shape);
+    }
+    Ok(parameters)
 }

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::adapter::{Adapters, adapter_shapes};
 use crate::blocks::{Attend, Linear};
-use crate::builder::Builder;
+use crate::builder::{Builder, allocate};
 use crate::config::{Config, Family};
 use crate::kernels::Kernels;
 use crate::llama::Llama;
@@ -134,27 +134,16 @@ impl Model {
     pub fn load(dir: &Path, runtime: &Runtime) -> Result<Self, Error> {
         let config = Config::load(dir)?;
         let model = Self::allocate(config, runtime)?;
-        weights::load(dir, &model.parameters, model.config.tie_word_embeddings)?;
+        let tied = model.config.tie_word_embeddings;
+        weights::load(dir, &model.parameters, |name| {
+            let unneeded = name.ends_with("rotary_emb.inv_freq") || (tied && name == "lm_head.weight");
+            (!unneeded).then_some(name)
+        })?;
         Ok(model)
     }
 
     pub(crate) fn allocate(config: Config, runtime: &Runtime) -> Result<Self, Error> {
-        let shapes = Builder::list(|builder| decoder(builder, &config));
-        let count = |shape: &[i64]| shape.iter().product::<i64>();
-        let total = shapes.iter().map(|(_, shape)| count(shape)).sum::<i64>();
-        let flat = Tensor::f_zeros([total], (runtime.kind, runtime.device)).map_err(|_| {
-            let gibibytes = total as f64 * runtime.kind.elt_size_in_bytes() as f64 / f64::from(1 << 30);
-            Error::Device(format!(
-                "the model's weights take {gibibytes:.1} GiB, more memory than {:?} has",
-                runtime.device
-            ))
-        })?;
-        let mut start = 0;
-        let mut parameters = Vec::with_capacity(shapes.len());
-        for (name, shape) in shapes {
-            parameters.push((name, flat.narrow(0, start, count(&shape)).view(&shape[..])));
-            start += count(&shape);
-        }
+        let parameters = allocate(Builder::list(|builder| decoder(builder, &config)), runtime)?;
         Ok(Self::build(config, runtime, parameters, runtime.kernels()))
     }
 
@@ -267,27 +256,35 @@ impl Model {
 
     /// Refuses a sequence that is empty, longer than the window, or holds an id outside the vocabulary.
     pub fn check_ids(&self, row: usize, ids: &[i32]) -> Result<(), Error> {
-        let window = self.config.max_position_embeddings;
-        let size = self.config.vocab_size;
-        let problem = if ids.is_empty() {
-            "is empty; expected at least one id".to_owned()
-        } else if ids.len() > window {
-            format!("has {} tokens; the model's window is {window}", ids.len())
-        } else if let Some(id) = ids.iter().find(|id| !(0..size).contains(&i64::from(**id))) {
-            format!("holds id {id}; the model's vocabulary is 0 to {}", size - 1)
-        } else {
-            return Ok(());
-        };
-        Err(Error::Sequence { row, problem })
+        check_ids(row, ids, self.config.max_position_embeddings, self.config.vocab_size)
     }
 
     /// Rows of ids, right-padded with 0 to the longest: `[B,T]`, int64, on the model's device.
     pub(crate) fn padded(&self, rows: &[&[i32]]) -> Tensor {
-        let width = rows.iter().map(|row| row.len()).max().unwrap_or(0);
-        let mut flat = vec![0i64; rows.len() * width];
-        for (row, padded) in rows.iter().zip(flat.chunks_mut(width.max(1))) {
-            padded.iter_mut().zip(row.iter()).for_each(|(to, id)| *to = i64::from(*id));
-        }
-        Tensor::from_slice(&flat).view([rows.len() as i64, width as i64]).to_device(self.runtime.device)
+        padded(rows, self.runtime.device)
     }
+}
+
+/// Refuses a sequence that is empty, longer than `window`, or holds an id that is not below `size`.
+pub(crate) fn check_ids(row: usize, ids: &[i32], window: usize, size: i64) -> Result<(), Error> {
+    let problem = if ids.is_empty() {
+        "is empty; expected at least one id".to_owned()
+    } else if ids.len() > window {
+        format!("has {} tokens; the model's window is {window}", ids.len())
+    } else if let Some(id) = ids.iter().find(|id| !(0..size).contains(&i64::from(**id))) {
+        format!("holds id {id}; the model's vocabulary is 0 to {}", size - 1)
+    } else {
+        return Ok(());
+    };
+    Err(Error::Sequence { row, problem })
+}
+
+/// Rows of ids, right-padded with 0 to the longest: `[B,T]`, int64, on `device`.
+pub(crate) fn padded(rows: &[&[i32]], device: Device) -> Tensor {
+    let width = rows.iter().map(|row| row.len()).max().unwrap_or(0);
+    let mut flat = vec![0i64; rows.len() * width];
+    for (row, padded) in rows.iter().zip(flat.chunks_mut(width.max(1))) {
+        padded.iter_mut().zip(row.iter()).for_each(|(to, id)| *to = i64::from(*id));
+    }
+    Tensor::from_slice(&flat).view([rows.len() as i64, width as i64]).to_device(device)
 }

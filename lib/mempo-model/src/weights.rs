@@ -23,8 +23,13 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Fills `parameters` from the weights in `dir`, converted to the parameters' number format.
-pub(crate) fn load(dir: &Path, parameters: &[(String, Tensor)], tied_head: bool) -> Result<(), Error> {
+/// Fills `parameters` from the weights in `dir`, converted to the parameters' number format. `own_name` says what a tensor of
+/// the files is called here; nothing if it is not needed.
+pub(crate) fn load(
+    dir: &Path,
+    parameters: &[(String, Tensor)],
+    own_name: impl Fn(&str) -> Option<&str>,
+) -> Result<(), Error> {
     let _guard = tch::no_grad_guard();
     let (listing, files, index) = weight_files(dir)?;
     let wanted: HashMap<&str, &Tensor> = parameters.iter().map(|(name, tensor)| (name.as_str(), tensor)).collect();
@@ -42,14 +47,14 @@ pub(crate) fn load(dir: &Path, parameters: &[(String, Tensor)], tied_head: bool)
         })?;
         for (name, view) in tensors.iter() {
             let problem = |problem: String| Error::Tensor { path: path.clone(), tensor: name.to_owned(), problem };
-            match wanted.get(name) {
+            let Some(own_name) = own_name(name) else { continue };
+            match wanted.get(own_name) {
                 Some(parameter) => fill(parameter, &view, &bytes).map_err(problem)?,
-                None if name.ends_with("rotary_emb.inv_freq") || (tied_head && name == "lm_head.weight") => {}
                 None => {
                     return Err(problem("is not part of this model; does config.json belong to it?".to_owned()));
                 }
             }
-            if !found.insert(name.to_owned()) {
+            if !found.insert(own_name.to_owned()) {
                 return Err(problem("stands in two shards".to_owned()));
             }
         }
@@ -121,7 +126,7 @@ fn fill(parameter: &Tensor, view: &TensorView, map: &memmap2::Mmap) -> Result<()
 }
 
 /// A tensor over bytes that it must not outlive; a copy of them where they are not aligned, as in some old files.
-fn borrowed(data: &[u8], shape: &[i64], kind: Kind) -> Tensor {
+pub(crate) fn borrowed(data: &[u8], shape: &[i64], kind: Kind) -> Tensor {
     if data.as_ptr().align_offset(kind.elt_size_in_bytes()) != 0 {
         return Tensor::from_data_size(data, shape, kind);
     }

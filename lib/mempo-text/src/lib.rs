@@ -7,6 +7,7 @@
 
 pub mod answer;
 mod byte_table;
+mod encoder;
 mod error;
 mod json;
 mod namespaces;
@@ -19,6 +20,7 @@ mod tokenizer;
 mod tool;
 mod train;
 
+pub use encoder::EncoderTokenizer;
 pub use error::Error;
 pub use json::python_json;
 pub use neutralise::{PROTOCOL_TAGS, neutralise};

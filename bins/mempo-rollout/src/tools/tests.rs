@@ -4,12 +4,14 @@ use std::net::TcpListener;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::Parser;
+use mempo_agent::{Bm25Options, SearchIndex};
 use mempo_data::{Status, Step, Trajectory, read_rows};
 use mempo_text::{NewTokenizer, Tokenizer, train_tokenizer};
 use serde_json::{Value, json};
 
 use super::*;
 use crate::http::testing::{Reply, serve};
+use crate::index::INDEX_FOLDER;
 use crate::retrieval::{Served, serve as serve_search};
 
 /// What the script writes first, by the question's last words, and what it writes once it has seen something.
@@ -126,11 +128,38 @@ fn generator(tokenizer: Tokenizer, script: Script) -> String {
 fn searched(setting: &Setting, stop: &Arc<AtomicBool>) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let index =
-        SearchIndex::open(&setting.folder.path().join("index").join(INDEX_FOLDER), Bm25Options::default()).unwrap();
+    let index = setting.folder.path().join("index").join(INDEX_FOLDER);
+    let index = SearchIndex::open(&index, Bm25Options::default()).unwrap().into();
     let (served, stop) = (Served { index, digest: String::new(), top_k: 3 }, Arc::clone(stop));
     std::thread::spawn(move || serve_search(listener, served, &|| stop.load(Ordering::Relaxed)));
     url
+}
+
+#[test]
+fn an_index_is_searched_by_vectors_too_and_the_manifest_says_how() {
+    let setting = Setting::new(search);
+    let encoder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../lib/mempo-model/tests/golden/bert");
+    let vectors = format!("--encoder {encoder} --max-tokens 16 --dtype f32 --device cpu");
+    setting.run(&format!("index --corpus @corpus.jsonl --out @vectors {vectors}")).unwrap();
+    let searched = format!("--search @vectors --retriever dense --encoder {encoder}");
+    setting.sample("dense", &searched).unwrap();
+    let steps: Vec<Step> = setting.rows("dense");
+    assert!(steps[0].observation.as_ref().unwrap().contains("is in land"), "{:?}", steps[0]);
+    let manifest = setting.manifest("dense");
+    assert_eq!(
+        manifest["arguments"]["retriever"],
+        json!({"kind": "dense", "query_prefix": "query: ", "search_device": "cpu"})
+    );
+    let names: Vec<&str> = manifest["inputs"].as_array().unwrap().iter().map(|i| i["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["tasks", "model", "search", "encoder"]);
+    setting.sample("dense", &searched).unwrap();
+    let other = setting.sample("dense", &searched.replace("dense", "hybrid")).unwrap_err().to_string();
+    assert!(other.contains("retriever.kind"), "{other}");
+    let elsewhere = format!("--search http://127.0.0.1:1 --retriever dense --encoder {encoder}");
+    let error = setting.sample("elsewhere", &elsewhere).unwrap_err().to_string();
+    assert!(error.contains("how an index is searched"), "{error}");
+    setting.sample("words", "--search @vectors").unwrap();
+    assert!(setting.manifest("words")["arguments"].get("retriever").is_none());
 }
 
 #[test]
@@ -220,7 +249,7 @@ fn tools_by_name_stand_in_the_prompt_and_the_manifest_and_are_called() {
         ("--tools calculator --search @index", "does not name `search`"),
         ("--tools search", "needs --search"),
         ("--tools calculator,calculator", "named twice"),
-        ("--search http://127.0.0.1:9 --bm25-b 0.4", "are for an index"),
+        ("--search http://127.0.0.1:9 --bm25-b 0.4", "how an index is searched"),
         ("--tools search,calculator --search @index --profile search-r1 --context react", "take `calculator` out"),
     ] {
         let error = setting.sample("none", more).unwrap_err();

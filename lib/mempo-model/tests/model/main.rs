@@ -5,6 +5,7 @@
 mod bad_input;
 mod checkpoint;
 mod deterministic;
+mod encoder;
 mod generation;
 mod golden;
 mod scoring;

@@ -2,7 +2,7 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use mempo_agent::Hit;
+use mempo_agent::{Bm25Options, Hit, SearchIndex};
 use mempo_data::Document;
 
 use super::*;
@@ -50,7 +50,7 @@ fn start() -> (tempfile::TempDir, Running) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let (address, stop) = (listener.local_addr().unwrap(), Arc::new(AtomicBool::new(false)));
     let stopped = Arc::clone(&stop);
-    let served = Served { index, digest: "ab".to_owned(), top_k: 3 };
+    let served = Served { index: index.into(), digest: "ab".to_owned(), top_k: 3 };
     let serve = move || serve(listener, served, &|| stopped.load(Ordering::Relaxed));
     (folder, Running { address, stop, thread: Some(std::thread::spawn(serve)) })
 }
@@ -128,11 +128,8 @@ fn an_answer_stays_within_its_bound() {
     let folder = tempfile::tempdir().unwrap();
     let text = "word ".repeat(1 << 18);
     SearchIndex::build([Document { doc_id: "a".into(), title: "A".into(), text }], folder.path()).unwrap();
-    let served = Served {
-        index: SearchIndex::open(folder.path(), Bm25Options::default()).unwrap(),
-        digest: String::new(),
-        top_k: 3,
-    };
+    let index = SearchIndex::open(folder.path(), Bm25Options::default()).unwrap().into();
+    let served = Served { index, digest: String::new(), top_k: 3 };
     let asked = |count| Asked { queries: vec!["word".to_owned(); count], topk: None, return_scores: None };
     let later = Instant::now() + REQUEST;
     assert!(served.retrieve(&asked(20), later).is_ok_and(|body| body.len() > 20 << 20));
