@@ -307,6 +307,7 @@ fn a_teacher_is_asked_in_messages_and_its_texts_become_ids() {
         teacher: Some(url),
         teacher_model: Some("wise".to_owned()),
         teacher_interface: TeacherInterface::Chat,
+        teacher_fields: None,
     };
     let sampling = SamplingOptions { temperature: 1.0, top_p: 1.0, max_completion_tokens: 9 };
     assert_eq!(options.policy().unwrap(), "teacher/wise");
