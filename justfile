@@ -55,29 +55,15 @@ tokenizers: (setup "tokenizers") smollm2::model
 
 # hold `sample --server` to the engine here: the same greedy rollouts from servers that speak as vLLM and SGLang do
 serving port="8100": (setup "python") build
-    #!/usr/bin/env bash
-    set -euo pipefail
-    data=runs/demo-1 model=pipelines/demo/base out=runs/serving
-    if [ ! -f $data/index/manifest.json ]; then MEMPO_SEED=1 {{ just_executable() }} demo data; fi
-    sample() { # NAME TEMPERATURE MORE
-        target/debug/mempo-rollout sample --tasks $data/tasks-dev --model $model --search $data/index --profile pipelines/demo/profiles/mempo --max-tasks 4 --group-size 1 --max-steps 4 --max-completion-tokens 64 --temperature $2 --dtype f32 --device cpu --restart --out $out/$1 "${@:3}"
-    }
-    serve() { # KIND PORT NAME
-        .tools/python/bin/python tools/peers/serve.py $model $1 $2 $3 & trap "kill $(jobs -p | xargs)" EXIT
-        until (echo > /dev/tcp/127.0.0.1/$2) 2> /dev/null; do kill -0 $!; sleep 1; done
-    }
-    sample here 0
-    name=$(target/debug/mempo-rollout served-name --model $model)
-    serve vllm {{ port }} $name
-    sample vllm 0 --server http://127.0.0.1:{{ port }}
-    sample warm 0.7 --server http://127.0.0.1:{{ port }}
-    target/debug/mempo-score logprobs --rollouts $out/warm --model $model --dtype f32 --device cpu --restart --out $out/logprobs
-    serve sglang $(({{ port }} + 1)) another
-    if sample sglang 0 --server http://127.0.0.1:$(({{ port }} + 1)); then echo "other weights were not noticed" >&2; exit 1; fi
-    sample sglang 0 --server http://127.0.0.1:$(({{ port }} + 1)) --update-server
-    cmp $out/here/trajectories/part-00000.parquet $out/vllm/trajectories/part-00000.parquet
-    cmp $out/here/trajectories/part-00000.parquet $out/sglang/trajectories/part-00000.parquet
-    echo "the same trajectories, here and by both servers"
+    tools/peers/serving.sh reference {{ port }}
+
+# the same from vLLM itself, on the CPU (its environment takes 1.2 GB)
+serving-vllm port="8100": (setup "vllm") build
+    tools/peers/serving.sh vllm {{ port }}
+
+# hold `sample --teacher` to the engine here: SmolLM2 behind llama.cpp's server writes the same first 32 tokens (builds llama.cpp: 20 minutes)
+serving-llama port="8100": (setup "python") (setup "llama") smollm2::model build
+    tools/peers/serving.sh llama {{ port }}
 
 # speed of the engine beside transformers, plain PyTorch and TRL: `tiny`, or also `0.5b`
 bench *shapes: (setup "python")

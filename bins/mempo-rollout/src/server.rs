@@ -122,35 +122,46 @@ pub(crate) fn open(
     Ok(Remote { client, protocol: Box::new(asking), described })
 }
 
-/// One completion, read as all will be; and log-probabilities have to be those at the sampling temperature: what is not most
-/// probable becomes more so as the temperature grows, unless they are of the model's raw numbers.
+/// Completions of one token, read as all will be; and log-probabilities have to be those at the sampling temperature: what is
+/// not most probable becomes more so as the temperature grows, unless they are of the model's raw numbers; and what is most
+/// probable stays as it is where --top-p leaves nothing else, unless they are of what was left.
 fn check_answers(client: &Client, asking: &Asking, builder: &PromptBuilder) -> Result<(), String> {
     let prompt_ids = builder.prompt("?", &Carried::default()).map_err(|error| error.to_string())?;
     let request = Request { trajectory: 0, prompt_ids, messages: Vec::new(), seed: 1 };
-    let runner_up = |temperature: f64| {
-        let sampling = SamplingOptions { temperature, top_p: 1.0, max_completion_tokens: 1 };
+    let first = |temperature: f64, top_p: f64| {
+        let sampling = SamplingOptions { temperature, top_p, max_completion_tokens: 1 };
         let asking = Asking { sampling, ..asking.clone() };
         let read = |answer: &Value| {
             asking.generation(answer)?;
-            asking.runner_up(answer).ok_or_else(|| Failure::One("it names no second most probable token".to_owned()))
+            Ok(asking.most_probable(answer))
         };
         let path = asking.path();
         client.ask(path, Some(&asking.body(&request, 5)), read).map_err(|failure| told(client, path, &failure))
     };
-    let temperature = asking.sampling.temperature;
-    let cold = runner_up(temperature)?;
+    let runner_up = |found: &[f64]| {
+        let lacking = || format!("{}: it names no second most probable token", client.url());
+        found.get(1).copied().ok_or_else(lacking)
+    };
+    let SamplingOptions { temperature, top_p, .. } = asking.sampling;
+    let cold = runner_up(&first(temperature, 1.0)?)?;
     if temperature == 0.0 {
         return Ok(());
     }
-    let warm = runner_up(4.0 * temperature)?;
-    if (cold - warm).abs() >= 1e-4 {
-        return Ok(());
+    let hot = first(4.0 * temperature, 1.0)?;
+    if (cold - runner_up(&hot)?).abs() < 1e-4 {
+        return Err(format!(
+            "{}: its log-probabilities do not depend on the temperature, so they are not those it samples from (vLLM gives \
+             these when started with --logprobs-mode processed_logprobs)",
+            client.url()
+        ));
     }
-    Err(format!(
-        "{}: its log-probabilities do not depend on the temperature, so they are not those it samples from (vLLM gives \
-         these when started with --logprobs-mode processed_logprobs)",
-        client.url()
-    ))
+    if top_p < 1.0 && first(4.0 * temperature, 1e-6)?.first().is_none_or(|best| (best - hot[0]).abs() >= 1e-4) {
+        return Err(format!(
+            "{}: its log-probabilities are of what --top-p leaves, and those of the whole distribution are wanted: give --top-p 1",
+            client.url()
+        ));
+    }
+    Ok(())
 }
 
 fn told(client: &Client, path: &str, failure: &Failure) -> String {

@@ -133,6 +133,14 @@ impl Tokenizer {
         self.control_ids.binary_search(&id).is_ok()
     }
 
+    /// Ids that other programs put before every text of their own accord, as the tokenizer's file says (Llama 3:
+    /// `<|begin_of_text|>`). Nothing here does: templates write them.
+    pub fn beginning_ids(&self) -> Vec<i32> {
+        let Ok(encoding) = self.trusted.encode("a", true) else { return Vec::new() };
+        let marked = encoding.get_ids().iter().zip(encoding.get_special_tokens_mask());
+        marked.take_while(|(_, mask)| **mask == 1).map(|(id, _)| *id as i32).collect()
+    }
+
     /// The text as the tokenizer's own normaliser leaves it (Qwen: NFC), which is what its ids decode to.
     pub(crate) fn normalise(&self, text: &str) -> String {
         self.decode(&self.encode(&self.untrusted, text))

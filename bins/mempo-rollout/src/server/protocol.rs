@@ -212,20 +212,20 @@ impl Asking {
         }
     }
 
-    /// The log-probability of the second most probable first token of an answer with alternatives.
-    pub(crate) fn runner_up(&self, answer: &Value) -> Option<f64> {
+    /// The log-probabilities of the most probable first tokens of an answer with alternatives, the highest first.
+    pub(crate) fn most_probable(&self, answer: &Value) -> Vec<f64> {
         let mut found: Vec<f64> = match self.kind {
             Kind::Vllm => {
-                let first = answer["choices"][0]["logprobs"]["top_logprobs"][0].as_object()?;
-                first.values().filter_map(Value::as_f64).collect()
+                let first = answer["choices"][0]["logprobs"]["top_logprobs"][0].as_object();
+                first.into_iter().flat_map(Map::values).filter_map(Value::as_f64).collect()
             }
             Kind::Sglang => {
-                let first = answer["meta_info"]["output_top_logprobs"][0].as_array()?;
-                first.iter().filter_map(|pair| pair[0].as_f64()).collect()
+                let first = answer["meta_info"]["output_top_logprobs"][0].as_array();
+                first.into_iter().flatten().filter_map(|pair| pair[0].as_f64()).collect()
             }
         };
         found.sort_by(|one, other| other.total_cmp(one));
-        found.get(1).copied()
+        found
     }
 }
 
@@ -326,11 +326,11 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn the_second_most_probable_token_is_found() {
+    fn the_most_probable_tokens_are_found() {
         let vllm = json!({"choices": [{"logprobs": {"top_logprobs": [{"token_id:7": -3.0, "token_id:9": -0.1}]}}]});
-        assert_eq!(asking(Kind::Vllm).runner_up(&vllm), Some(-3.0));
+        assert_eq!(asking(Kind::Vllm).most_probable(&vllm), [-0.1, -3.0]);
         let sglang = json!({"meta_info": {"output_top_logprobs": [[[-0.1, 9, null], [-3.0, 7, null]]]}});
-        assert_eq!(asking(Kind::Sglang).runner_up(&sglang), Some(-3.0));
-        assert_eq!(asking(Kind::Sglang).runner_up(&vllm), None);
+        assert_eq!(asking(Kind::Sglang).most_probable(&sglang), [-0.1, -3.0]);
+        assert!(asking(Kind::Sglang).most_probable(&vllm).is_empty());
     }
 }

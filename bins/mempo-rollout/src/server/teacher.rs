@@ -12,7 +12,7 @@ use mempo_data::StopReason;
 use mempo_run::ResultExt;
 use mempo_text::{Profile, PromptBuilder, Tokenizer, ToolCall, Turns};
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::engine::Remote;
 use super::protocol::{Protocol, Reply};
@@ -43,6 +43,24 @@ pub(crate) struct TeacherOptions {
     /// Which of the server's interfaces is used
     #[arg(long, value_enum, default_value = "chat", requires = "teacher")]
     pub(crate) teacher_interface: TeacherInterface,
+    /// Say this with every request, too: a JSON object of what the server has beyond the interface. Servers take what is not
+    /// said from their own defaults: llama.cpp's Python server punishes repetition unless {"repeat_penalty": 1.0} is said
+    #[arg(long, value_name = "JSON", requires = "teacher", value_parser = fields)]
+    pub(crate) teacher_fields: Option<Map<String, Value>>,
+}
+
+/// What a request says by other options, or an answer could not be read with.
+const TAKEN: [&str; 10] =
+    ["model", "messages", "prompt", "max_tokens", "temperature", "top_p", "stop", "seed", "n", "stream"];
+
+/// A JSON object with fields that are nobody's yet.
+fn fields(text: &str) -> Result<Map<String, Value>, String> {
+    let fields: Map<String, Value> =
+        serde_json::from_str(text).map_err(|error| format!("expected a JSON object: {error}"))?;
+    match TAKEN.iter().find(|name| fields.contains_key(**name)) {
+        Some(name) => Err(format!("`{name}` is not to be said here: it is said by other options, or always the same")),
+        None => Ok(fields),
+    }
 }
 
 impl TeacherOptions {
@@ -69,10 +87,14 @@ impl TeacherOptions {
         Ok(())
     }
 
-    /// What a rollout is known by: who demonstrates, and through which interface.
+    /// What a rollout is known by: who demonstrates, through which interface, and what it is told beside.
     pub(crate) fn recorded(&self) -> Option<Value> {
         let model = self.teacher_model.as_ref()?;
-        Some(json!({"model": model, "interface": self.teacher_interface}))
+        let mut recorded = json!({"model": model, "interface": self.teacher_interface});
+        if let Some(fields) = &self.teacher_fields {
+            recorded["fields"] = json!(fields);
+        }
+        Some(recorded)
     }
 
     /// The teacher, if there is one.
@@ -88,6 +110,7 @@ impl TeacherOptions {
         let texts = Texts {
             model,
             interface: self.teacher_interface,
+            fields: self.teacher_fields.clone().unwrap_or_default(),
             sampling: sampling.clone(),
             stop: builder.profile().stop.clone(),
             tokenizer: builder.shared_tokenizer(),
@@ -105,6 +128,8 @@ impl TeacherOptions {
 struct Texts {
     model: String,
     interface: TeacherInterface,
+    /// What is said beyond the interface.
+    fields: Map<String, Value>,
     sampling: SamplingOptions,
     /// Texts that end a completion. Servers leave them out of it.
     stop: Vec<String>,
@@ -130,10 +155,16 @@ impl Protocol for Texts {
             // Some servers hold 32 bits.
             "seed": request.seed >> 33,
         });
+        for (name, value) in &self.fields {
+            body[name] = value.clone();
+        }
         match self.interface {
             TeacherInterface::Chat => body["messages"] = json!(request.messages),
             TeacherInterface::Completions => {
-                body["prompt"] = json!(self.tokenizer.decode_for_text(&request.prompt_ids));
+                // Servers put the beginning before a text themselves: a second one would be another prompt.
+                let ids = request.prompt_ids.as_slice();
+                let ids = ids.strip_prefix(&self.tokenizer.beginning_ids()[..]).unwrap_or(ids);
+                body["prompt"] = json!(self.tokenizer.decode_for_text(ids));
             }
         }
         body
@@ -191,11 +222,21 @@ mod tests {
     use super::*;
 
     fn texts(interface: TeacherInterface) -> Texts {
+        texts_with(interface, |_| ())
+    }
+
+    /// With a changed `tokenizer.json`.
+    fn texts_with(interface: TeacherInterface, change: impl Fn(&mut Value)) -> Texts {
         let folder = tempfile::tempdir().unwrap();
         train_tokenizer(["red".to_owned()].into_iter(), &NewTokenizer::of_size(270), folder.path()).unwrap();
+        let file = folder.path().join("tokenizer.json");
+        let mut tokenizer = serde_json::from_str(&fs_err::read_to_string(&file).unwrap()).unwrap();
+        change(&mut tokenizer);
+        fs_err::write(&file, tokenizer.to_string()).unwrap();
         Texts {
             model: "t".to_owned(),
             interface,
+            fields: fields(r#"{"repeat_penalty": 1.0}"#).unwrap(),
             sampling: SamplingOptions { temperature: 0.5, top_p: 1.0, max_completion_tokens: 9 },
             stop: vec!["</tool_call>".to_owned(), "</answer>".to_owned()],
             tokenizer: Arc::new(Tokenizer::load(folder.path()).unwrap()),
@@ -208,6 +249,7 @@ mod tests {
             teacher: Some("http://a".to_owned()),
             teacher_model: Some("t".to_owned()),
             teacher_interface,
+            teacher_fields: None,
         };
         let profile = |name| Profile::load(name).unwrap();
         let (chat, completions) = (options(TeacherInterface::Chat), options(TeacherInterface::Completions));
@@ -238,6 +280,48 @@ mod tests {
         for answer in [json!({}), json!({"choices": [{"text": "x", "finish_reason": "content_filter"}]})] {
             assert!(matches!(texts.reply(&answer), Err(Failure::One(_))), "{answer}");
         }
+    }
+
+    fn question(texts: &Texts, text: &str) -> Value {
+        let prompt_ids = texts.tokenizer.encode_trusted(text);
+        texts.question(&Request { trajectory: 0, prompt_ids, messages: Vec::new(), seed: 1 })
+    }
+
+    #[test]
+    fn what_a_server_has_beyond_the_interface_is_said_with_every_request() {
+        for interface in [TeacherInterface::Chat, TeacherInterface::Completions] {
+            let said = question(&texts(interface), "red");
+            assert_eq!((&said["repeat_penalty"], &said["temperature"]), (&json!(1.0), &json!(0.5)));
+        }
+        let with = |teacher_fields| {
+            let (teacher, teacher_model) = (Some("http://a".to_owned()), Some("t".to_owned()));
+            TeacherOptions { teacher, teacher_model, teacher_interface: TeacherInterface::Chat, teacher_fields }
+                .recorded()
+        };
+        assert_ne!(with(None), with(fields(r#"{"min_p": 0}"#).ok()));
+        assert!(fields(r#"{"min_p": 0, "temperature": 1}"#).unwrap_err().starts_with("`temperature` is not"));
+        assert!(fields("[1]").unwrap_err().starts_with("expected a JSON object"));
+    }
+
+    #[test]
+    fn a_prompt_begins_once_where_a_server_begins_it_too() {
+        let start = json!({"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]});
+        let template = json!({
+            "type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|im_start|>": start},
+        });
+        let (plain, begun) = (texts(TeacherInterface::Completions), |tokenizer: &mut Value| {
+            let byte_level = tokenizer["post_processor"].clone();
+            tokenizer["post_processor"] = json!({"type": "Sequence", "processors": [byte_level, template.clone()]});
+        });
+        let begun = texts_with(TeacherInterface::Completions, begun);
+        let prompt = |texts: &Texts, text: &str| question(texts, text)["prompt"].clone();
+        let turn = "<|im_start|>user\nred<|im_end|>\n<|im_start|>assistant\n";
+        assert_eq!(prompt(&plain, turn), turn);
+        assert_eq!(prompt(&begun, turn), turn["<|im_start|>".len()..]);
+        assert_eq!(prompt(&begun, "red"), "red");
     }
 
     #[test]

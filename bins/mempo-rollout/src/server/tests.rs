@@ -203,8 +203,19 @@ fn one_silent_request_does_not_hold_the_others() {
     assert_eq!((result, answered.load(Ordering::Relaxed)), (Ok(()), 40));
 }
 
-/// A server as it is met at the start: which model it has, with log-probabilities at the temperature or raw.
-fn met(kind: Kind, name: &'static str, is_raw: bool) -> String {
+/// Of what a server's log-probabilities are.
+#[derive(Clone, Copy, PartialEq)]
+enum Of {
+    /// The distribution at the temperature.
+    All,
+    /// What top-p leaves of it.
+    Left,
+    /// The model's raw numbers.
+    Raw,
+}
+
+/// A server as it is met at the start: which model it has, and its log-probabilities.
+fn met(kind: Kind, name: &'static str, of: Of) -> String {
     let weights = Mutex::new(name.to_owned());
     serve(move |path, body| match path {
         "/get_model_info" if kind == Kind::Sglang => Reply::Json(200, json!({"model_path": "m"})),
@@ -217,12 +228,14 @@ fn met(kind: Kind, name: &'static str, is_raw: bool) -> String {
             let temperature = body.pointer("/temperature").or_else(|| body.pointer("/sampling_params/temperature"));
             let bias = body.pointer("/logit_bias").or_else(|| body.pointer("/sampling_params/logit_bias")).unwrap();
             assert!(bias.get("409").is_some() && bias.get("100").is_none(), "rows without text alone: {bias}");
-            let second = if is_raw { -6.0 } else { -6.0 / temperature.unwrap().as_f64().unwrap() };
+            let top_p = body.pointer("/top_p").or_else(|| body.pointer("/sampling_params/top_p")).unwrap();
+            let best = if of == Of::Left && top_p.as_f64().unwrap() < 0.5 { 0.0 } else { -0.01 };
+            let second = if of == Of::Raw { -6.0 } else { -6.0 / temperature.unwrap().as_f64().unwrap() };
             let mut answer = answer(kind, &[5], "length", &Value::Null);
             if kind == Kind::Vllm {
-                answer["choices"][0]["logprobs"]["top_logprobs"] = json!([{"token_id:5": -0.01, "token_id:6": second}]);
+                answer["choices"][0]["logprobs"]["top_logprobs"] = json!([{"token_id:5": best, "token_id:6": second}]);
             } else {
-                answer["meta_info"]["output_top_logprobs"] = json!([[[-0.01, 5, null], [second, 6, null]]]);
+                answer["meta_info"]["output_top_logprobs"] = json!([[[best, 5, null], [second, 6, null]]]);
                 answer["meta_info"]["weight_version"] = json!(*weights.lock().unwrap());
             }
             Reply::Json(200, answer)
@@ -238,7 +251,6 @@ fn a_server_must_have_the_checkpoint_and_give_the_log_probabilities_that_it_samp
     train_tokenizer(lines, &NewTokenizer::of_size(400), dir.path()).unwrap();
     let profile = Profile::load("mempo").unwrap();
     let builder = PromptBuilder::load(dir.path(), profile, &[mempo_text::ToolSpec::search()]).unwrap();
-    let sampling = SamplingOptions { temperature: 0.7, top_p: 1.0, max_completion_tokens: 9 };
     let digest = "0123456789abcdef0123";
     let config = json!({
         "model_type": "qwen2", "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
@@ -246,14 +258,16 @@ fn a_server_must_have_the_checkpoint_and_give_the_log_probabilities_that_it_samp
     });
     fs_err::write(dir.path().join("config.json"), config.to_string()).unwrap();
     let config = Config::load(dir.path()).unwrap();
-    let opened = |url: &str, update_server: bool, trust_server: bool| {
+    let opened_at = |top_p: f64, url: &str, update_server: bool, trust_server: bool| {
         let options = ServerOptions { update_server, trust_server, ..patience(60, 0) };
+        let sampling = SamplingOptions { temperature: 0.7, top_p, max_completion_tokens: 9 };
         open(url, &options, (dir.path(), digest, &config), &builder, &sampling).map(|remote| remote.described)
     };
+    let opened = |url: &str, update: bool, trust: bool| opened_at(1.0, url, update, trust);
     let mine = "mempo-0123456789abcdef";
     let proven = |kind: &str| Ok(json!({"protocol": kind, "model": mine, "is_proven": true}));
-    assert_eq!(opened(&met(Kind::Vllm, mine, false), false, false), proven("vllm"));
-    let (vllm, sglang) = (met(Kind::Vllm, "another", false), met(Kind::Sglang, "another", false));
+    assert_eq!(opened(&met(Kind::Vllm, mine, Of::All), false, false), proven("vllm"));
+    let (vllm, sglang) = (met(Kind::Vllm, "another", Of::All), met(Kind::Sglang, "another", Of::All));
     let told = opened(&vllm, false, false).unwrap_err();
     assert!(told.contains("serves `another`, expected `mempo-0123456789abcdef`"), "{told}");
     assert!(opened(&vllm, true, false).unwrap_err().contains("vLLM cannot be told"));
@@ -266,8 +280,15 @@ fn a_server_must_have_the_checkpoint_and_give_the_log_probabilities_that_it_samp
     );
     assert_eq!(opened(&sglang, true, false), proven("sglang"));
     assert_eq!(opened(&sglang, false, false), proven("sglang"));
-    let told = opened(&met(Kind::Vllm, mine, true), false, false).unwrap_err();
+    let told = opened(&met(Kind::Vllm, mine, Of::Raw), false, false).unwrap_err();
     assert!(told.contains("do not depend on the temperature"), "{told}");
+    for kind in [Kind::Vllm, Kind::Sglang] {
+        let (all, left) = (met(kind, mine, Of::All), met(kind, mine, Of::Left));
+        assert!(opened_at(0.9, &all, false, false).is_ok());
+        assert!(opened(&left, false, false).is_ok());
+        let told = opened_at(0.9, &left, false, false).unwrap_err();
+        assert!(told.contains("of what --top-p leaves") && told.contains("give --top-p 1"), "{told}");
+    }
     assert_eq!(address("http://gpu:8000/v1/"), Ok("http://gpu:8000".to_owned()));
     assert!(opened("http://127.0.0.1:9", false, false).unwrap_err().contains("1 attempts"));
 }
@@ -286,6 +307,7 @@ fn a_teacher_is_asked_in_messages_and_its_texts_become_ids() {
         teacher: Some(url),
         teacher_model: Some("wise".to_owned()),
         teacher_interface: TeacherInterface::Chat,
+        teacher_fields: None,
     };
     let sampling = SamplingOptions { temperature: 1.0, top_p: 1.0, max_completion_tokens: 9 };
     assert_eq!(options.policy().unwrap(), "teacher/wise");
