@@ -93,7 +93,7 @@ impl GenerateEvents for Events<'_, '_> {
         for (session, _) in &finished {
             self.stop.forget(*session);
         }
-        let finished = finished.into_iter().map(|(session, generated)| (session, generation(generated)));
+        let finished = finished.into_iter().map(|(session, generated)| (session, Ok(generation(generated))));
         (self.next)(finished.collect()).into_iter().map(request).collect()
     }
 }

@@ -7,7 +7,7 @@ use mempo_text::PromptBuilder;
 use rayon::prelude::*;
 
 use crate::attempt::Attempt;
-use crate::{ContextPolicy, Engine, Error, Generation, LimitOptions, Past, Request, Toolbox};
+use crate::{ContextPolicy, Engine, Error, Generated, LimitOptions, Past, Request, Toolbox};
 
 /// How trajectories are made.
 pub struct Agent<'a> {
@@ -77,14 +77,14 @@ impl Agent<'_> {
     fn take_in<'a, 't>(
         &self,
         attempts: &'a mut [Attempt<'t>],
-        finished: Vec<(usize, Generation)>,
+        finished: Vec<(usize, Generated)>,
         with_messages: bool,
     ) -> Result<Vec<Request>, Error> {
-        let mut of: HashMap<usize, Generation> = finished.into_iter().collect();
+        let mut of: HashMap<usize, Generated> = finished.into_iter().collect();
         let concerned = attempts.iter_mut().enumerate();
         let concerned = concerned.filter_map(|(place, attempt)| Some((place, attempt, of.remove(&place)?)));
         let acted: Vec<_> = concerned.filter(|(_, attempt, _)| attempt.is_active()).collect();
-        let act = |(place, attempt, generation): (usize, &'a mut Attempt<'t>, Generation)| {
+        let act = |(place, attempt, generation): (usize, &'a mut Attempt<'t>, Generated)| {
             attempt.advance(self, generation);
             (place, attempt)
         };

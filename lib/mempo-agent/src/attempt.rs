@@ -4,7 +4,7 @@ use mempo_data::{Status, Step, StopReason, Task, Trajectory};
 use mempo_text::{ParsedCompletion, ToolCall, parse_continuation};
 
 use crate::outcome::{format_problem, outcome, row_segments};
-use crate::{Agent, Generation, Start, ToolFailure, observation};
+use crate::{Agent, Generated, Generation, Start, ToolFailure, observation};
 
 /// One attempt at a task.
 pub(crate) struct Attempt<'t> {
@@ -47,11 +47,12 @@ impl<'t> Attempt<'t> {
     }
 
     /// Takes in what the engine made of the prompt: one step more, and an end or an observation.
-    pub(crate) fn advance(&mut self, agent: &Agent<'_>, generation: Generation) {
+    pub(crate) fn advance(&mut self, agent: &Agent<'_>, generation: Generated) {
         let prompt_ids = std::mem::take(&mut self.prompt_ids);
-        if generation.stop_reason == StopReason::Error {
-            return self.stop(Status::EngineError, "the engine failed for this prompt");
-        }
+        let generation = match generation {
+            Ok(generation) => generation,
+            Err(problem) => return self.stop(Status::EngineError, &problem),
+        };
         if generation.ids.len() != generation.logprobs.len() {
             let (ids, logprobs) = (generation.ids.len(), generation.logprobs.len());
             return self.stop(Status::EngineError, &format!("{ids} ids came with {logprobs} log-probabilities"));

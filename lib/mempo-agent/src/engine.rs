@@ -23,13 +23,16 @@ pub struct Generation {
     pub ids: Vec<i32>,
     /// Natural log-probability of each id at the sampling temperature; NaN where nobody knows it.
     pub logprobs: Vec<f32>,
-    /// Why it ended; [`StopReason::Error`] where the engine failed for this request alone.
+    /// Why it ended.
     pub stop_reason: StopReason,
 }
 
+/// What came of a request: a completion, or why the engine failed for this one alone.
+pub type Generated = Result<Generation, String>;
+
 /// What follows from completions: takes those (with their trajectories) that ended together, gives the next requests of
 /// the trajectories that go on.
-pub type Next<'a> = dyn FnMut(Vec<(usize, Generation)>) -> Vec<Request> + 'a;
+pub type Next<'a> = dyn FnMut(Vec<(usize, Generated)>) -> Vec<Request> + 'a;
 
 /// Generates completions.
 pub trait Engine {

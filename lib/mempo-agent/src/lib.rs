@@ -27,7 +27,7 @@ pub use calculator::Calculator;
 pub use context::{
     AMem, Carry, ClosedBook, ContextOptions, ContextPolicy, Mem1, Mempo, NoPast, Past, RagMemory, React, context_policy,
 };
-pub use engine::{Engine, Generation, Next, Request};
+pub use engine::{Engine, Generated, Generation, Next, Request};
 pub use fusion::reciprocal_rank_fusion;
 pub use options::{LimitOptions, SamplingOptions};
 pub use outcome::{Outcome, format_problem, outcome, row_segments};

@@ -6,8 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use mempo_agent::{Engine, Generation, Next, Request};
-use mempo_data::StopReason;
+use mempo_agent::{Engine, Generated, Generation, Next, Request};
 use mempo_text::PromptBuilder;
 use serde_json::Value;
 use tracing::warn;
@@ -161,13 +160,13 @@ impl Engine for ServerEngine<'_> {
 }
 
 impl ServerEngine<'_> {
-    /// A completion, or that there is none; an error once the server is of no use, after so many requests `in_vain` in a row.
-    fn generation(&self, result: Result<Reply, Failure>, in_vain: usize) -> Result<Generation, String> {
+    /// A completion, or why there is none; an error once the server is of no use, after so many requests `in_vain` in a row.
+    fn generation(&self, result: Result<Reply, Failure>, in_vain: usize) -> Result<Generated, String> {
         let problem = match result {
-            Ok(Reply::Ids(generation)) => return Ok(generation),
+            Ok(Reply::Ids(generation)) => return Ok(Ok(generation)),
             Ok(Reply::Text(text, stop_reason)) => {
                 let ids = self.builder.completion_ids_from_text(&text);
-                return Ok(Generation { logprobs: vec![f32::NAN; ids.len()], ids, stop_reason });
+                return Ok(Ok(Generation { logprobs: vec![f32::NAN; ids.len()], ids, stop_reason }));
             }
             Err(Failure::Final(problem)) => return Err(format!("{}: {problem}", self.url)),
             Err(Failure::Passing(problem, _) | Failure::Refused(problem) | Failure::One(problem)) => problem,
@@ -176,6 +175,6 @@ impl ServerEngine<'_> {
         if in_vain >= GIVE_UP {
             return Err(format!("{}: {in_vain} requests in a row came to nothing, the last by {problem}", self.url));
         }
-        Ok(Generation { ids: Vec::new(), logprobs: Vec::new(), stop_reason: StopReason::Error })
+        Ok(Err(problem))
     }
 }

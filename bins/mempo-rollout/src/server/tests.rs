@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Instant;
 
-use mempo_agent::{Engine, Generation};
+use mempo_agent::{Engine, Generated, Generation};
 use mempo_data::StopReason;
 use mempo_text::{Carried, NewTokenizer, Profile, train_tokenizer};
 
@@ -27,7 +27,7 @@ fn good(kind: Kind, body: &Value) -> Reply {
 }
 
 /// Two steps of each of so many trajectories; what came of them, by prompt.
-fn two_steps(engine: &mut ServerEngine<'_>, count: usize) -> (Result<(), String>, HashMap<Vec<i32>, Generation>) {
+fn two_steps(engine: &mut ServerEngine<'_>, count: usize) -> (Result<(), String>, HashMap<Vec<i32>, Generated>) {
     let request = |trajectory: usize, step: i32| Request {
         trajectory,
         prompt_ids: vec![trajectory as i32, step],
@@ -99,6 +99,7 @@ fn every_request_is_answered_once_however_the_server_misbehaves() {
         assert_eq!(result, Ok(()));
         assert_eq!(found.len(), 1000);
         for (prompt, generation) in found {
+            let generation = generation.unwrap();
             assert_eq!(generation.ids, continuation(&json!(prompt)), "{prompt:?}");
             assert_eq!(generation.stop_reason, StopReason::MaxTokens);
         }
@@ -128,7 +129,7 @@ fn what_a_server_will_not_do_for_one_request_ends_that_trajectory_alone() {
     });
     let (result, found) = two_steps(&mut engine(&url, Kind::Vllm, LONG, &|| false), 6);
     assert_eq!(result, Ok(()));
-    let failed = found.iter().filter(|(_, generation)| generation.stop_reason == StopReason::Error);
+    let failed = found.iter().filter(|(_, generation)| generation.is_err());
     let mut failed: Vec<i32> = failed.map(|(prompt, _)| prompt[0]).collect();
     failed.sort_unstable();
     assert_eq!(failed, [1, 1, 2, 2, 3, 3]);
@@ -157,7 +158,7 @@ fn what_is_left_of_a_run_that_failed_is_not_taken_for_the_next_one_s() {
     let (result, found) = two_steps(&mut engine, 100);
     assert_eq!((result, found.len()), (Ok(()), 200));
     for (prompt, generation) in found {
-        assert_eq!(generation.ids, continuation(&json!(prompt)), "{prompt:?}");
+        assert_eq!(generation.unwrap().ids, continuation(&json!(prompt)), "{prompt:?}");
     }
 }
 
@@ -168,7 +169,7 @@ fn a_server_that_only_fails_is_given_up_and_a_run_can_be_interrupted() {
     let mut failing = ServerEngine::new(client, Box::new(asking(Kind::Vllm)), &BUILDER, 8, &|| false).unwrap();
     let (result, found) = two_steps(&mut failing, 100);
     assert!(result.unwrap_err().contains("16 requests in a row came to nothing"));
-    assert!(found.values().all(|generation| generation.stop_reason == StopReason::Error));
+    assert!(found.values().all(Result::is_err));
 
     let url = serve(|_, _| Reply::Silence(LONG));
     let start = Instant::now();
@@ -323,7 +324,7 @@ fn a_teacher_is_asked_in_messages_and_its_texts_become_ids() {
             Vec::new()
         })
         .unwrap();
-    let (_, Generation { ids, logprobs, stop_reason }) = found.remove(0);
+    let Generation { ids, logprobs, stop_reason } = found.remove(0).1.unwrap();
     assert_eq!(BUILDER.tokenizer().decode(&ids), "<think>é</think><answer>red</answer>");
     assert!(logprobs.len() == ids.len() && logprobs.iter().all(|logprob| logprob.is_nan()));
     assert_eq!(stop_reason, StopReason::StopString);

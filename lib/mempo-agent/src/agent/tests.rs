@@ -6,7 +6,7 @@ use mempo_text::{ChatTemplate, NewTokenizer, Profile, Tokenizer, ToolSpec, train
 
 use super::*;
 use crate::toolbox::tests::scripted;
-use crate::{Carry, ClosedBook, Mempo, Next, React};
+use crate::{Carry, ClosedBook, Generation, Mempo, Next, React};
 
 const SEARCH: &str =
     r#"<mem>none yet</mem><think>look</think><tool_call>{"name": "search", "arguments": {"query": "red"}}</tool_call>"#;
@@ -65,7 +65,7 @@ impl<F: FnMut(usize, usize, u64) -> Result<(String, StopReason), String>> Engine
 }
 
 impl<F: FnMut(usize, usize, u64) -> Result<(String, StopReason), String>> Scripted<'_, F> {
-    fn round(&mut self, requests: &[Request]) -> Result<Vec<Generation>, String> {
+    fn round(&mut self, requests: &[Request]) -> Result<Vec<Generated>, String> {
         let call = self.calls.len();
         self.calls.push(requests.len());
         let mut one = |(row, request): (usize, &Request)| {
@@ -76,7 +76,8 @@ impl<F: FnMut(usize, usize, u64) -> Result<(String, StopReason), String>> Script
             } else {
                 tokenizer.encode_plain(&text)
             };
-            Ok(Generation { logprobs: vec![-0.5; ids.len()], ids, stop_reason })
+            let generation = Generation { logprobs: vec![-0.5; ids.len()], ids, stop_reason };
+            Ok(if stop_reason == StopReason::Error { Err("no answer".to_owned()) } else { Ok(generation) })
         };
         requests.iter().enumerate().map(&mut one).collect()
     }
@@ -265,9 +266,9 @@ fn what_fails_in_the_engine_has_no_reward() {
     let one_fails =
         |_, row, _| Ok((RIGHT.to_owned(), if row == 0 { StopReason::Error } else { StopReason::StopString }));
     let mut engine = Scripted { builder: &builder, calls: Vec::new(), bytewise: false, script: one_fails };
-    let statuses: Vec<Status> =
-        setting.run(&mut engine, &[task("a")]).trajectories.iter().map(|row| row.status).collect();
-    assert_eq!(statuses, [Status::EngineError, Status::Ok]);
+    let rows = setting.run(&mut engine, &[task("a")]).trajectories;
+    assert_eq!(rows.iter().map(|row| row.status).collect::<Vec<_>>(), [Status::EngineError, Status::Ok]);
+    assert_eq!(rows[0].error.as_deref(), Some("step 0: no answer"));
     let unit = setting.run(&mut Forgetful, &[task("a")]);
     assert!(unit.trajectories.iter().all(|row| row.status == Status::EngineError && row.reward.is_none()));
 }
