@@ -1,56 +1,21 @@
 //! Tools that a user names in a file: a policy's arguments are posted to an address, what comes back is what it sees.
 
-use std::path::Path;
-
-use anyhow::{Context, ensure};
-use mempo_agent::{Tool, ToolFailure};
+use anyhow::anyhow;
+use mempo_agent::{NamedTool, Tool, ToolFailure};
 use mempo_run::ResultExt;
 use mempo_text::ToolSpec;
-use serde::Deserialize;
 use serde_json::Value;
 
 use crate::http::{self, Client, Failure, Limits};
 
-/// What the file says of a tool.
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct NamedTool {
-    name: String,
-    description: String,
-    /// JSON schema of the arguments object.
-    parameters: Value,
-    /// Where the arguments are posted.
-    pub(crate) url: String,
-}
-
-/// The tools of a file: a JSON list.
-pub(crate) fn read(path: &Path) -> anyhow::Result<Vec<NamedTool>> {
-    let read = || -> anyhow::Result<Vec<NamedTool>> {
-        let text = fs_err::read_to_string(path)?;
-        let in_file = || path.display().to_string();
-        let expected = r#"expected [{"name": …, "description": …, "parameters": {JSON schema}, "url": "http://…"}, …]"#;
-        let mut tools: Vec<NamedTool> =
-            serde_json::from_str(&text).with_context(|| format!("{}: {expected}", in_file()))?;
-        for tool in &mut tools {
-            let name = &tool.name;
-            let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_' || c == '-';
-            ensure!(!name.is_empty() && name.chars().all(is_word), "{}: `{name}` is no name for a tool", in_file());
-            ensure!(tool.parameters.is_object(), "{}: `parameters` of `{name}` is no JSON schema", in_file());
-            let url = http::address(&tool.url)
-                .map_err(|problem| anyhow::anyhow!("{}: `url` of `{name}`: {problem}", in_file()))?;
-            tool.url = url;
-        }
-        Ok(tools)
-    };
-    read().bad_input()
-}
-
-impl NamedTool {
-    /// What the policy is told.
-    pub(crate) fn spec(&self) -> ToolSpec {
-        let Self { name, description, parameters, .. } = self.clone();
-        ToolSpec { name, description, parameters }
+/// Refuses tools whose url is no address; a slash at its end is left out.
+pub(crate) fn check_urls(tools: &mut [NamedTool]) -> anyhow::Result<()> {
+    for tool in tools {
+        let name = tool.spec().name;
+        let url = http::address(&tool.url).map_err(|problem| anyhow!("--tools-file: `url` of `{name}`: {problem}"));
+        tool.url = url.bad_input()?;
     }
+    Ok(())
 }
 
 /// Calls such a tool.
@@ -90,8 +55,9 @@ mod tests {
     use crate::http::testing::{Reply, answer, serve};
 
     fn named(url: &str) -> NamedTool {
-        let (name, description) = ("weather".to_owned(), "Tells the weather.".to_owned());
-        NamedTool { name, description, parameters: json!({"type": "object"}), url: url.to_owned() }
+        let parameters = json!({"type": "object"});
+        let tool = json!({"name": "weather", "description": "Tells.", "parameters": parameters, "url": url});
+        serde_json::from_value(tool).unwrap()
     }
 
     #[test]
@@ -120,29 +86,13 @@ mod tests {
     }
 
     #[test]
-    fn what_is_wrong_with_a_file_is_said() {
-        let folder = tempfile::tempdir().unwrap();
-        let path = folder.path().join("tools.json");
-        let mut tool = json!({
-            "name": "weather", "description": "Tells the weather.", "parameters": {"type": "object"}, "url": "http://a:1/w/",
-        });
-        let mut with = |name: &str, value: Value| {
-            let before = tool[name].clone();
-            tool[name] = value;
-            fs_err::write(&path, json!([tool]).to_string()).unwrap();
-            tool[name] = before;
-            read(&path).map_err(|error| format!("{error:#}"))
-        };
-        assert_eq!(with("name", json!("weather")), Ok(vec![named("http://a:1/w")]));
-        for (name, value, told) in [
-            ("name", json!("a tool"), "`a tool` is no name"),
-            ("name", json!(3), "expected [{"),
-            ("parameters", json!("none"), "no JSON schema"),
-            ("url", json!("a:1"), "expected http://"),
-            ("url", json!("http://me:key@a:1"), "from the environment"),
-        ] {
-            let error = with(name, value).unwrap_err();
-            assert!(error.contains("tools.json") && error.contains(told), "{error}");
+    fn an_url_is_an_address_without_a_key() {
+        let mut tools = [named("http://a:1/w/")];
+        check_urls(&mut tools).unwrap();
+        assert_eq!(tools, [named("http://a:1/w")]);
+        for (url, told) in [("a:1", "expected http://"), ("http://me:key@a:1", "from the environment")] {
+            let error = check_urls(&mut [named(url)]).unwrap_err().to_string();
+            assert!(error.contains("`url` of `weather`") && error.contains(told), "{error}");
         }
     }
 }

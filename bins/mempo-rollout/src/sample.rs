@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use anyhow::{Context, anyhow};
 use clap::Args;
-use mempo_agent::{Agent, ContextOptions, Engine, LimitOptions, SamplingOptions, Start, Unit, context_policy};
+use mempo_agent::{
+    Agent, ContextOptions, Engine, LimitOptions, SamplingOptions, Start, ToolTable, Unit, context_policy,
+};
 use mempo_data::{AnsweredQuery, Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage, print_data, seed_of};
@@ -18,7 +20,7 @@ use crate::local_engine::LocalEngine;
 use crate::server::{self, Remote, ServerOptions, TeacherOptions, served_name};
 use crate::stored::{FromOptions, MemoryControl, Stored};
 use crate::tally::Tally;
-use crate::tools::{RecordedTools, ToolOptions, ToolTable, Tools};
+use crate::tools::{RecordedTools, ToolOptions, Tools};
 use crate::top_up::{Earlier, MAY_DIFFER};
 
 /// Let a checkpoint work on tasks, each several times.
@@ -269,7 +271,7 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
 
 fn prompt_builder(arguments: &SampleArguments, table: &ToolTable) -> anyhow::Result<PromptBuilder> {
     let profile = Profile::load(arguments.profile()).usage()?;
-    table.check_callable(&profile).usage()?;
+    table.check(&profile).usage()?;
     PromptBuilder::load(&arguments.model, profile, &table.specs()).bad_input()
 }
 

@@ -1,20 +1,20 @@
 //! The tools of a rollout: which they are, and what `search` stands on: an index, a server, or what a server once answered.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::anyhow;
 use clap::{Args, ValueEnum};
-use mempo_agent::{Calculator, Search, SearchTool, Tool, Toolbox};
+use mempo_agent::{BuiltIn, Calculator, Search, SearchTool, Tool, ToolNames, ToolTable, Toolbox};
 use mempo_data::{AnsweredQuery, Document, Row};
 use mempo_run::{Input, ResultExt};
 use mempo_text::{Profile, ToolSpec};
 use serde::Serialize;
 
 use crate::http::{Client, Limits, Secret};
-use crate::http_tool::{self, HttpTool, NamedTool};
+use crate::http_tool::{self, HttpTool};
 use crate::index::INDEX_FOLDER;
 use crate::query_log::{Recorder, Replay};
 use crate::retrieval::{self, RemoteSearch};
@@ -34,13 +34,8 @@ const TOOL_BYTES: u64 = 1 << 20;
 /// Which tools there are, and what they stand on.
 #[derive(Debug, Args)]
 pub(crate) struct ToolOptions {
-    /// Tools of this program that the policy may call
-    #[arg(long, value_name = "NAME,...", value_enum, value_delimiter = ',', default_value = "search")]
-    tools: Vec<BuiltIn>,
-    /// Further tools: a JSON file [{"name": "", "description": "", "parameters": {JSON schema}, "url": "http://HOST/PATH"}]. The
-    /// policy's arguments are posted to the url; the text that comes back is what it sees
-    #[arg(long, value_name = "FILE")]
-    tools_file: Option<PathBuf>,
+    #[command(flatten)]
+    names: ToolNames,
     /// Where `search` looks: an index, as `index` writes it; the web, as web:searxng or web:serper (its address is read from the
     /// environment as MEMPO_SEARCH_URL, a key as MEMPO_SEARCH_KEY); a server of Search-R1's protocol at http://HOST:PORT, as
     /// `serve-search` is one (a key, if it wants one, is read from the environment as MEMPO_SEARCH_KEY); or a rollout whose
@@ -58,24 +53,6 @@ pub(crate) struct ToolOptions {
     /// Let MEMPO_SEARCH_URL be an address of this machine or of a private network
     #[arg(long)]
     allow_private_addresses: bool,
-}
-
-/// A tool of this program.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum BuiltIn {
-    /// Finds documents where --search says
-    Search,
-    /// Arithmetic
-    Calculator,
-}
-
-impl BuiltIn {
-    fn spec(self) -> ToolSpec {
-        match self {
-            Self::Search => ToolSpec::search(),
-            Self::Calculator => Calculator.spec(),
-        }
-    }
 }
 
 /// Where `search` looks.
@@ -122,13 +99,9 @@ impl ToolOptions {
 
     /// The tools, by name.
     pub(crate) fn table(&self) -> anyhow::Result<ToolTable> {
-        let from_file = self.tools_file.as_deref().map(http_tool::read).transpose()?.unwrap_or_default();
-        let table = ToolTable { built_in: self.tools.clone(), named: from_file };
-        let mut names = BTreeSet::new();
-        if let Some(twice) = table.specs().into_iter().find(|spec| !names.insert(spec.name.clone())) {
-            return Err(anyhow!("the tool `{}` is named twice by --tools and --tools-file", twice.name)).usage();
-        }
-        match (self.tools.contains(&BuiltIn::Search), &self.search) {
+        let mut table = self.names.read().bad_input()?;
+        http_tool::check_urls(&mut table.named)?;
+        match (table.built_in.contains(&BuiltIn::Search), &self.search) {
             (true, None) => {
                 Err(anyhow!("the tool `search` needs --search DIR or URL; --tools names other tools")).usage()
             }
@@ -223,12 +196,6 @@ impl ToolOptions {
     }
 }
 
-/// The tools of a run before they are opened.
-pub(crate) struct ToolTable {
-    built_in: Vec<BuiltIn>,
-    named: Vec<NamedTool>,
-}
-
 /// What the manifest holds of tools: nothing where there is `search` alone and a directory is searched, which is an input.
 #[derive(Serialize)]
 pub(crate) struct RecordedTools {
@@ -243,27 +210,6 @@ pub(crate) struct RecordedTools {
     tools: Option<Vec<ToolSpec>>,
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     tool_urls: BTreeMap<String, String>,
-}
-
-impl ToolTable {
-    /// What the policy is told, in the order of the prompt.
-    pub(crate) fn specs(&self) -> Vec<ToolSpec> {
-        let built_in = self.built_in.iter().map(|tool| tool.spec());
-        built_in.chain(self.named.iter().map(NamedTool::spec)).collect()
-    }
-
-    /// Refuses tools that no call of the profile can name.
-    pub(crate) fn check_callable(&self, profile: &Profile) -> anyhow::Result<()> {
-        let (name, tag) = (&profile.name, &profile.tags.tool_call);
-        match self.specs().into_iter().find(|spec| spec.name != *tag) {
-            Some(spec) if tag == "search" => Err(anyhow!(
-                "profile `{name}` calls by <search>QUERY</search>, which names no tool but `search`: take `{}` out of the \
-                 tools, or choose a profile whose calls are JSON",
-                spec.name
-            )),
-            _ => Ok(()),
-        }
-    }
 }
 
 /// What is searched.

@@ -8,9 +8,10 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
-use mempo_agent::ContextOptions;
+use mempo_agent::{ContextOptions, ToolNames};
 use mempo_data::{SftExample, Task, read_rows, write_rows};
 use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage};
+use mempo_text::ToolSpec;
 use rayon::prelude::*;
 use serde::Serialize;
 use tracing::{info, warn};
@@ -64,6 +65,9 @@ pub(crate) struct BuildArguments {
     #[arg(long, value_name = "NAME|DIR")]
     #[serde(serialize_with = "profile_name")]
     profile: Option<String>,
+    #[command(flatten)]
+    #[serde(skip)]
+    tools: ToolNames,
     /// How rows are read
     #[arg(long, value_enum, default_value = "auto")]
     input_format: InputFormat,
@@ -91,6 +95,15 @@ pub(crate) struct BuildArguments {
     #[command(flatten)]
     #[serde(skip)]
     stage: ShardedStageArgs,
+}
+
+/// What the manifest holds: the arguments, and the tools that prompts tell of, where there are others than `search`.
+#[derive(Serialize)]
+struct Resolved<'a> {
+    #[serde(flatten)]
+    arguments: &'a BuildArguments,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tools: Option<Vec<ToolSpec>>,
 }
 
 /// A profile's folder counts by its content (an input's digest), not by its path.
@@ -121,8 +134,11 @@ pub(crate) fn run(arguments: &BuildArguments) -> anyhow::Result<()> {
     };
     // Before the directory is begun: a misspelt name must not be what a later start has to match.
     let profile = arguments.profile.as_deref().unwrap_or(arguments.context.profile());
-    let encoder = Encoder::load(&arguments.tokenizer, profile, &arguments.context, settings)?;
-    let Some(stage) = Stage::open("mempo-sft", "build", &arguments.stage.stage(), arguments, &all_inputs)? else {
+    let tools = arguments.tools.read().bad_input()?;
+    let encoder = Encoder::load(&arguments.tokenizer, (profile, &tools), &arguments.context, settings)?;
+    let tools = Some(tools.specs()).filter(|specs| *specs != [ToolSpec::search()]);
+    let resolved = Resolved { arguments, tools };
+    let Some(stage) = Stage::open("mempo-sft", "build", &arguments.stage.stage(), &resolved, &all_inputs)? else {
         return Ok(());
     };
     let units = plan_units(&sources)?;

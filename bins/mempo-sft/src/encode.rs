@@ -10,7 +10,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::anyhow;
-use mempo_agent::{ContextOptions, ContextPolicy, Past, context_policy, format_problem, outcome, row_segments};
+use mempo_agent::{
+    ContextOptions, ContextPolicy, Past, ToolTable, context_policy, format_problem, outcome, row_segments,
+};
 use mempo_data::{Objective, Segment, SegmentKind, Status, Step, StopReason, Trajectory};
 use mempo_run::{ResultExt, seed_of};
 use mempo_text::{
@@ -65,7 +67,7 @@ impl Encoder {
     /// Loads tokenizer and template from `dir`; `profile` is a name or a folder.
     pub(crate) fn load(
         dir: &Path,
-        profile: &str,
+        (profile, tools): (&str, &ToolTable),
         context: &ContextOptions,
         settings: Settings,
     ) -> anyhow::Result<Self> {
@@ -76,11 +78,12 @@ impl Encoder {
         }
         let tokenizer = Arc::new(Tokenizer::load(dir).bad_input()?);
         let profile = Profile::load(profile).usage()?;
+        tools.check(&profile).usage()?;
         let plain = Profile { system: String::new(), user: "{question}".to_owned(), ..profile.clone() };
         let build = |profile, tools: &[ToolSpec]| {
             PromptBuilder::new(tokenizer.clone(), ChatTemplate::load(dir)?, profile, tools)
         };
-        let steps = build(profile, &[ToolSpec::search()]).bad_input()?;
+        let steps = build(profile, &tools.specs()).bad_input()?;
         let pairs = build(plain, &[]).bad_input()?;
         let end_of_turn = steps
             .end_of_turn_id()

@@ -172,6 +172,23 @@ fn steps_are_retrieved_and_turns_counted_as_in_a_rollout() {
 }
 
 #[test]
+fn prompts_tell_of_the_tools_that_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = write(&dir.path().join("chat.jsonl"), &chat_row(false).to_string());
+    let weather = json!([{"name": "weather", "description": "Tells.", "parameters": {}, "url": "http://w"}]);
+    let file = write(&dir.path().join("tools.json"), &weather.to_string());
+    let out = dir.path().join("out");
+    build(&out, &[&input], &["--tools", "search,calculator", "--tools-file", text(&file)]).unwrap();
+    let prompt = Tokenizer::load(model_dir()).unwrap().decode(targets(&examples(&out)[0]).0);
+    for name in ["search", "calculator", "weather"] {
+        assert!(prompt.contains(&format!("\"name\": \"{name}\"")), "{prompt}");
+    }
+    assert_eq!(manifest(&out)["arguments"]["tools"][2]["name"], "weather");
+    let (message, code) = build_refusal(&dir.path().join("x"), &input, &["--tools", "search,search"]);
+    assert!(code == 2 && message.contains("named twice"), "{message}");
+}
+
+#[test]
 fn trajectories_without_memory_need_the_react_context() {
     let dir = tempfile::tempdir().unwrap();
     let mut row = chat_row(false);

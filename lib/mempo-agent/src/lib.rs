@@ -17,6 +17,7 @@ mod options;
 mod outcome;
 mod read_only;
 mod search;
+mod tool_table;
 mod toolbox;
 
 use std::path::PathBuf;
@@ -32,6 +33,7 @@ pub use fusion::reciprocal_rank_fusion;
 pub use options::{LimitOptions, SamplingOptions};
 pub use outcome::{Outcome, format_problem, outcome, row_segments};
 pub use search::{Hit, SearchIndex};
+pub use tool_table::{BuiltIn, NamedTool, ToolNames, ToolTable};
 pub use toolbox::{Search, SearchTool, Tool, ToolFailure, Toolbox};
 
 /// What can go wrong around the agent. The policy's own mistakes are data, never an error.
@@ -74,6 +76,17 @@ pub enum Error {
         path: PathBuf,
         /// The field.
         field: &'static str,
+    },
+    /// Tools that can't be offered together, or not by this profile.
+    #[error("{0}")]
+    Tools(String),
+    /// A file of tools that can't be read.
+    #[error("{}: {message}", path.display())]
+    ToolFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        message: String,
     },
     /// No threads are left to call tools on.
     #[error("no threads to call tools on: {0}")]
