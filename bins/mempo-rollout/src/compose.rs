@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{anyhow, ensure};
 use clap::Args;
-use mempo_data::{Objective, Task, has_extension, write_rows};
+use mempo_data::{Objective, Task, has_extension, write_json_rows, write_rows};
 use mempo_run::{Input, ResultExt, Stage, StageArgs, seed_of};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -22,8 +22,8 @@ const PART_ROWS: usize = 20_000;
 /// Join questions into tasks of N objectives.
 ///
 /// Reads JSON Lines or Parquet rows with a column `question` (or `query`) and `golden_answers` (or `answers`, `answer`): a
-/// text, a list, or SQuAD's {"text": [...]}; or verl's `prompt`, `reward_model` and `extra_info`. Optional columns: id, source
-/// (or data_source), split, metadata. A task joins N consecutive questions of one source and split; left-over questions are
+/// text, a list, or SQuAD's {"text": [...]}; or verl's `prompt`, `reward_model` and `extra_info` (with lists of answers in
+/// `target`, a row is the questions that `extra_info` lists). Optional columns: id, source (or data_source), split, metadata. A task joins N consecutive questions of one source and split; left-over questions are
 /// dropped and counted.
 #[derive(Debug, Args, Serialize)]
 pub(crate) struct ComposeArguments {
@@ -49,6 +49,11 @@ pub(crate) struct ComposeArguments {
     /// Split of rows that name none
     #[arg(long, default_value = "train", value_parser = ["train", "dev", "test"])]
     split: String,
+    /// Also write the tasks as verl's trainers for reinforcement learning read them, to OUT/verl.parquet: data_source, prompt,
+    /// ability, reward_model, extra_info
+    #[arg(long)]
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    verl: bool,
     #[command(flatten)]
     #[serde(skip)]
     stage: StageArgs,
@@ -78,6 +83,10 @@ pub(crate) fn run(arguments: &ComposeArguments) -> anyhow::Result<()> {
     let tasks: Vec<Task> = blocks.iter().enumerate().map(|(i, block)| task(i, block, &questions, arguments)).collect();
     for (unit, part) in tasks.chunks(PART_ROWS).enumerate() {
         stage.write_part("tasks", unit, |file| Ok(write_rows(part, file).map(drop)?))?;
+    }
+    if arguments.verl {
+        let rows: Vec<Value> = tasks.iter().enumerate().map(verl_row).collect();
+        stage.write_file("verl.parquet", |file| Ok(write_json_rows(&rows, file)?))?;
     }
     let left_over = questions.len() - composed;
     tracing::info!(
@@ -173,19 +182,31 @@ fn order(count: usize, arguments: &ComposeArguments) -> Vec<usize> {
 
 fn task(index: usize, block: &[usize], questions: &[Question], arguments: &ComposeArguments) -> Task {
     let members: Vec<&Question> = block.iter().map(|index| &questions[*index]).collect();
-    let texts: Vec<&str> = members.iter().map(|question| question.text.as_str()).collect();
-    let objective =
-        |question: &&Question| Objective { question: question.text.clone(), answers: question.answers.clone() };
+    let objectives: Vec<Objective> = members.iter().flat_map(|question| question.objectives.clone()).collect();
+    let texts: Vec<&str> = objectives.iter().map(|objective| objective.question.as_str()).collect();
     Task {
         task_id: format!("{}-{index:07}", arguments.name),
         source: members[0].source.clone(),
         split: members[0].split.clone(),
         question: texts.join("; "),
-        objectives: members.iter().map(objective).collect(),
+        objectives,
         document: None,
         document_ref: None,
         metadata: Some(metadata(&members, arguments.distinct.as_deref()).to_string()),
     }
+}
+
+/// A task as MEM1 composes them for verl: a list of answers for each question.
+fn verl_row((index, task): (usize, &Task)) -> Value {
+    let target: Vec<&[String]> = task.objectives.iter().map(|objective| &objective.answers[..]).collect();
+    let questions: Vec<&str> = task.objectives.iter().map(|objective| objective.question.as_str()).collect();
+    json!({
+        "data_source": task.source,
+        "prompt": [{"role": "user", "content": task.question}],
+        "ability": "fact-reasoning",
+        "reward_model": {"style": "rule", "ground_truth": {"target": target}},
+        "extra_info": {"split": task.split, "index": index, "task_id": task.task_id, "questions": questions},
+    })
 }
 
 /// Ids of the questions, the values of the distinct column, and what metadata the rows had.
@@ -205,6 +226,7 @@ fn metadata(members: &[&Question], distinct: Option<&str>) -> Value {
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use mempo_data::read_rows;
 
     use super::*;
 
@@ -225,8 +247,7 @@ mod tests {
             id: format!("q{index}"),
             source: (*source).to_owned(),
             split: "train".to_owned(),
-            text: format!("Q{index}?"),
-            answers: vec![format!("A{index}")],
+            objectives: vec![Objective { question: format!("Q{index}?"), answers: vec![format!("A{index}")] }],
             metadata: None,
             distinct: entities.iter().map(ToString::to_string).collect(),
         };
@@ -284,5 +305,25 @@ mod tests {
         let metadata: Value = serde_json::from_str(&task.metadata.unwrap()).unwrap();
         let expected = json!({"ids": ["q0", "q1"], "entities": ["x", "y", "z"], "rows": [null, {"hops": 2}]});
         assert_eq!(metadata, expected);
+    }
+
+    #[test]
+    fn tasks_written_for_verl_are_the_same_tasks_when_they_are_read() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        let row =
+            |i: usize| json!({"question": format!("Q{i}?"), "golden_answers": [format!("A{i}"), "é"]}).to_string();
+        fs_err::write(path("nq.jsonl"), (0..6).map(row).collect::<Vec<_>>().join("\n")).unwrap();
+        let tasks = |questions: &str, objectives: &str, out: &str| -> Vec<Task> {
+            let (questions, out) = (path(questions), path(out));
+            let words = ["compose", "--questions", questions.to_str().unwrap(), "--objectives", objectives, "--verl"];
+            let words = words.into_iter().chain(["--out", out.to_str().unwrap()]);
+            run(&Line::parse_from(words).arguments).unwrap();
+            read_rows(&[out.join("tasks/part-00000.parquet")]).unwrap().map(Result::unwrap).collect()
+        };
+        let (first, again) = (tasks("nq.jsonl", "2", "first"), tasks("first/verl.parquet", "1", "again"));
+        let same = |task: &Task| (task.source.clone(), task.question.clone(), task.objectives.clone());
+        assert_eq!(first.iter().map(same).collect::<Vec<_>>(), again.iter().map(same).collect::<Vec<_>>());
+        assert_eq!((first.len(), first[2].objectives.len()), (3, 2));
     }
 }

@@ -3,21 +3,20 @@
 use std::borrow::Cow;
 
 use anyhow::{Context, bail};
+use mempo_data::Objective;
 use serde_json::Value;
 
 use crate::rows::{Located, texts};
 
-/// One question with its gold answers.
+/// A row: one question with its gold answers, or several that belong together.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Question {
     /// Its own id, or file name and line.
     pub(crate) id: String,
     pub(crate) source: String,
     pub(crate) split: String,
-    /// Ends in `?`.
-    pub(crate) text: String,
-    /// The first is canonical.
-    pub(crate) answers: Vec<String>,
+    /// Each question ends in `?`; the first of its answers is canonical.
+    pub(crate) objectives: Vec<Objective>,
     pub(crate) metadata: Option<Value>,
     /// What no other question of its task may share.
     pub(crate) distinct: Vec<String>,
@@ -54,23 +53,22 @@ impl Question {
     pub(crate) fn parse(row: &Located, defaults: &Defaults<'_>) -> anyhow::Result<(Option<Self>, u64)> {
         let row = &*plain(row);
         let place = &row.place;
-        let text = row.text(&["question", "query"])?.trim().to_owned();
-        if text.is_empty() {
-            bail!("{place}: the question is empty");
+        let mut objectives = objectives(row)?;
+        let count =
+            |objectives: &[Objective]| objectives.iter().map(|objective| objective.answers.len()).sum::<usize>();
+        let all = count(&objectives);
+        for objective in &mut objectives {
+            objective.answers.retain(|answer| !answer.contains(';'));
         }
-        let answers = answers(row)?;
-        let all = answers.len();
-        let answers: Vec<String> = answers.into_iter().filter(|answer| !answer.contains(';')).collect();
-        let rejected = (all - answers.len()) as u64;
-        if answers.is_empty() {
+        let rejected = (all - count(&objectives)) as u64;
+        if objectives.iter().any(|objective| objective.answers.is_empty()) {
             return Ok((None, rejected));
         }
         let question = Self {
             id: row.optional_text(&["id"])?.unwrap_or_else(|| file_name(place).to_owned()),
             source: row.optional_text(&["source", "data_source"])?.unwrap_or_else(|| defaults.source.to_owned()),
             split: row.optional_text(&["split"])?.unwrap_or_else(|| defaults.split.to_owned()),
-            text: if text.ends_with('?') { text } else { format!("{text}?") },
-            answers,
+            objectives,
             metadata: row.fields.get("metadata").cloned(),
             distinct: distinct(row, defaults.distinct)?,
         };
@@ -96,16 +94,36 @@ fn plain(row: &Located) -> Cow<'_, Located> {
     Cow::Owned(Located { place: row.place.clone(), fields })
 }
 
-fn answers(row: &Located) -> anyhow::Result<Vec<String>> {
+/// The row's question with its answers; or the `questions` that `extra_info` lists, each with a list of answers.
+fn objectives(row: &Located) -> anyhow::Result<Vec<Objective>> {
     let place = &row.place;
-    let value = row.first_of(&["golden_answers", "answers", "answer"])?;
-    let answers = texts(value).with_context(|| format!("{place}: answers are expected as text or a list of texts"))?;
+    let answers = row.first_of(&["golden_answers", "answers", "answer"])?;
+    let several = answers.as_array().filter(|lists| lists.iter().any(Value::is_array));
+    let Some(lists) = several else {
+        return Ok(vec![objective(place, &row.text(&["question", "query"])?, answers)?]);
+    };
+    let questions = row.fields.get("extra_info").and_then(|extra| texts(extra.get("questions")?)).unwrap_or_default();
+    if questions.len() != lists.len() {
+        let (found, expected) = (questions.len(), lists.len());
+        bail!("{place}: answers of {expected} questions, expected as many in `extra_info.questions`, found {found}");
+    }
+    questions.iter().zip(lists).map(|(question, answers)| objective(place, question, answers)).collect()
+}
+
+fn objective(place: &str, question: &str, answers: &Value) -> anyhow::Result<Objective> {
+    let question = question.trim();
+    if question.is_empty() {
+        bail!("{place}: the question is empty");
+    }
+    let question = if question.ends_with('?') { question.to_owned() } else { format!("{question}?") };
+    let answers =
+        texts(answers).with_context(|| format!("{place}: answers are expected as text or a list of texts"))?;
     let answers: Vec<String> =
         answers.iter().map(|answer| answer.trim().to_owned()).filter(|answer| !answer.is_empty()).collect();
     if answers.is_empty() {
         bail!("{place}: there is no answer; remove the row or give its answer");
     }
-    Ok(answers)
+    Ok(Objective { question, answers })
 }
 
 fn distinct(row: &Located, column: Option<&str>) -> anyhow::Result<Vec<String>> {
@@ -133,6 +151,10 @@ mod tests {
         Question::parse(&row, &Defaults { source: "nq", split: "train", distinct })
     }
 
+    fn objective(question: &str, answers: &[&str]) -> Objective {
+        Objective { question: question.to_owned(), answers: answers.iter().map(ToString::to_string).collect() }
+    }
+
     #[test]
     fn every_shape_of_answers_is_read() {
         for (column, value) in [
@@ -142,8 +164,7 @@ mod tests {
         ] {
             let (question, rejected) = parse(&json!({"query": "Where", column: value}), None).unwrap();
             let question = question.unwrap();
-            assert_eq!((question.text.as_str(), rejected), ("Where?", 0));
-            assert_eq!(question.answers, ["Paris"]);
+            assert_eq!((question.objectives, rejected), (vec![objective("Where?", &["Paris"])], 0));
             assert_eq!(
                 (question.id.as_str(), question.source.as_str(), question.split.as_str()),
                 ("nq.jsonl:7", "nq", "train")
@@ -152,7 +173,10 @@ mod tests {
         let full = json!({"id": 3, "question": "When?", "answer": 1889, "data_source": "web", "split": "dev", "entities": ["E"]});
         let question = parse(&full, Some("entities")).unwrap().0.unwrap();
         assert_eq!((question.id.as_str(), question.source.as_str(), question.split.as_str()), ("3", "web", "dev"));
-        assert_eq!((question.answers, question.distinct), (vec!["1889".to_owned()], vec!["E".to_owned()]));
+        assert_eq!(
+            (question.objectives, question.distinct),
+            (vec![objective("When?", &["1889"])], vec!["E".to_owned()])
+        );
     }
 
     #[test]
@@ -161,17 +185,21 @@ mod tests {
         let prompt = json!([{"role": "system", "content": "s"}, {"role": "user", "content": "Answer: where?"}]);
         let row = json!({"data_source": "searchR1_nq", "prompt": prompt, "reward_model": truth, "extra_info": {"question": "Where"}});
         let question = parse(&row, None).unwrap().0.unwrap();
-        assert_eq!((question.text.as_str(), question.source.as_str()), ("Where?", "searchR1_nq"));
-        assert_eq!(question.answers, ["Paris", "paris"]);
+        assert_eq!(question.source, "searchR1_nq");
+        assert_eq!(question.objectives, [objective("Where?", &["Paris", "paris"])]);
         let row = json!({"prompt": prompt, "reward_model": {"ground_truth": "Paris"}, "extra_info": null});
         let question = parse(&row, None).unwrap().0.unwrap();
-        assert_eq!((question.text.as_str(), question.answers), ("Answer: where?", vec!["Paris".to_owned()]));
+        assert_eq!(question.objectives, [objective("Answer: where?", &["Paris"])]);
+        let truth = json!({"ground_truth": {"target": [["Paris"], ["1889", "89"]]}});
+        let extra = json!({"questions": ["Where", "When?"]});
+        let question = parse(&json!({"reward_model": truth, "extra_info": extra}), None).unwrap().0.unwrap();
+        assert_eq!(question.objectives, [objective("Where?", &["Paris"]), objective("When?", &["1889", "89"])]);
     }
 
     #[test]
     fn answers_with_the_separator_are_left_out_and_counted() {
         let (question, rejected) = parse(&json!({"question": "q", "answers": ["a; b", "c"]}), None).unwrap();
-        assert_eq!((question.unwrap().answers, rejected), (vec!["c".to_owned()], 1));
+        assert_eq!((question.unwrap().objectives, rejected), (vec![objective("q?", &["c"])], 1));
         assert_eq!(parse(&json!({"question": "q", "answers": ["a;b"]}), None).unwrap(), (None, 1));
     }
 
@@ -182,7 +210,11 @@ mod tests {
             (json!({"question": "q"}), "`golden_answers` or `answers` or `answer`"),
             (json!({"question": "q", "answers": []}), "no answer"),
             (json!({"question": "q", "answers": [" "]}), "no answer"),
-            (json!({"question": "q", "answers": [["nested"]]}), "list of texts"),
+            (
+                json!({"question": "q", "answers": [["nested"]]}),
+                "answers of 1 questions, expected as many in `extra_info.questions`, found 0",
+            ),
+            (json!({"question": "q", "answers": [{"a": 1}]}), "list of texts"),
             (json!({"question": " ", "answer": "x"}), "question is empty"),
             (json!({"question": "q", "answer": "x", "links": ["y"]}), "`entities`"),
         ] {

@@ -7,7 +7,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use mempo_model::{Config, DeviceOptions, Model, Runtime};
 use mempo_run::{Input, MetricsFile, Progress, ResultExt, Stage, StageArgs};
 use mempo_train::{Beginning, MemoryBudget, OptimizerOptions, StepStats, TrainSequence, Trainer, learning_rate_at};
@@ -60,6 +60,10 @@ pub(crate) struct TrainArguments {
     /// Optimizer steps between two such measurements; the last step is always measured
     #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     validate_every: u64,
+    /// Also keep the checkpoint with the lowest of these losses, in OUT/best
+    #[arg(long)]
+    #[serde(skip_serializing_if = "is_false")]
+    keep_best: bool,
     /// Optimizer steps between two saved states
     #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     #[serde(skip)]
@@ -72,6 +76,14 @@ pub(crate) struct TrainArguments {
     #[serde(skip)]
     stage: StageArgs,
 }
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference to the field")]
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// Folder of the checkpoint with the lowest validation loss.
+const BEST: &str = "best";
 
 /// Runs the stage.
 pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
@@ -95,6 +107,13 @@ pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
         measured.extend(Dataset::read(&validation, limits, None)?.0.all_sequences());
     }
     let lengths = dataset.lengths();
+    if arguments.keep_best && measured.is_empty() {
+        return Err(anyhow!(
+            "--keep-best: there is no example to measure the loss on; give --validation DIR, or put tasks aside with \
+             `mempo-sft build --validation-share`"
+        ))
+        .usage();
+    }
     let mut plan = plan_steps(&lengths, arguments.epochs, arguments.tokens_per_batch, &|parts| stage.seed(parts));
     plan.truncate(arguments.max_steps.unwrap_or(usize::MAX));
     info!("{} examples, {} tokens, {} optimizer steps", lengths.len(), lengths.iter().sum::<usize>(), plan.len());
@@ -202,6 +221,9 @@ impl<'a> Training<'a> {
         } else {
             None
         };
+        if let Some(loss) = validation_loss.filter(|_| self.arguments.keep_best) {
+            self.keep_if_best(loss)?;
+        }
         let tokens_per_second = stats.tokens as f64 / elapsed;
         let at_validation = validation_loss.map_or_else(String::new, |loss| format!(", validation {loss:.4}"));
         progress.message(format!("loss {:.4}{at_validation}, {tokens_per_second:.0} tokens/s", stats.loss));
@@ -227,6 +249,17 @@ impl<'a> Training<'a> {
                 planned.examples.iter().take(4).map(|index| self.dataset.describe(*index)).collect();
             let count = planned.examples.len();
             format!("an optimizer step of {count} examples (mempo-sft show {} …)", named.join("; "))
+        })
+    }
+
+    /// Keeps the weights as they are if no earlier validation loss was as low.
+    fn keep_if_best(&self, loss: f64) -> anyhow::Result<()> {
+        if !loss.is_finite() || self.metrics.numbers("validation_loss").any(|(_, earlier)| earlier <= loss) {
+            return Ok(());
+        }
+        self.stage.replace_dir(BEST, |dir| {
+            let saved = self.trainer.save_checkpoint(&self.arguments.model, dir);
+            saved.quality_if(mempo_train::Error::is_not_finite)
         })
     }
 

@@ -114,7 +114,7 @@ fn a_run_that_was_killed_and_stopped_ends_with_the_bytes_of_an_undisturbed_one()
     let examples = toy_examples(dir.path(), 100);
     let (whole, stopped) = (dir.path().join("whole"), dir.path().join("stopped"));
     let more = ["--epochs", "30", "--learning-rate", "1e-3", "--tokens-per-batch", "512", "--save-every", "7"];
-    let validation = ["--validation", text(&examples), "--validate-every", "20"];
+    let validation = ["--validation", text(&examples), "--validate-every", "20", "--keep-best"];
     let more = [&more[..], &validation].concat();
     mempo_sft(&words(&examples, &whole, &more)).unwrap();
     let total = metrics(&whole).len();
@@ -132,6 +132,7 @@ fn a_run_that_was_killed_and_stopped_ends_with_the_bytes_of_an_undisturbed_one()
     assert!(done < total, "stopped midway: {done} of {total}");
     mempo_sft(&words(&examples, &stopped, &more)).unwrap();
     let (expected, found) = (same_bytes(&whole), same_bytes(&stopped));
+    assert!(expected.contains_key("best/model.safetensors"));
     assert_eq!(expected.keys().collect::<Vec<_>>(), found.keys().collect::<Vec<_>>());
     for (name, bytes) in &expected {
         assert!(bytes == &found[name], "{name} differs");
@@ -139,6 +140,28 @@ fn a_run_that_was_killed_and_stopped_ends_with_the_bytes_of_an_undisturbed_one()
     // Once more: it is finished, nothing is done.
     mempo_sft(&words(&examples, &stopped, &more)).unwrap();
     assert_eq!(same_bytes(&stopped), found);
+}
+
+#[test]
+fn the_best_checkpoint_is_that_of_the_lowest_validation_loss() {
+    let dir = tempfile::tempdir().unwrap();
+    let (examples, out) = (toy_examples(dir.path(), 40), dir.path().join("out"));
+    // Steps so large that the loss goes up and down; with a constant rate a shorter run is the beginning of a longer one.
+    let more = ["--epochs", "9", "--learning-rate", "0.2", "--schedule", "constant", "--warmup-ratio", "0"];
+    let more = [&more[..], &["--tokens-per-batch", "256", "--validation", text(&examples)]].concat();
+    let all = [&more[..], &["--validate-every", "1", "--keep-best"]].concat();
+    mempo_sft(&words(&examples, &out, &all)).unwrap();
+    let summary = &manifest(&out)["summary"];
+    let (best, steps) =
+        (summary["best_validation_step"].as_u64().unwrap(), summary["optimizer_steps"].as_u64().unwrap());
+    assert!(best < steps, "the last is the best, of {steps}");
+    let (short, step) = (dir.path().join("short"), best.to_string());
+    mempo_sft(&words(&examples, &short, &[&more[..], &["--max-steps", &step]].concat())).unwrap();
+    let weights = |dir: &Path| fs_err::read(dir.join("model.safetensors")).unwrap();
+    assert!(weights(&out.join("best")) == weights(&short) && weights(&short) != weights(&out));
+    let other = dir.path().join("other");
+    let (message, code) = refusal(&words(&examples, &other, &["--keep-best"]));
+    assert!(code == 2 && message.contains("no example to measure the loss on"), "{message}");
 }
 
 #[test]

@@ -1,12 +1,17 @@
 //! Rows of files that others made, JSON lines or Parquet, as JSON text: what follows knows one form.
 
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::Path;
+use std::sync::Arc;
 
 use arrow::record_batch::RecordBatch;
-use arrow_json::LineDelimitedWriter;
+use arrow_json::reader::infer_json_schema_from_iterator;
+use arrow_json::{LineDelimitedWriter, ReaderBuilder};
+use parquet::arrow::ArrowWriter;
 use parquet::arrow::ProjectionMask;
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+
+use serde_json::Value;
 
 use crate::caught::guarded;
 use crate::{Error, Result, parquet_batches, parquet_builder};
@@ -133,6 +138,21 @@ fn table_rows(path: &Path, wanted: &[&str]) -> Result<JsonRows> {
     Ok(Box::new((1..).zip(rows).map(|(number, row)| row.map(|row| (number, row)))))
 }
 
+/// Writes one Parquet file of rows that are no table here, as another program wants them; columns are what the rows hold.
+pub fn write_json_rows(rows: &[Value], sink: impl Write + Send) -> Result<()> {
+    let written = || -> parquet::errors::Result<()> {
+        let schema = Arc::new(infer_json_schema_from_iterator(rows.iter().map(Ok))?);
+        let mut decoder = ReaderBuilder::new(Arc::clone(&schema)).with_batch_size(rows.len().max(1)).build_decoder()?;
+        decoder.serialize(rows)?;
+        let mut writer = ArrowWriter::try_new(sink, schema, None)?;
+        if let Some(batch) = decoder.flush()? {
+            writer.write(&batch)?;
+        }
+        writer.close().map(drop)
+    };
+    written().map_err(|source| Error::Write { table: "rows of another program", source })
+}
+
 fn json_lines(batch: &RecordBatch) -> parquet::errors::Result<Vec<u8>> {
     let mut writer = LineDelimitedWriter::new(Vec::new());
     writer.write(batch)?;
@@ -141,12 +161,9 @@ fn json_lines(batch: &RecordBatch) -> parquet::errors::Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
     use std::path::PathBuf;
-    use std::sync::Arc;
 
     use arrow::array::{ArrayRef, Int64Array, LargeStringArray, ListBuilder, StringBuilder};
-    use parquet::arrow::ArrowWriter;
 
     use super::*;
 
@@ -203,6 +220,18 @@ mod tests {
         assert_eq!(all(&path, &["id", "question"])[0].1, r#"{"question":"é?","id":1}"#);
         assert_eq!(parquet_row_count(&path).unwrap(), 2);
         assert!((20..2000).contains(&parquet_bytes(&path).unwrap()));
+    }
+
+    #[test]
+    fn rows_for_another_program_are_read_as_they_were() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("rows.parquet");
+        let row =
+            |i: usize| serde_json::json!({"a": {"target": [["x"], ["y", "é"]]}, "index": i, "name": format!("n{i}")});
+        let rows: Vec<Value> = (0..200).map(row).collect();
+        write_json_rows(&rows, fs_err::File::create(&path).unwrap()).unwrap();
+        let parse = |(_, text): (u64, String)| serde_json::from_str::<Value>(&text).unwrap();
+        assert_eq!(all(&path, &[]).into_iter().map(parse).collect::<Vec<_>>(), rows);
     }
 
     #[test]

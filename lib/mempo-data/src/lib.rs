@@ -31,6 +31,7 @@ pub use caught::{parquet_batches, parquet_builder};
 pub use error::Error;
 pub use json_rows::{
     JSON_ROWS_EXTENSIONS, JsonRow, JsonRows, has_extension, json_rows, parquet_bytes, parquet_row_count,
+    write_json_rows,
 };
 pub use merge::{Cursor, groups};
 pub use read::{RowReader, read_rows};
