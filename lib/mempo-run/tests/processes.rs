@@ -121,6 +121,8 @@ fn a_second_signal_ends_at_once() {
     let out = folder.join("out");
     let mut child = start(numbers(&out, &["--milliseconds-per-unit", "60000"]));
     wait_for(&out.join("run.json"));
+    // Until the unit is under way, the first signal alone would end it.
+    sleep(Duration::from_secs(1));
     signal(&child, "-INT");
     sleep(Duration::from_millis(300));
     signal(&child, "-INT");
