@@ -89,7 +89,8 @@ impl Results {
         let mut file = fs_err::OpenOptions::new().create(true).append(true).open(&self.path)?;
         writeln!(file, "{}", serde_json::to_string(&record)?)?;
         self.records.push(record);
-        Ok(())
+        // A signal ends it here, between two trials.
+        mempo_run::check_interrupt()
     }
 }
 
