@@ -452,7 +452,7 @@ fn bad_rows_are_named_and_counted_against_the_limit() {
 
     let (message, code) =
         build_refusal(&dir.path().join("b"), &write(&dir.path().join("x.parquet"), "not Parquet"), &[]);
-    assert!(message.contains("x.parquet: not a whole Parquet file"), "{message}");
+    assert!(message.contains("x.parquet: cannot be read as a Parquet file"), "{message}");
     assert_eq!(code, 4);
     let long =
         write(&dir.path().join("long.jsonl"), &json!({"prompt": "river ".repeat(50), "completion": "x"}).to_string());

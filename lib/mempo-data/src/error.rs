@@ -25,8 +25,8 @@ pub enum Error {
         /// The cause.
         source: std::io::Error,
     },
-    /// The file is not Parquet, or is damaged.
-    #[error("{}: not a whole Parquet file; copy or make it again", file.display())]
+    /// The file is not Parquet, is damaged, or takes too much memory to read.
+    #[error("{}: cannot be read as a Parquet file; copy or make it again", file.display())]
     Parquet {
         /// The file.
         file: PathBuf,

@@ -190,7 +190,7 @@ fn a_truncated_file_is_refused() {
         let folder = tempfile::tempdir().unwrap();
         let path = file_with(&folder, &content[..length]);
         let error = read_rows::<Document>(std::slice::from_ref(&path)).err().unwrap();
-        let expected = format!("{}: not a whole Parquet file; copy or make it again", path.display());
+        let expected = format!("{}: cannot be read as a Parquet file; copy or make it again", path.display());
         assert_eq!(error.to_string(), expected);
     }
 }
