@@ -9,10 +9,11 @@ use clap::Args;
 use mempo_agent::{
     Agent, ContextOptions, Engine, LimitOptions, SamplingOptions, Start, ToolTable, Unit, context_policy,
 };
-use mempo_data::{AnsweredQuery, Task, Trajectory, read_rows, write_rows};
+use mempo_data::{AnsweredQuery, Task, Trajectory, read_document, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage, print_data, seed_of};
 use mempo_text::{Profile, PromptBuilder};
+use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Value, json};
 
@@ -210,10 +211,14 @@ pub(crate) fn print_served_name(arguments: &ServedNameArguments) -> anyhow::Resu
 pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     arguments.stage.stage().check_free()?;
     let context = context_policy(&arguments.context).usage()?;
+    if context.reads_documents() && arguments.from.is_some() {
+        let name = context.name();
+        return Err(anyhow!("--from goes on from memories of a policy that searches; --context {name} reads")).usage();
+    }
     let inputs = Inputs::open(&arguments)?;
     let task_files = inputs.tasks.table("tasks")?;
     let task_count = count_tasks(&task_files, arguments.max_tasks)?;
-    let table = arguments.tools.table()?;
+    let table = arguments.tools.table(context.reads_documents())?;
     let recorded_tools = arguments.tools.recorded(&table);
     let builder = prompt_builder(&arguments, &table)?;
     fit_to_model(&mut arguments, &builder)?;
@@ -249,8 +254,16 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
         seed_of: &seed_of,
     };
     let interrupted = || stage.check_interrupt().is_err();
-    let sampling =
-        Sampling { arguments: &arguments, stage: &stage, agent: &agent, tools: &tools, task_count, stored, earlier };
+    let sampling = Sampling {
+        arguments: &arguments,
+        stage: &stage,
+        agent: &agent,
+        tools: &tools,
+        tasks: &arguments.tasks,
+        task_count,
+        stored,
+        earlier,
+    };
     let concurrency = arguments.concurrency.get();
     let (tally, server) = if let Some(remote) = arguments.open_remote(policy, &builder)? {
         let described = remote.described.clone();
@@ -331,6 +344,8 @@ struct Sampling<'a> {
     stage: &'a Stage,
     agent: &'a Agent<'a>,
     tools: &'a Tools,
+    /// The directory of the tasks.
+    tasks: &'a Path,
     task_count: usize,
     stored: Option<Stored>,
     earlier: Option<Earlier>,
@@ -371,8 +386,25 @@ impl Sampling<'_> {
         (self.starts(task).len() + self.earlier.as_ref().map_or(0, |earlier| earlier.kept(task))) as u64
     }
 
+    /// What there is to read, task by task.
+    fn documents(&self, tasks: &[Task]) -> anyhow::Result<Vec<Vec<i32>>> {
+        let Agent { context, builder, .. } = self.agent;
+        if !context.reads_documents() {
+            return Ok(vec![Vec::new(); tasks.len()]);
+        }
+        let read = |task: &Task| {
+            let text = read_document(self.tasks, task).bad_input()?;
+            let text = text.filter(|text| !text.is_empty()).ok_or_else(|| {
+                let (id, name) = (&task.task_id, context.name());
+                anyhow!("task `{id}` has no document, which --context {name} is to read: see `compose --document`")
+            });
+            Ok(context.prepare(builder.tokenizer().encode_document(&text.bad_input()?)))
+        };
+        tasks.par_iter().map(read).collect()
+    }
+
     fn starts<'t>(&'t self, task: &'t Task) -> Vec<Start<'t>> {
-        let anew = |index| Start { task, trajectory_index: index, steps: &[] };
+        let anew = |index| Start { task, trajectory_index: index, steps: &[], document: &[] };
         match (&self.stored, &self.earlier) {
             (Some(stored), _) => stored.starts(task),
             (None, Some(earlier)) => earlier.starts(task),
@@ -389,7 +421,11 @@ impl Sampling<'_> {
         planned: u64,
     ) -> anyhow::Result<()> {
         let start = Instant::now();
-        let starts = tasks.iter().flat_map(|task| self.starts(task)).collect();
+        let documents = self.documents(tasks)?;
+        let of_task = tasks.iter().zip(&documents);
+        let starts = of_task
+            .flat_map(|(task, document)| self.starts(task).into_iter().map(move |start| Start { document, ..start }));
+        let starts = starts.collect();
         self.tools.begin(unit);
         let sampled = self.agent.run(engine, starts);
         self.stage.check_interrupt()?;

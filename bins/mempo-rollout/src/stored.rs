@@ -148,7 +148,12 @@ impl Stored {
         let states = self.states.get(&task.task_id).into_iter().flatten();
         let starts = states.flat_map(|state| {
             let first = (state.trajectory_index as usize * max_steps + state.steps.len() - 1) * count;
-            (first..first + count).map(|index| Start { task, trajectory_index: index as i32, steps: &state.steps })
+            (first..first + count).map(|index| Start {
+                task,
+                trajectory_index: index as i32,
+                steps: &state.steps,
+                document: &[],
+            })
         });
         starts.collect()
     }

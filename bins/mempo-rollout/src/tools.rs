@@ -97,8 +97,15 @@ impl ToolOptions {
         }
     }
 
-    /// The tools, by name.
-    pub(crate) fn table(&self) -> anyhow::Result<ToolTable> {
+    /// The tools, by name; none where documents are read.
+    pub(crate) fn table(&self, reads_documents: bool) -> anyhow::Result<ToolTable> {
+        match &self.search {
+            None if reads_documents => return Ok(ToolTable::default()),
+            Some(_) if reads_documents => {
+                return Err(anyhow!("--search is given, but --context reads the tasks' documents")).usage();
+            }
+            _ => {}
+        }
         let mut table = self.names.read().bad_input()?;
         http_tool::check_urls(&mut table.named)?;
         match (table.built_in.contains(&BuiltIn::Search), &self.search) {

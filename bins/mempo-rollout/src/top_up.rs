@@ -74,7 +74,9 @@ impl Earlier {
         let nothing = Group::default();
         let group = self.groups.get(&task.task_id).unwrap_or(&nothing);
         let count = if group.teaches_nothing() { self.count } else { 0 };
-        (group.next..group.next + count).map(|index| Start { task, trajectory_index: index, steps: &[] }).collect()
+        (group.next..group.next + count)
+            .map(|index| Start { task, trajectory_index: index, steps: &[], document: &[] })
+            .collect()
     }
 
     /// A unit's rows with those that there are of it.

@@ -257,7 +257,7 @@ fn make_steps(builder: &PromptBuilder, task: &Task, trajectory_index: i32) -> Ve
         let completion_ids = builder.completion_ids_from_text(&text);
         let parsed = parse_completion(builder.tokenizer(), &completion_ids, builder.profile());
         let last = step_index == 2;
-        let past = Past { question: &task.question, steps: &steps, builder };
+        let past = Past { question: &task.question, steps: &steps, document: &[], builder };
         let prompt_ids = builder.prompt(&task.question, &Mempo::default().carried(&past)).unwrap();
         steps.push(Step {
             task_id: task.task_id.clone(),

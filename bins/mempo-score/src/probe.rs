@@ -3,6 +3,7 @@
 //! A probe is a context followed by answer ids, and only the answer counts. MemPO, arXiv 2603.00680, eq. 5-6:
 //! `P[ans | x]` is the geometric mean of the answer tokens' probabilities, `R^M = P[ans | memory] - P[ans | bias]`.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use anyhow::{anyhow, ensure};
@@ -10,7 +11,7 @@ use clap::{Args, ValueEnum};
 use mempo_agent::{ContextPolicy, Past, React};
 use mempo_data::{Key, Segment, SegmentKind, Step, StopReason, Task};
 use mempo_run::ResultExt;
-use mempo_text::{Carried, PromptBuilder};
+use mempo_text::{Carried, MemoryRule, Profile, PromptBuilder};
 use serde::Serialize;
 
 use crate::rollouts::Attempt;
@@ -115,6 +116,19 @@ pub(crate) struct ProbeOptions {
     pub(crate) max_memory_tokens: Option<usize>,
 }
 
+impl ProbeOptions {
+    /// Refuses what makes no sense of a rollout in which documents were read.
+    pub(crate) fn check(&self, profile: &Profile) -> anyhow::Result<()> {
+        ensure!(
+            self.bias != Bias::Prefix || profile.reading.is_none(),
+            "--bias prefix is all that was read, which no window need hold: with the profile `{}` choose --bias null, \
+             previous-memory, context, reference or none",
+            profile.name
+        );
+        Ok(())
+    }
+}
+
 /// Which of an objective's answers is scored, by its place; the first where nothing is said.
 pub(crate) type Chosen = Vec<usize>;
 
@@ -208,7 +222,7 @@ impl<'a> Layout<'a> {
         let step = &steps[index];
         let Some(memory) = memory_segment(step)? else { return Ok(None) };
         let bias = self.bias_context(steps, index)?;
-        let (context, is_capped) = self.memory_context(step, memory);
+        let (context, is_capped) = self.memory_context(step, memory)?;
         let is_cut = step.stop_reason == StopReason::MaxTokens && memory.end as usize == step.completion_ids.len();
         Ok(Some(MemoryProbes {
             key: key(step),
@@ -219,8 +233,11 @@ impl<'a> Layout<'a> {
     }
 
     /// A memory as the next step saw it, after what the options say; and whether it was capped.
-    fn memory_context(&self, step: &Step, memory: Segment) -> (Vec<i32>, bool) {
+    fn memory_context(&self, step: &Step, memory: Segment) -> anyhow::Result<(Vec<i32>, bool)> {
         let range = memory.start as usize..memory.end as usize;
+        if self.builder.profile().memory == MemoryRule::Whole {
+            return Ok((self.whole_memory_context(step, range)?, false));
+        }
         let before = match self.options.probe {
             ProbeKind::Memory => self.question_prompt.clone(),
             ProbeKind::InPlace => [&step.prompt_ids, &step.completion_ids[..range.start]].concat(),
@@ -232,7 +249,16 @@ impl<'a> Layout<'a> {
             Some((ids, segment)) => self.builder.memory_ids(ids, segment),
             None => self.builder.memory_ids(&step.completion_ids, &segment),
         };
-        ([before, memory].concat(), capped.is_some())
+        Ok(([before, memory].concat(), capped.is_some()))
+    }
+
+    /// The same where a memory is a whole completion: it has its place in the prompt that asks for the answer.
+    fn whole_memory_context(&self, step: &Step, memory: Range<usize>) -> anyhow::Result<Vec<i32>> {
+        if self.options.probe == ProbeKind::InPlace {
+            return Ok([&step.prompt_ids, &step.completion_ids[..memory.end]].concat());
+        }
+        let memory = Some(Cow::Borrowed(&step.completion_ids[memory]));
+        self.builder.prompt(&self.task.question, &Carried { memory, ..Carried::default() }).bad_input()
     }
 
     fn bias_context(&self, steps: &[Step], index: usize) -> anyhow::Result<Option<Vec<i32>>> {
@@ -242,14 +268,14 @@ impl<'a> Layout<'a> {
             Bias::Null => Some(self.question_prompt.clone()),
             Bias::Context => Some(step.prompt_ids.clone()),
             Bias::Prefix => {
-                let past = Past { question: &self.task.question, steps: earlier, builder: self.builder };
+                let past = Past { question: &self.task.question, steps: earlier, document: &[], builder: self.builder };
                 Some(self.builder.prompt(past.question, &React.carried(&past)).bad_input()?)
             }
             Bias::PreviousMemory => {
                 let memory =
                     earlier.last().map(|step| Ok::<_, anyhow::Error>((step, memory_segment(step)?))).transpose()?;
                 Some(match memory {
-                    Some((step, Some(memory))) => self.memory_context(step, memory).0,
+                    Some((step, Some(memory))) => self.memory_context(step, memory)?.0,
                     _ => self.question_prompt.clone(),
                 })
             }
@@ -260,11 +286,16 @@ impl<'a> Layout<'a> {
     /// profile are not the rollout's own, and every score would be about something else.
     fn check_first_prompt(&self, steps: &[Step]) -> anyhow::Result<()> {
         let Some(first) = steps.first() else { return Ok(()) };
-        if first.prompt_ids == self.question_prompt {
+        // What was read stands between two parts that are known.
+        let reads = self.builder.profile().reading.is_some();
+        let chunk = reads.then_some(Cow::Borrowed(&[][..]));
+        let expected =
+            self.builder.prompt(&self.task.question, &Carried { chunk, ..Carried::default() }).bad_input()?;
+        let pairs = first.prompt_ids.iter().zip(&expected);
+        let place = pairs.take_while(|(found, expected)| found == expected).count();
+        if first.prompt_ids == expected || (reads && first.prompt_ids.ends_with(&expected[place..])) {
             return Ok(());
         }
-        let pairs = first.prompt_ids.iter().zip(&self.question_prompt);
-        let place = pairs.take_while(|(found, expected)| found == expected).count();
         Err(anyhow!(
             "{}: prompt_ids differ at position {place} from the prompt built for the task: use the tasks and the \
              tokenizer that the rollout was sampled with",

@@ -61,6 +61,7 @@ pub(crate) fn run(arguments: &SegmentsArguments) -> anyhow::Result<()> {
     let model_input = Input::model("model", &arguments.model)?;
     let task_files = tasks.table("tasks")?;
     let builder = rollouts.prompt_builder(&arguments.model)?;
+    arguments.probe.check(builder.profile()).usage()?;
     let inputs = [&rollouts.input, &tasks, &model_input];
     let Some(stage) = Stage::open("mempo-score", "segments", &arguments.stage.stage(), arguments, &inputs)? else {
         return Ok(());
@@ -246,7 +247,7 @@ mod tests {
             ]
             .concat();
             let earlier = &chain.steps[place - row.step_index as usize..place];
-            let past = Past { question: &task.question, steps: earlier, builder: &builder };
+            let past = Past { question: &task.question, steps: earlier, document: &[], builder: &builder };
             let prefix = [builder.prompt(past.question, &React.carried(&past)).unwrap(), opening].concat();
             assert_eq!((&contexts[2 * place].context_ids, &contexts[2 * place + 1].context_ids), (&memory, &prefix));
             assert_eq!(contexts[2 * place].answer_ids, answer.ids);
@@ -366,7 +367,8 @@ mod tests {
         let mut cut = 0;
         for ((row, context), step) in rows.iter().zip(&contexts).zip(&chain.steps) {
             let task = chain.tasks.iter().find(|task| task.task_id == row.task_id).unwrap();
-            let past = Past { question: &task.question, steps: std::slice::from_ref(step), builder: &builder };
+            let past =
+                Past { question: &task.question, steps: std::slice::from_ref(step), document: &[], builder: &builder };
             let seen = builder.prompt(past.question, &mempo.carried(&past)).unwrap();
             let question = builder.prompt(past.question, &Carried::default()).unwrap();
             let end = context.context_ids.len() - builder.answer_opening_ids().len();

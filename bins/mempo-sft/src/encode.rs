@@ -164,6 +164,12 @@ impl Encoder {
         demonstration: &Demonstration,
         encoded: &mut Encoded,
     ) -> Result<(), String> {
+        if self.context.reads_documents() {
+            return Err(format!(
+                "--context {} reads documents, which a chat does not hold: give rollouts, or a prompt and a completion a row",
+                self.context.name()
+            ));
+        }
         count(&mut encoded.counts.rows, "chat", 1);
         if demonstration.system_messages > 0 {
             count(&mut encoded.counts.notes, "system messages ignored", demonstration.system_messages);
@@ -186,7 +192,8 @@ impl Encoder {
                 count(&mut encoded.counts.dropped, "not to be learnt (steps)", 1);
                 continue;
             }
-            let past = Past { question: &demonstration.question, steps: &steps[..index], builder: &self.steps };
+            let past =
+                Past { question: &demonstration.question, steps: &steps[..index], document: &[], builder: &self.steps };
             let prompt_ids = self.steps.prompt(past.question, &self.context.carried(&past));
             let prompt_ids = prompt_ids.map_err(|error| error.to_string())?;
             let completion = Completion { ids: &step.completion_ids, segments: &step.segments, faulty: faulty(index) };

@@ -36,6 +36,8 @@ pub struct Start<'t> {
     pub trajectory_index: i32,
     /// Steps that are taken as done: the next one follows from them.
     pub steps: &'t [Step],
+    /// What it reads, as [`ContextPolicy::prepare`] left it; empty where documents are searched for.
+    pub document: &'t [i32],
 }
 
 /// Rows of some tasks, sorted by key.
@@ -101,7 +103,8 @@ impl Agent<'_> {
 
     fn request(&self, place: usize, attempt: &mut Attempt<'_>, with_messages: bool) -> Result<Option<Request>, Error> {
         let question = &attempt.task.question;
-        let carried = self.context.carried(&Past { question, steps: &attempt.steps, builder: self.builder });
+        let past = Past { question, steps: &attempt.steps, document: attempt.document, builder: self.builder };
+        let carried = self.context.carried(&past);
         let unbuilt = |source| Error::Prompt { task_id: attempt.task.task_id.clone(), source };
         let mut prompt = self.builder.prompt(question, &carried).map_err(unbuilt)?;
         let messages = if with_messages { self.builder.messages(question, &carried) } else { Ok(Vec::new()) };
@@ -123,9 +126,13 @@ impl Agent<'_> {
         if self.context.answers_at_once() { self.builder.answer_opening_ids() } else { Vec::new() }
     }
 
-    /// Steps a trajectory may have.
-    pub(crate) fn max_steps(&self) -> usize {
-        if self.context.answers_at_once() { 1 } else { self.limits.max_steps }
+    /// Steps a trajectory may have: of one that reads a document, as many as that takes.
+    pub(crate) fn max_steps(&self, document: &[i32]) -> usize {
+        match self.context.reads_documents() {
+            true => self.context.reading_steps(document) + 1,
+            false if self.context.answers_at_once() => 1,
+            false => self.limits.max_steps,
+        }
     }
 
     fn rows(&self, attempts: Vec<Attempt<'_>>) -> Unit {

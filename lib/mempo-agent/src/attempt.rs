@@ -11,6 +11,8 @@ pub(crate) struct Attempt<'t> {
     pub(crate) task: &'t Task,
     pub(crate) trajectory_index: i32,
     pub(crate) steps: Vec<Step>,
+    /// What it reads.
+    pub(crate) document: &'t [i32],
     /// What the engine is working on.
     pub(crate) prompt_ids: Vec<i32>,
     end: Option<End>,
@@ -27,13 +29,23 @@ struct End {
 
 impl<'t> Attempt<'t> {
     pub(crate) fn new(start: Start<'t>) -> Self {
-        let Start { task, trajectory_index, steps } = start;
+        let Start { task, trajectory_index, steps, document } = start;
         let mut steps = steps.to_vec();
         for step in &mut steps {
             step.trajectory_index = trajectory_index;
         }
         let (prompt_ids, end) = (Vec::new(), None);
-        Self { task, trajectory_index, steps, prompt_ids, end, tags_valid: true, tool_calls: 0, unique_tokens: 0 }
+        Self {
+            task,
+            trajectory_index,
+            steps,
+            document,
+            prompt_ids,
+            end,
+            tags_valid: true,
+            tool_calls: 0,
+            unique_tokens: 0,
+        }
     }
 
     pub(crate) fn is_active(&self) -> bool {
@@ -58,12 +70,19 @@ impl<'t> Attempt<'t> {
             return self.stop(Status::EngineError, &format!("{ids} ids came with {logprobs} log-probabilities"));
         }
         let profile = agent.builder.profile();
-        let parsed = parse_continuation(agent.builder.tokenizer(), &agent.opening(), &generation.ids, profile);
+        let reads = self.steps.len() < agent.context.reading_steps(self.document);
+        let parsed = if reads {
+            agent.builder.parse_memory(&generation.ids)
+        } else {
+            parse_continuation(agent.builder.tokenizer(), &agent.opening(), &generation.ids, profile)
+        };
         let readable = !matches!(parsed.tool_call, Some(Err(_)));
         self.tags_valid &= readable && format_problem(profile.memory, self.steps.len(), &parsed).is_none();
         self.unique_tokens += new_tokens(&self.steps, &prompt_ids) + generation.ids.len();
         let mut step = self.step(prompt_ids, generation, &parsed);
-        self.act(agent, parsed, &mut step);
+        if !reads {
+            self.act(agent, parsed, &mut step);
+        }
         self.steps.push(step);
     }
 
@@ -84,11 +103,12 @@ impl<'t> Attempt<'t> {
     }
 
     fn act(&mut self, agent: &Agent<'_>, parsed: ParsedCompletion, step: &mut Step) {
-        let last = self.steps.len() + 1 == agent.max_steps();
+        let max_steps = agent.max_steps(self.document);
+        let last = self.steps.len() + 1 == max_steps;
         match (parsed.answer, parsed.tool_call) {
             (Some(answer), _) => self.end = Some(End { status: Status::Ok, answer: Some(answer), error: None }),
             (None, Some(_)) if last => {
-                self.stop(Status::MaxSteps, &format!("no answer within {} steps", agent.max_steps()));
+                self.stop(Status::MaxSteps, &format!("no answer within {max_steps} steps"));
             }
             (None, Some(Ok(call))) => self.call(agent, &call, step),
             (None, Some(Err(problem))) => self.correct(agent, format!("Error: {problem}"), step),
@@ -155,7 +175,7 @@ impl<'t> Attempt<'t> {
 fn observe(agent: &Agent<'_>, results: String, step: &mut Step) {
     let tokenizer = agent.builder.tokenizer();
     let results = observation::cut(tokenizer, results, agent.limits.max_observation_tokens);
-    let steps_left = agent.max_steps().saturating_sub(step.step_index as usize + 1);
+    let steps_left = agent.limits.max_steps.saturating_sub(step.step_index as usize + 1);
     let ids = agent.builder.observation_ids(&results, Some(steps_left));
     step.observation = Some(tokenizer.decode(&ids));
     step.observation_ids = Some(ids);

@@ -2,7 +2,9 @@
 
 mod a_mem;
 mod closed_book;
+mod full_document;
 mod mem1;
+mod memagent;
 mod mempo;
 mod none;
 mod options;
@@ -17,7 +19,9 @@ use mempo_text::{Carried, CarriedStep, PromptBuilder, Segment};
 
 pub use self::a_mem::AMem;
 pub use self::closed_book::ClosedBook;
+pub use self::full_document::FullDocument;
 pub use self::mem1::Mem1;
+pub use self::memagent::MemAgent;
 pub use self::mempo::{Carry, Mempo};
 pub use self::none::NoPast;
 pub use self::options::{ContextOptions, context_policy};
@@ -31,12 +35,14 @@ pub struct Past<'a> {
     pub question: &'a str,
     /// The trajectory's steps so far, oldest first.
     pub steps: &'a [Step],
+    /// What there is to read, as [`ContextPolicy::prepare`] left it; empty where documents are searched for.
+    pub document: &'a [i32],
     /// Builds the prompt.
     pub builder: &'a PromptBuilder,
 }
 
-/// Chooses what the next prompt holds beside the question: a function of the question and the steps alone, so that
-/// training data, rollouts and scores agree on it.
+/// Chooses what the next prompt holds beside the question: a function of the question, the document and the steps alone, so
+/// that training data, rollouts and scores agree on it.
 pub trait ContextPolicy: Send + Sync {
     /// Its name on the command line and in the manifest.
     fn name(&self) -> &str;
@@ -45,6 +51,18 @@ pub trait ContextPolicy: Send + Sync {
     /// Whether what is older than the last step is reachable through its memory alone.
     fn needs_memory(&self) -> bool {
         false
+    }
+    /// Whether tasks come with a document to read.
+    fn reads_documents(&self) -> bool {
+        false
+    }
+    /// What of a document is read.
+    fn prepare(&self, document: Vec<i32>) -> Vec<i32> {
+        document
+    }
+    /// Steps that write a memory each and nothing else; the one after them answers.
+    fn reading_steps(&self, _document: &[i32]) -> usize {
+        0
     }
     /// Whether the prompt ends with `<answer>`, so that the first step, which is the only one, answers from what the
     /// policy knows.

@@ -26,7 +26,8 @@ pub use agent::{Agent, Start, Unit};
 pub use bm25::Bm25Options;
 pub use calculator::Calculator;
 pub use context::{
-    AMem, Carry, ClosedBook, ContextOptions, ContextPolicy, Mem1, Mempo, NoPast, Past, RagMemory, React, context_policy,
+    AMem, Carry, ClosedBook, ContextOptions, ContextPolicy, FullDocument, Mem1, MemAgent, Mempo, NoPast, Past,
+    RagMemory, React, context_policy,
 };
 pub use engine::{Engine, Generated, Generation, Next, Request};
 pub use fusion::reciprocal_rank_fusion;
@@ -50,7 +51,8 @@ pub enum Error {
     /// Options that belong to another context policy.
     #[error(
         "--context {0} has no such option: --carry, --carry-steps and --max-memory-tokens belong to mempo, \
-         --retrieved-steps to rag-memory and a-mem"
+         --retrieved-steps to rag-memory and a-mem, --chunk-tokens and --max-chunks to memagent, --last-tokens to \
+         full-document"
     )]
     ContextOption(String),
     /// A file of the search index can't be written or read.

@@ -12,15 +12,15 @@ pub struct SamplingOptions {
     /// Sample from the smallest set of tokens with this much probability (training needs 1)
     #[arg(long, default_value_t = 1.0, value_parser = top_p)]
     pub top_p: f64,
-    /// Longest completion of one step, in tokens
-    #[arg(long, default_value_t = 512, value_parser = at_least_one)]
+    /// Longest completion of one step, in tokens [memagent: 1024, which is a memory's limit, too]
+    #[arg(long, default_value_if("context", "memagent", "1024"), default_value_t = 512, value_parser = at_least_one)]
     pub max_completion_tokens: usize,
 }
 
 /// Where a trajectory ends at the latest.
 #[derive(Debug, Clone, PartialEq, Eq, Args, Serialize)]
 pub struct LimitOptions {
-    /// Most steps (model calls) of a trajectory
+    /// Most steps (model calls) of a trajectory that searches; one that reads takes as many as the document has chunks, and one
     #[arg(long, default_value_t = 16, value_parser = at_least_one)]
     pub max_steps: usize,
     /// Longest prompt of one step, in tokens; a longer one ends the trajectory as truncated

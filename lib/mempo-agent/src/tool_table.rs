@@ -44,7 +44,7 @@ pub struct NamedTool {
 }
 
 /// The tools, in the order of the prompt: those built in first.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct ToolTable {
     /// Those built in.
     pub built_in: Vec<BuiltIn>,

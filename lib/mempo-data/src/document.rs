@@ -65,13 +65,17 @@ mod tests {
 
     #[test]
     fn a_document_is_found_in_the_row_or_beside_it() {
-        let dir = tasks_dir();
-        let read = |document, reference| read_document(dir.path(), &task(document, reference)).unwrap();
-        assert_eq!(read(None, None), None);
-        assert_eq!(read(Some("here"), None).as_deref(), Some("here"));
-        assert_eq!(read(Some("here"), Some("corpus/none.parquet#a")).as_deref(), Some("here"));
+        fn read(dir: &Path, document: Option<&str>, reference: Option<&str>) -> Option<String> {
+            read_document(dir, &task(document, reference)).unwrap()
+        }
+        let folder = tasks_dir();
+        let dir = folder.path();
+        assert_eq!(read(dir, None, None), None);
+        assert_eq!(read(dir, Some("here"), None).as_deref(), Some("here"));
+        assert_eq!(read(dir, Some("here"), Some("corpus/none.parquet#a")).as_deref(), Some("here"));
         for id in ["a", "b", "b#1"] {
-            let found = read(None, Some(&format!("corpus/part-00000.parquet#{id}")));
+            let reference = format!("corpus/part-00000.parquet#{id}");
+            let found = read(dir, None, Some(&reference));
             assert_eq!(found, Some(format!("text of {id}")));
         }
     }

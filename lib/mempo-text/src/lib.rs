@@ -24,7 +24,7 @@ pub use encoder::EncoderTokenizer;
 pub use error::Error;
 pub use json::python_json;
 pub use neutralise::{PROTOCOL_TAGS, neutralise};
-pub use profile::{Hint, MemoryRule, Profile, Tags, Turns};
+pub use profile::{AnswerForm, Hint, MemoryRule, Profile, Tags, Turns};
 pub use prompt::{AnswerIds, CUT_MARK, Carried, CarriedStep, PromptBuilder};
 pub use segment::{ParsedCompletion, Segment, SegmentKind, between_tags, parse_completion, parse_continuation};
 pub use template::{ChatTemplate, Message};

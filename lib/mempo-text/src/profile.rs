@@ -14,6 +14,30 @@ pub enum MemoryRule {
     Required,
     /// No `<mem>` in any step.
     Absent,
+    /// A step that reads a chunk of a document writes nothing but its memory: the whole completion is one, without tags
+    /// (MemAgent, arXiv 2507.02259).
+    Whole,
+}
+
+/// What an answer stands in.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AnswerForm {
+    /// `<answer>…</answer>`.
+    #[default]
+    Tagged,
+    /// The last `\boxed{…}` of the completion, in which braces are balanced.
+    Boxed,
+}
+
+impl AnswerForm {
+    /// What stands before the first character of an answer.
+    pub fn opening(self) -> &'static str {
+        match self {
+            Self::Tagged => "<answer>",
+            Self::Boxed => "\\boxed{",
+        }
+    }
 }
 
 /// Which tags stand for what, where they are not the same with every agent.
@@ -63,8 +87,18 @@ pub struct Profile {
     /// template may put its own.
     #[serde(skip)]
     pub system: String,
-    /// The first user message; holds `{question}` once.
+    /// The first user message; holds `{question}` once, and after it `{memory}` where a step answers from what was read.
     pub user: String,
+    /// The user message of a step that is shown a chunk of a document; holds `{question}`, then perhaps `{memory}`, then
+    /// `{chunk}`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reading: Option<String>,
+    /// What stands for `{memory}` before anything was read.
+    #[serde(default = "default_no_memory")]
+    pub no_memory: String,
+    /// What an answer stands in.
+    #[serde(default)]
+    pub answer: AnswerForm,
     /// Texts that end a completion, themselves included in it.
     pub stop: Vec<String>,
     /// Whether the agent keeps a memory.
@@ -79,13 +113,18 @@ pub struct Profile {
     #[serde(default = "default_notes")]
     pub notes: String,
     /// What the environment replies; holds `{results}` once, and may hold `{hint}` before it.
+    #[serde(default = "default_observation")]
     pub observation: String,
     /// What stands for `{hint}`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<Hint>,
     /// One search result, with `{i}` (from 1), `{title}` and `{text}`.
+    #[serde(default = "default_document")]
     pub document: String,
 }
+
+/// What stands in a user message, in this order.
+const ASKED: [&str; 3] = ["{question}", "{memory}", "{chunk}"];
 
 /// Name, profile.json and system.txt of a folder beside this crate's sources.
 macro_rules! built_in {
@@ -98,7 +137,7 @@ macro_rules! built_in {
     };
 }
 
-const BUILT_IN: [(&str, &str, &str); 7] = [
+const BUILT_IN: [(&str, &str, &str); 9] = [
     built_in!("mempo"),
     built_in!("react"),
     built_in!("mem1"),
@@ -106,10 +145,24 @@ const BUILT_IN: [(&str, &str, &str); 7] = [
     built_in!("rag-memory"),
     built_in!("a-mem"),
     built_in!("none"),
+    built_in!("memagent"),
+    built_in!("full-document"),
 ];
 
 fn default_notes() -> String {
     "\n\n{notes}".to_owned()
+}
+
+fn default_no_memory() -> String {
+    "No previous memory".to_owned()
+}
+
+fn default_observation() -> String {
+    "{results}".to_owned()
+}
+
+fn default_document() -> String {
+    "{text}\n".to_owned()
 }
 
 impl Profile {
@@ -145,6 +198,32 @@ impl Profile {
         (fill(before, &[("hint", &hint)]), after)
     }
 
+    /// The user message of a step, and what is filled into it, in order.
+    pub(crate) fn asks(&self, reads: bool) -> (&str, Vec<&'static str>) {
+        let text = self.reading.as_deref().filter(|_| reads).unwrap_or(&self.user);
+        (text, ASKED.into_iter().filter(|name| text.contains(name)).collect())
+    }
+
+    /// Whether what is filled into the user messages stands there once and in order, and whether a memory that is a whole
+    /// completion has its places.
+    fn check_reading(&self) -> Result<(), String> {
+        let remembers = self.memory == MemoryRule::Whole;
+        if remembers && self.reading.is_none() {
+            return Err("`memory` is `whole`, but there is no `reading`".to_owned());
+        }
+        for (field, text, reads) in [("user", Some(&self.user), false), ("reading", self.reading.as_ref(), true)] {
+            let Some(text) = text else { continue };
+            let mut found: Vec<(usize, &str)> = ASKED.iter().flat_map(|name| text.match_indices(name)).collect();
+            found.sort_unstable();
+            let expected = ASKED.into_iter().zip([true, remembers, reads]).filter_map(|(name, is)| is.then_some(name));
+            if !expected.clone().eq(found.into_iter().map(|(_, name)| name)) {
+                let expected: Vec<&str> = expected.collect();
+                return Err(format!("`{field}` must hold {}, each once and in this order", expected.join(", ")));
+            }
+        }
+        Ok(())
+    }
+
     fn parse(name: &str, json: &str, system: &str) -> Result<Self, Error> {
         let error = |message: String| Error::Profile { name: name.to_owned(), message };
         let mut profile: Self = serde_json::from_str(json).map_err(|cause| error(format!("profile.json: {cause}")))?;
@@ -159,6 +238,7 @@ impl Profile {
                 return Err(error(format!("`{field}` holds {placeholder} {count} times, expected once")));
             }
         }
+        profile.check_reading().map_err(error)?;
         for (field, tag, known) in [
             ("memory", &profile.tags.memory, ["mem", "think"]),
             ("tool_call", &profile.tags.tool_call, ["tool_call", "search"]),
@@ -175,7 +255,7 @@ impl Profile {
 }
 
 /// Fills `{name}` placeholders in one pass; unknown ones stay as they are.
-fn fill(template: &str, values: &[(&str, &str)]) -> String {
+pub(crate) fn fill(template: &str, values: &[(&str, &str)]) -> String {
     let mut filled = String::new();
     let mut rest = template;
     while let Some(brace) = rest.find('{') {
@@ -207,6 +287,11 @@ mod tests {
             assert_eq!(profile.name, name);
             let (memory, call) = (format!("<{}>", profile.tags.memory), format!("<{}>", profile.tags.tool_call));
             let told = format!("{}{}", profile.system, profile.user);
+            if let Some(reading) = &profile.reading {
+                assert_eq!((profile.answer, profile.stop.len()), (AnswerForm::Boxed, 0), "{name}");
+                assert!(told.contains("\\boxed{}") && reading.contains("{chunk}"), "{name}");
+                continue;
+            }
             assert!(told.contains(&call) && told.contains("<answer>"), "{name}");
             assert_eq!(profile.system.contains("{tools}"), profile.tags.tool_call == "tool_call", "{name}");
             let remembers = profile.memory == MemoryRule::Required;
@@ -250,6 +335,16 @@ mod tests {
         assert!(Profile::load(name).unwrap_err().to_string().contains("usr"));
         write(&json.replace("\"memory\":", "\"tags\": {\"memory\": \"answer\"}, \"memory\":"));
         assert!(Profile::load(name).unwrap_err().to_string().contains("`tags.memory` is `answer`, expected `mem` or"));
+        let (_, json, _) = BUILT_IN[7];
+        for (from, to, told) in [
+            ("{memory}", "", "`user` must hold {question}, {memory}, each once"),
+            ("{chunk}", "{chunk} {question}", "`reading` must hold {question}, {memory}, {chunk}, each once"),
+            ("\"reading\"", "\"notes\"", "`notes` holds {notes} 0 times"),
+        ] {
+            write(&json.replace(from, to));
+            let error = Profile::load(name).unwrap_err().to_string();
+            assert!(error.contains(told), "{error}");
+        }
         assert!(Profile::load("nothing").unwrap_err().to_string().contains("mempo, react"));
     }
 }

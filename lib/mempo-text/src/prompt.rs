@@ -12,8 +12,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::error::Error;
 use crate::neutralise::neutralise;
-use crate::profile::{Profile, Turns};
-use crate::segment::{Located, Segment, between_tags, bytes_of, cut_at_tags, ids_touching};
+use crate::profile::{Profile, Turns, fill};
+use crate::segment::{
+    Located, ParsedCompletion, Segment, between_tags, bytes_of, cut_at_tags, ids_touching, parse_memory,
+};
 use crate::template::{ChatTemplate, Message};
 use crate::tokenizer::Tokenizer;
 use crate::tool::ToolSpec;
@@ -47,11 +49,15 @@ pub struct Carried<'a> {
     pub notes: Option<String>,
     /// Earlier steps, oldest first.
     pub steps: Vec<CarriedStep<'a>>,
+    /// What is remembered of a document, where the profile shows that.
+    pub memory: Option<Cow<'a, [i32]>>,
+    /// The part of a document to read now.
+    pub chunk: Option<Cow<'a, [i32]>>,
 }
 
 impl<'a> From<Vec<CarriedStep<'a>>> for Carried<'a> {
     fn from(steps: Vec<CarriedStep<'a>>) -> Self {
-        Self { notes: None, steps }
+        Self { steps, ..Self::default() }
     }
 }
 
@@ -76,8 +82,10 @@ pub struct PromptBuilder {
 }
 
 /// The slots of a prompt after the question's.
-#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Hash)]
 struct Slots {
+    /// Whether there is a chunk of a document to read.
+    reads: bool,
     /// Whether there are notes.
     notes: bool,
     /// For each carried step that has turns of its own, whether it has a reply.
@@ -104,14 +112,15 @@ impl PromptBuilder {
         let system = profile.system.replace("{tools}", &schemas.join("\n"));
         let fixed_ids = Mutex::default();
         let mut builder = Self { tokenizer, template, profile, system, end_of_turn_id: None, fixed_ids };
-        let opening = builder.fixed_pieces(&Slots { notes: false, replies: Vec::new() })?.concat();
+        let opening = builder.fixed_pieces(&Slots::default())?.concat();
         if !opening.contains(builder.system.trim()) {
             let message = "it leaves out or changes the system message, which holds the agent's rules: use another \
                            template, or a profile with an empty system.txt";
             return Err(builder.template.error(message.to_owned()));
         }
-        let pieces = builder.fixed_pieces(&Slots { notes: false, replies: vec![true, true] })?;
-        let after_completion = builder.tokenizer.encode_trusted(&pieces[2]);
+        let asked = builder.profile.asks(false).1.len();
+        let pieces = builder.fixed_pieces(&Slots { replies: vec![true, true], ..Slots::default() })?;
+        let after_completion = builder.tokenizer.encode_trusted(&pieces[asked + 1]);
         builder.end_of_turn_id = after_completion.first().copied().filter(|id| builder.tokenizer.is_control(*id));
         Ok(builder)
     }
@@ -122,15 +131,21 @@ impl PromptBuilder {
     pub fn prompt(&self, question: &str, carried: &Carried<'_>) -> Result<Vec<i32>, Error> {
         let has_turns = self.profile.turns == Turns::Separate;
         let replies = carried.steps.iter().filter(|_| has_turns).map(|step| step.observation_ids.is_some()).collect();
-        let pieces = self.fixed_ids(Slots { notes: carried.notes.is_some(), replies })?;
-        let question_ids = self.tokenizer.encode_untrusted(question);
+        let reads = carried.chunk.is_some();
+        let pieces = self.fixed_ids(Slots { reads, notes: carried.notes.is_some(), replies })?;
+        let asked = self.profile.asks(reads).1.into_iter().map(|name| match (name, &carried.memory) {
+            ("{memory}", Some(memory)) => memory.clone(),
+            ("{memory}", None) => Cow::Owned(self.tokenizer.encode_plain(&self.profile.no_memory)),
+            ("{chunk}", _) => carried.chunk.clone().unwrap_or_default(),
+            _ => Cow::Owned(self.tokenizer.encode_untrusted(question)),
+        });
+        let asked: Vec<Cow<'_, [i32]>> = asked.collect();
         let notes_ids = carried.notes.as_ref().map(|notes| self.tokenizer.encode_untrusted(notes));
         let steps = carried.steps.iter().flat_map(|step| {
             let completion = self.without_end_of_turn(&step.completion_ids);
             std::iter::once(completion).chain(step.observation_ids.as_deref())
         });
-        let mut slots: Vec<&[i32]> = std::iter::once(&question_ids).chain(&notes_ids).map(Vec::as_slice).collect();
-        slots.extend(steps);
+        let slots = asked.iter().map(|ids| &**ids).chain(notes_ids.as_deref()).chain(steps);
         let mut pieces = pieces.iter();
         let mut ids = pieces.next().cloned().unwrap_or_default();
         for slot in slots {
@@ -148,7 +163,15 @@ impl PromptBuilder {
             let message = "its steps go on in one turn, which a chat interface cannot continue".to_owned();
             return Err(Error::Profile { name: self.profile.name.clone(), message });
         }
-        let mut asked = self.profile.user.replace("{question}", &self.tokenizer.break_controls(&neutralise(question)));
+        let text_of = |ids: &Option<Cow<'_, [i32]>>| ids.as_deref().map(|ids| self.tokenizer.decode_for_text(ids));
+        let mut asked = fill(
+            self.profile.asks(carried.chunk.is_some()).0,
+            &[
+                ("question", &self.tokenizer.break_controls(&neutralise(question))),
+                ("memory", text_of(&carried.memory).as_deref().unwrap_or(&self.profile.no_memory)),
+                ("chunk", text_of(&carried.chunk).as_deref().unwrap_or_default()),
+            ],
+        );
         if let Some(notes) = &carried.notes {
             let notes = self.tokenizer.break_controls(&neutralise(notes));
             asked.push_str(&self.profile.notes.replace("{notes}", &notes));
@@ -174,9 +197,9 @@ impl PromptBuilder {
         ids
     }
 
-    /// `<answer>`, as it stands before the first character of an answer.
+    /// `<answer>` (or `\boxed{`), as it stands before the first character of an answer.
     pub fn answer_opening_ids(&self) -> Vec<i32> {
-        self.tokenizer.encode_plain("<answer>")
+        self.tokenizer.encode_plain(self.profile.answer.opening())
     }
 
     /// The answers joined by `; `, encoded as [`Self::completion_ids_from_text`] encodes what stands after `<answer>`.
@@ -249,6 +272,11 @@ impl PromptBuilder {
         cut_at_tags(text, &self.profile.tags).into_iter().flat_map(|piece| self.tokenizer.encode_plain(piece)).collect()
     }
 
+    /// What a step that reads has written: a memory and nothing else.
+    pub fn parse_memory(&self, completion_ids: &[i32]) -> ParsedCompletion {
+        parse_memory(&self.tokenizer, completion_ids, self.without_end_of_turn(completion_ids).len())
+    }
+
     /// The id with which the template closes the assistant's turn, if it is a control token. It ends a turn even if
     /// the model's files do not list it.
     pub fn end_of_turn_id(&self) -> Option<i32> {
@@ -282,9 +310,9 @@ impl PromptBuilder {
         Ok(ids)
     }
 
-    /// What the template writes around the question, the notes, each carried completion and each reply. One piece more than
-    /// slots.
-    fn fixed_pieces(&self, Slots { notes, replies }: &Slots) -> Result<Vec<String>, Error> {
+    /// What the template writes around the question (memory, chunk), the notes, each carried completion and each reply.
+    /// One piece more than slots.
+    fn fixed_pieces(&self, Slots { reads, notes, replies }: &Slots) -> Result<Vec<String>, Error> {
         let mut slots = Vec::new();
         let mut slot = || {
             let name = format!("{SLOT}{}X", slots.len());
@@ -295,7 +323,8 @@ impl PromptBuilder {
         if !self.system.is_empty() {
             messages.push(Message::new("system", self.system.as_str()));
         }
-        let mut asked = self.profile.user.replace("{question}", &slot());
+        let (asked, names) = self.profile.asks(*reads);
+        let mut asked = names.into_iter().fold(asked.to_owned(), |asked, name| asked.replace(name, &slot()));
         if *notes {
             asked.push_str(&self.profile.notes.replace("{notes}", &slot()));
         }

@@ -8,7 +8,7 @@ use std::sync::LazyLock;
 
 use regex::bytes::Regex;
 
-use crate::profile::{MemoryRule, Profile, Tags};
+use crate::profile::{AnswerForm, MemoryRule, Profile, Tags};
 use crate::tokenizer::Tokenizer;
 use crate::tool::ToolCall;
 
@@ -102,7 +102,10 @@ static TAG: LazyLock<Regex> = LazyLock::new(|| {
 pub fn parse_completion(tokenizer: &Tokenizer, ids: &[i32], profile: &Profile) -> ParsedCompletion {
     let (bytes, ends) = bytes_of(tokenizer, ids);
     let mut problems = Vec::new();
-    let spans = spans(&tags(&bytes, &profile.tags), &profile.tags, &mut problems);
+    let spans = match profile.answer {
+        AnswerForm::Tagged => spans(&tags(&bytes, &profile.tags), &profile.tags, &mut problems),
+        AnswerForm::Boxed => boxed(&bytes).into_iter().collect(),
+    };
     check_order(&spans, profile, &mut problems);
 
     let action = spans.iter().find(|span| span.kind.place() == SegmentKind::Answer.place());
@@ -138,6 +141,24 @@ pub fn parse_continuation(tokenizer: &Tokenizer, opening: &[i32], ids: &[i32], p
         !segment.range.is_empty()
     });
     parsed
+}
+
+/// A completion that is a memory from its first id to `end`, which leaves out an id that ends the turn (MemAgent,
+/// arXiv 2507.02259). What a model that thinks first writes up to `</think>` is not remembered.
+pub(crate) fn parse_memory(tokenizer: &Tokenizer, ids: &[i32], end: usize) -> ParsedCompletion {
+    const THOUGHT: &[u8] = b"</think>";
+    let (bytes, ends) = bytes_of(tokenizer, ids);
+    let thought = bytes.windows(THOUGHT.len()).rposition(|part| part == THOUGHT).map_or(0, |at| at + THOUGHT.len());
+    let range = ends.partition_point(|end| *end <= thought).min(end)..end;
+    let is_there = !range.is_empty();
+    ParsedCompletion {
+        text: String::from_utf8_lossy(&bytes).into_owned(),
+        segments: is_there.then_some(Segment { kind: SegmentKind::Memory, range }).into_iter().collect(),
+        memory_count: usize::from(is_there),
+        tool_call: None,
+        answer: None,
+        problems: if is_there { Vec::new() } else { vec!["an empty memory".to_owned()] },
+    }
 }
 
 /// The bytes of the ids, and where each id's bytes end.
@@ -262,6 +283,21 @@ fn spans(tags: &[Tag], names: &Tags, problems: &mut Vec<String>) -> Vec<Span> {
         });
     }
     spans
+}
+
+/// The last `\boxed{…}` whose braces are balanced.
+fn boxed(bytes: &[u8]) -> Option<Span> {
+    let opening = AnswerForm::Boxed.opening().as_bytes();
+    let starts = (0..bytes.len()).rev().filter(|at| bytes[*at..].starts_with(opening));
+    starts.map(|start| (start, start + opening.len())).find_map(|(start, inside)| {
+        let mut depth = 1;
+        let closing = bytes[inside..].iter().position(|byte| {
+            depth += i32::from(*byte == b'{') - i32::from(*byte == b'}');
+            depth == 0
+        })?;
+        let end = inside + closing;
+        Some(Span { kind: SegmentKind::Answer, range: start..end + 1, inside: inside..end })
+    })
 }
 
 fn check_order(spans: &[Span], profile: &Profile, problems: &mut Vec<String>) {

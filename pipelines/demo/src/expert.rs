@@ -93,7 +93,8 @@ fn finish(stage: Stage, attempts: &[(String, Attempt)]) -> anyhow::Result<()> {
     stage.finish(&[("attempts", attempts.len() as u64)], summary)
 }
 
-fn steps_of(task: &Task) -> anyhow::Result<Vec<Steps>> {
+/// How each of a task's questions is worked on.
+pub(crate) fn steps_of(task: &Task) -> anyhow::Result<Vec<Steps>> {
     let metadata = task.metadata.as_deref().unwrap_or("null");
     let metadata: Metadata = serde_json::from_str(metadata)
         .with_context(|| format!("task `{}`: its questions were not made by `mempo-demo data`", task.task_id))?;

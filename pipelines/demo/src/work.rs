@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use crate::questions::Steps;
 use crate::random::Random;
 
-const UNKNOWN: &str = "unknown";
+/// What is answered where nothing is known.
+pub(crate) const UNKNOWN: &str = "unknown";
 
 /// What is known about one question.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -21,17 +22,17 @@ struct Known {
 
 /// An expert's memory: what it knows, in the order in which it learnt it.
 #[derive(Debug, Default)]
-struct Memory(Vec<Known>);
+pub(crate) struct Memory(Vec<Known>);
 
 impl Memory {
     /// Notes what was just learnt; an entity that led on is replaced by where it led.
-    fn learn(&mut self, mention: &str, value: &str, settled: bool) {
+    pub(crate) fn learn(&mut self, mention: &str, value: &str, settled: bool) {
         self.0.retain(|known| known.mention != mention);
         self.0.push(Known { mention: mention.to_owned(), value: value.to_owned(), settled });
     }
 
     /// Drops each of the first `count` facts with this probability; how many it dropped.
-    fn forget(&mut self, count: usize, probability: f64, random: &mut Random) -> u64 {
+    pub(crate) fn forget(&mut self, count: usize, probability: f64, random: &mut Random) -> u64 {
         let before = self.0.len();
         let mut index = 0;
         self.0.retain(|_| {
@@ -41,11 +42,11 @@ impl Memory {
         (before - self.0.len()) as u64
     }
 
-    fn answer(&self, mention: &str) -> Option<&str> {
+    pub(crate) fn answer(&self, mention: &str) -> Option<&str> {
         self.0.iter().find(|known| known.mention == mention && known.settled).map(|known| known.value.as_str())
     }
 
-    fn render(&self) -> String {
+    pub(crate) fn render(&self) -> String {
         let facts = self.0.iter().map(|known| {
             let sign = if known.settled { "=" } else { "->" };
             format!("{} {sign} {}", known.mention, known.value)

@@ -6,7 +6,7 @@ use mempo_text::{ChatTemplate, NewTokenizer, Profile, Tokenizer, ToolSpec, train
 
 use super::*;
 use crate::toolbox::tests::scripted;
-use crate::{Carry, ClosedBook, Generation, Mempo, Next, React};
+use crate::{Carry, ClosedBook, Generation, MemAgent, Mempo, Next, React};
 
 const SEARCH: &str =
     r#"<mem>none yet</mem><think>look</think><tool_call>{"name": "search", "arguments": {"query": "red"}}</tool_call>"#;
@@ -101,8 +101,14 @@ impl<'a> Setting<'a> {
     }
 
     fn run(&self, engine: &mut dyn Engine, tasks: &[Task]) -> Unit {
-        let group =
-            |task| (0..self.group_size as i32).map(move |index| Start { task, trajectory_index: index, steps: &[] });
+        let group = |task| {
+            (0..self.group_size as i32).map(move |index| Start {
+                task,
+                trajectory_index: index,
+                steps: &[],
+                document: &[],
+            })
+        };
         self.with_agent(|agent| agent.run(engine, tasks.iter().flat_map(group).collect()).unwrap())
     }
 
@@ -144,7 +150,8 @@ fn a_trajectory_goes_on_from_stored_steps() {
     let script = |_, _, _| Ok((RIGHT.to_owned(), StopReason::StopString));
     let mut engine = Scripted { builder: &builder, calls: Vec::new(), bytewise: false, script };
     let task = task("a");
-    let starts = [7, 8].map(|trajectory_index| Start { task: &task, trajectory_index, steps: &stored[..2] });
+    let starts =
+        [7, 8].map(|trajectory_index| Start { task: &task, trajectory_index, steps: &stored[..2], document: &[] });
     let unit = setting.with_agent(|agent| agent.run(&mut engine, starts.into()).unwrap());
     assert_eq!(engine.calls, [2], "only the steps after the stored ones are sampled");
     let keys: Vec<(i32, i32)> = unit.steps.iter().map(|step| (step.trajectory_index, step.step_index)).collect();
@@ -239,7 +246,7 @@ fn tool_calls_are_counted_over_the_whole_trajectory() {
     let script = |call: usize, _, _| Ok(([SEARCH, RIGHT][call].to_owned(), StopReason::StopString));
     let mut engine = Scripted { builder: &builder, calls: Vec::new(), bytewise: false, script };
     let task = task("a");
-    let starts = vec![Start { task: &task, trajectory_index: 0, steps: &steps[..1] }];
+    let starts = vec![Start { task: &task, trajectory_index: 0, steps: &steps[..1], document: &[] }];
     let unit = setting.with_agent(|agent| agent.run(&mut engine, starts).unwrap());
     assert!(unit.steps[1].observation.as_ref().unwrap().contains(told), "{:?}", unit.steps[1].observation);
 }
@@ -260,7 +267,7 @@ fn what_fails_in_the_engine_has_no_reward() {
         if call == 1 { Err("out of memory".to_owned()) } else { Ok((SEARCH.to_owned(), StopReason::StopString)) }
     };
     let mut engine = Scripted { builder: &builder, calls: Vec::new(), bytewise: false, script: all_fail };
-    let start = Start { task: &task("a"), trajectory_index: 0, steps: &[] };
+    let start = Start { task: &task("a"), trajectory_index: 0, steps: &[], document: &[] };
     let error = setting.with_agent(|agent| agent.run(&mut engine, vec![start]).unwrap_err());
     assert_eq!(error.to_string(), "out of memory");
     let one_fails =
@@ -339,6 +346,47 @@ fn a_closed_book_must_answer_at_once() {
 }
 
 /// Each trajectory ends at a step of its own; a unit of one task alone gives the same rows as one of many.
+#[test]
+fn a_reader_writes_a_memory_for_each_chunk_and_answers_from_the_last() {
+    let builder = builder("memagent");
+    let context = MemAgent { chunk_tokens: 4, max_chunks: None };
+    let document = builder.tokenizer().encode_document("one two three four five six");
+    let chunks = document.len().div_ceil(4);
+    assert!(chunks >= 3);
+    let play = |script: &dyn Fn(usize) -> (&'static str, StopReason)| {
+        let said = |call: usize, _, _| Ok((script(call).0.to_owned(), script(call).1));
+        let mut engine = Scripted { builder: &builder, calls: Vec::new(), bytewise: false, script: said };
+        let setting =
+            Setting { context: &context, limits: LimitOptions { max_steps: 1, ..LIMITS }, ..Setting::new(&builder) };
+        let task = task("a");
+        let start = |trajectory_index| Start { task: &task, trajectory_index, steps: &[], document: &document };
+        let unit = setting.with_agent(|agent| agent.run(&mut engine, vec![start(0), start(1)]).unwrap());
+        assert_eq!(engine.calls, vec![2; chunks + 1], "a step of the group is one batch");
+        (unit.trajectories[0].clone(), unit.steps[..=chunks].to_vec())
+    };
+    let (trajectory, steps) = play(&|call| match call {
+        0 => ("red \\boxed{no}", StopReason::MaxTokens),
+        call if call < chunks => ("red; blue", StopReason::Eos),
+        _ => ("\\boxed{red; blue}", StopReason::Eos),
+    });
+    assert_eq!((trajectory.status, trajectory.reward, trajectory.tool_calls), (Status::Ok, Some(1.0), 0));
+    assert_eq!((trajectory.answer.as_deref(), trajectory.step_count as usize), (Some("red; blue"), chunks + 1));
+    let told = |step: usize| builder.tokenizer().decode(&steps[step].prompt_ids);
+    for (index, chunk) in document.chunks(4).enumerate() {
+        assert!(contains(&steps[index].prompt_ids, chunk), "{index}");
+    }
+    assert!(told(0).contains("No previous memory") && told(1).contains("red \\boxed{no}"));
+    assert!(told(chunks).contains("red; blue") && !told(chunks).contains("<section>"));
+    let kinds = |step: &Step| step.segments.iter().map(|segment| segment.kind).collect::<Vec<_>>();
+    assert!(steps[..chunks].iter().all(|step| kinds(step) == [SegmentKind::Memory]));
+    assert_eq!(kinds(&steps[chunks]), [SegmentKind::Answer]);
+
+    let (trajectory, _) = play(&|call| (if call < chunks { "red" } else { "red; blue" }, StopReason::Eos));
+    assert_eq!((trajectory.status, trajectory.reward), (Status::ParseError, Some(0.0)), "no box");
+    let (trajectory, _) = play(&|call| (if call == 1 { "" } else { "\\boxed{red; blue}" }, StopReason::Eos));
+    assert_eq!((trajectory.format_valid, trajectory.reward), (false, Some(0.0)), "an empty memory");
+}
+
 #[test]
 fn trajectories_advance_together_and_independently() {
     let builder = builder("mempo");

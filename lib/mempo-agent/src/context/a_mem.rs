@@ -62,7 +62,7 @@ impl ContextPolicy for AMem {
         let linked = best.iter().flat_map(|place| notes[*place].links.iter().copied());
         let shown: BTreeSet<usize> = best.iter().copied().chain(linked).collect();
         let lines: Vec<String> = shown.into_iter().map(|place| notes[place].render(place)).collect();
-        Carried { notes: (!lines.is_empty()).then(|| lines.join("\n")), steps: vec![whole(last)] }
+        Carried { notes: (!lines.is_empty()).then(|| lines.join("\n")), steps: vec![whole(last)], ..Carried::default() }
     }
 }
 

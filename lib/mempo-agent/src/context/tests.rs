@@ -52,7 +52,7 @@ fn options(context: &str) -> ContextOptions {
 /// What the policy of these options carries of the steps.
 fn carried(options: &ContextOptions, builder: &PromptBuilder, steps: &[Step]) -> Vec<(String, Option<String>)> {
     let policy = context_policy(options).unwrap();
-    shown(builder, &policy.carried(&Past { question: QUESTION, steps, builder }))
+    shown(builder, &policy.carried(&Past { question: QUESTION, steps, document: &[], builder }))
 }
 
 fn as_it_was(step: &Step) -> (String, Option<String>) {
@@ -111,7 +111,7 @@ fn mem1_remembers_in_its_thoughts() {
     let last = "<think>it is red</think>\n<search>blue</search>".to_owned();
     assert_eq!(carried(&options("mem1"), &builder, &steps), [(last.clone(), steps[1].observation.clone())]);
     let policy = context_policy(&options("mem1")).unwrap();
-    let past = Past { question: QUESTION, steps: &steps, builder: &builder };
+    let past = Past { question: QUESTION, steps: &steps, document: &[], builder: &builder };
     let prompt = builder.prompt(QUESTION, &policy.carried(&past)).unwrap();
     let text = builder.tokenizer().decode(&prompt);
     let expected = format!("{last}{}", steps[1].observation.as_deref().unwrap());
@@ -152,7 +152,12 @@ fn notes_have_keywords_and_links_and_take_on_what_later_ones_add() {
     ];
     let policy = context_policy(&options("a-mem")).unwrap();
     let notes = |count: usize| {
-        let past = Past { question: "Which river flows through Lima?", steps: &steps[..count], builder: &builder };
+        let past = Past {
+            question: "Which river flows through Lima?",
+            steps: &steps[..count],
+            document: &[],
+            builder: &builder,
+        };
         let carried = policy.carried(&past);
         assert_eq!(shown(&builder, &carried), steps[..count].last().map(as_it_was).into_iter().collect::<Vec<_>>());
         carried
@@ -172,12 +177,49 @@ fn notes_have_keywords_and_links_and_take_on_what_later_ones_add() {
 }
 
 #[test]
+fn a_reader_sees_one_chunk_after_the_other_and_then_its_memory() {
+    let builder = builder("memagent");
+    let policy = context_policy(&ContextOptions { chunk_tokens: Some(3), ..options("memagent") }).unwrap();
+    let document: Vec<i32> = (10..18).collect();
+    let mut read = step(&builder, 0, "It is red.", "");
+    read.segments = row_segments(&builder.parse_memory(&read.completion_ids));
+    let steps = [read.clone(), read.clone(), read];
+    assert!(policy.reads_documents() && policy.needs_memory());
+    assert_eq!(policy.reading_steps(&document), 3);
+    for count in 0..=3 {
+        let past = Past { question: QUESTION, steps: &steps[..count], document: &document, builder: &builder };
+        let carried = policy.carried(&past);
+        assert_eq!(carried.chunk.as_deref(), document.chunks(3).nth(count), "{count}");
+        let memory = carried.memory.map(|ids| builder.tokenizer().decode(&ids));
+        assert_eq!(memory, (count > 0).then(|| "It is red.".to_owned()));
+        assert!(carried.steps.is_empty());
+    }
+}
+
+#[test]
+fn long_documents_lose_their_middle_or_their_beginning() {
+    let document: Vec<i32> = (0..10).collect();
+    let reader = |max_chunks| ContextOptions { chunk_tokens: Some(3), max_chunks, ..options("memagent") };
+    let prepared = |options: &ContextOptions| context_policy(options).unwrap().prepare(document.clone());
+    assert_eq!(prepared(&reader(None)), document);
+    assert_eq!(prepared(&reader(Some(4))), document);
+    assert_eq!(prepared(&reader(Some(2))), [0, 1, 2, 7, 8, 9]);
+    assert_eq!(prepared(&reader(Some(1))), [0, 8, 9]);
+    let whole = |last_tokens| ContextOptions { last_tokens, ..options("full-document") };
+    assert_eq!((prepared(&whole(None)), prepared(&whole(Some(2)))), (document.clone(), vec![8, 9]));
+    assert_eq!(context_policy(&whole(None)).unwrap().reading_steps(&document), 0);
+}
+
+#[test]
 fn nothing_is_carried_where_there_is_to_be_no_past() {
     let builder = builder("none");
     let steps = remembering(&builder);
     for name in ["none", "closed-book"] {
         let policy = context_policy(&options(name)).unwrap();
-        assert_eq!(policy.carried(&Past { question: QUESTION, steps: &steps, builder: &builder }), Carried::default());
+        assert_eq!(
+            policy.carried(&Past { question: QUESTION, steps: &steps, document: &[], builder: &builder }),
+            Carried::default()
+        );
         assert_eq!(policy.answers_at_once(), name == "closed-book");
     }
 }
@@ -189,6 +231,9 @@ fn an_option_of_another_policy_is_refused() {
         ContextOptions { max_memory_tokens: Some(1), ..options("mem1") },
         ContextOptions { carry: Carry::Memory, ..options("rag-memory") },
         ContextOptions { retrieved_steps: 1, ..options("mempo") },
+        ContextOptions { chunk_tokens: Some(1), ..options("mempo") },
+        ContextOptions { last_tokens: Some(1), ..options("memagent") },
+        ContextOptions { max_chunks: Some(1), ..options("full-document") },
         options("memory"),
     ] {
         assert!(context_policy(&wrong).is_err(), "{wrong:?}");

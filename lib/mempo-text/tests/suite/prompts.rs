@@ -49,9 +49,49 @@ fn notes_follow_the_question() {
     for fixture in fixtures() {
         let builder = fixture.builder("a-mem");
         let notes = Some("[1] capital: Paris </answer>".to_owned());
-        let ids = builder.prompt(QUESTION, &Carried { notes, steps: Vec::new() }).unwrap();
+        let ids = builder.prompt(QUESTION, &Carried { notes, ..Carried::default() }).unwrap();
         let asked = format!("{QUESTION}\n\nNotes of earlier steps:\n[1] capital: Paris ‹/answer›<|im_end|>");
         assert!(fixture.tokenizer.decode(&ids).contains(&asked), "{}", fixture.name);
+    }
+}
+
+#[test]
+fn a_reader_sees_question_memory_and_chunk_and_answers_from_memory() {
+    for fixture in fixtures() {
+        let builder = fixture.builder("memagent");
+        let decode = |carried: &Carried<'_>| fixture.tokenizer.decode(&builder.prompt(QUESTION, carried).unwrap());
+        // Letter by letter: not how the tokenizer would write it.
+        let memory: Vec<i32> =
+            "Land 7: Paris".chars().flat_map(|c| fixture.tokenizer.encode_plain(&c.to_string())).collect();
+        let chunk = fixture.tokenizer.encode_document("Land 8\nRome </section> <answer>");
+        let reading = |memory: Option<&Vec<i32>>| Carried {
+            memory: memory.map(|ids| ids.as_slice().into()),
+            chunk: Some(chunk.as_slice().into()),
+            ..Carried::default()
+        };
+        let problem = format!("<problem>\n{QUESTION}\n</problem>");
+        let first = decode(&reading(None));
+        let parts = [
+            problem.as_str(),
+            "<memory>\nNo previous memory\n</memory>",
+            "<section>\nLand 8\nRome </section> ‹answer›\n</section>",
+        ];
+        assert!(first.contains(&parts.join("\n\n")), "{first}");
+        let later = builder.prompt(QUESTION, &reading(Some(&memory))).unwrap();
+        assert!(later.windows(memory.len()).any(|ids| ids == memory), "ids are spliced as they are");
+        assert!(fixture.tokenizer.decode(&later).contains("<memory>\nLand 7: Paris\n</memory>"));
+        let last = decode(&Carried { memory: Some(memory.as_slice().into()), ..Carried::default() });
+        assert!(last.contains(&[problem.as_str(), "<memory>\nLand 7: Paris\n</memory>"].join("\n\n")), "{last}");
+        assert!(!last.contains("<section>") && last.contains("\\boxed{}"), "{last}");
+        assert_eq!(fixture.tokenizer.decode(&builder.answer_opening_ids()), "\\boxed{");
+        let told = builder.messages(QUESTION, &reading(Some(&memory))).unwrap();
+        assert!(
+            told.last().unwrap().content.contains("Land 7: Paris") && told.last().unwrap().content.contains("Rome")
+        );
+
+        let whole = fixture.builder("full-document");
+        let whole = fixture.tokenizer.decode(&whole.prompt(QUESTION, &reading(None)).unwrap());
+        assert!(whole.contains("<article>\nLand 8\nRome") && !whole.contains("No previous memory"), "{whole}");
     }
 }
 

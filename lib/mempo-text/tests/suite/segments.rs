@@ -41,6 +41,50 @@ fn well_formed_steps() {
 }
 
 #[test]
+fn what_a_reader_writes_is_its_memory() {
+    for fixture in fixtures() {
+        let builder = fixture.builder("memagent");
+        let end = builder.end_of_turn_id().unwrap();
+        let encode = |text: &str| fixture.tokenizer.encode_plain(text);
+        for (text, thought) in [("Paris <mem> \\boxed{no}", ""), ("Paris", "<think>so</think>")] {
+            let (thought, kept) = (encode(thought), encode(text));
+            for ending in [vec![], vec![end]] {
+                let ids = [thought.clone(), kept.clone(), ending].concat();
+                let parsed = builder.parse_memory(&ids);
+                assert_eq!((parsed.memory_count, parsed.answer, parsed.problems.len()), (1, None, 0), "{text}");
+                assert_eq!(parsed.segments.len(), 1);
+                assert_eq!(parsed.segments[0].range, thought.len()..thought.len() + kept.len(), "{text}");
+            }
+        }
+        for empty in [vec![], vec![end], encode("<think>x</think>")] {
+            let parsed = builder.parse_memory(&empty);
+            assert_eq!((parsed.segments.len(), parsed.problems.len()), (0, 1));
+        }
+    }
+}
+
+#[test]
+fn an_answer_may_stand_in_a_box() {
+    let profile = Profile::load("memagent").unwrap();
+    for fixture in fixtures() {
+        for (text, expected) in [
+            ("It is \\boxed{Paris; Rome}.", Some("Paris; Rome")),
+            ("\\boxed{a} or \\boxed{ \\frac{1}{2} }", Some("\\frac{1}{2}")),
+            ("\\boxed{a} or \\boxed{b", Some("a")),
+            ("\\boxed{", None),
+            ("<answer>Paris</answer>", None),
+        ] {
+            let ids = fixture.tokenizer.encode_plain(text);
+            let parsed = parse_completion(&fixture.tokenizer, &ids, &profile);
+            assert_eq!(parsed.answer.as_deref(), expected, "{text}");
+            assert_eq!(parsed.problems.is_empty(), expected.is_some(), "{text}");
+            let answer = parsed.segments.first().map(|segment| fixture.tokenizer.decode(&ids[segment.range.clone()]));
+            assert_eq!(answer.is_some_and(|answer| answer.contains(expected.unwrap())), expected.is_some(), "{text}");
+        }
+    }
+}
+
+#[test]
 fn a_segment_may_begin_in_the_prompt() {
     let profile = Profile::load("mempo").unwrap();
     for fixture in fixtures() {
