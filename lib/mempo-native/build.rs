@@ -13,12 +13,15 @@ fn main() {
     for rpath in ["$ORIGIN/../lib", "$ORIGIN", &lib] {
         println!("cargo:rustc-link-arg=-Wl,-rpath,{rpath}");
     }
+    // libtorch's own threads: the same library, found beside it.
+    println!("cargo:rustc-link-lib=dylib=gomp");
     let include = Path::new(&lib).with_file_name("include");
     cc::Build::new()
         .cpp(true)
         .std("c++17")
         .flag("-isystem")
         .flag(include.to_string_lossy().as_ref())
+        .flag("-fopenmp")
         .opt_level(1)
         .files(SOURCES)
         .compile("mempo-native");

@@ -35,6 +35,19 @@ impl Kernels {
         }
     }
 
+    /// `sum [O, I] += left [O, R] · right [R, I]`.
+    pub(crate) fn add_product(self, sum: &mut Tensor, left: &Tensor, right: &Tensor) {
+        match self {
+            Self::Fixed => mempo_native::fixed_add_product(sum, left, right).unwrap_or_else(|error| panic!("{error}")),
+            _ if right.kind() == sum.kind() => {
+                let _ = sum.addmm_(left, right);
+            }
+            _ => {
+                let _ = sum.g_add_(&left.matmul(right));
+            }
+        }
+    }
+
     /// `x · sigmoid(x)`.
     pub(crate) fn silu(self, x: &Tensor) -> Tensor {
         match self {

@@ -62,6 +62,12 @@ impl Runtime {
         self.kernels().linear(x, weight, None)
     }
 
+    /// `sum [O, I] += left [O, R] · right [R, I]`; where `right` is of another kind than `sum`, the product is rounded to that
+    /// kind before it is added.
+    pub fn add_product(&self, sum: &mut Tensor, left: &Tensor, right: &Tensor) {
+        self.kernels().add_product(sum, left, right);
+    }
+
     pub(crate) fn kernels(&self) -> Kernels {
         if self.deterministic { Kernels::Fixed } else { Kernels::Fast }
     }

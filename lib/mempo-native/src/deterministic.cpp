@@ -1,10 +1,11 @@
 // Linear layer, attention and SiLU whose result for a row is the same bits whatever stands beside it and however many
-// threads work: every matrix product and reduction has a shape that is fixed, or a function of the model alone. The
-// gradients are those of the ordinary operators.
+// threads work: every matrix product and reduction has a shape that is fixed, or a function of the model alone, and runs on
+// one thread. The gradients are those of the ordinary operators, and of one sequence the same on any number of threads.
 
 #include "guarded.h"
 
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/autograd.h>
 
@@ -13,6 +14,9 @@
 #include <limits>
 #include <optional>
 #include <vector>
+
+// Part of MKL where libtorch has it: sets the threads of the calling thread's products, gives those it had (0: the usual).
+extern "C" int MKL_Set_Num_Threads_Local(int threads) __attribute__((weak));
 
 namespace {
 
@@ -33,26 +37,91 @@ Tensor padded(const Tensor &x, int64_t dim, int64_t size) {
   return out;
 }
 
+// Output columns of one product on a CPU: a few hundred keep a core busy, and there are as many products as that makes.
+constexpr int64_t OUTPUTS = 512;
+
+// This thread's products are not divided between threads while it lives. In a parallel region oneDNN sees to that itself;
+// MKL, told by libtorch to take a fixed number of threads, cuts a product into as many parts there, too.
+class Undivided {
+  int before = MKL_Set_Num_Threads_Local ? MKL_Set_Num_Threads_Local(1) : 0;
+
+public:
+  Undivided() = default;
+  Undivided(const Undivided &) = delete;
+  ~Undivided() {
+    if (MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(before);
+  }
+};
+
+// What libtorch's operators multiply within parallel regions of their own is not divided further: for the threads that work
+// for this one from now on, which multiply nowhere else.
+void leave_workers_alone() {
+  at::parallel_for(0, at::get_num_threads(), 1, [](int64_t, int64_t) {
+    if (at::get_thread_num() > 0 && MKL_Set_Num_Threads_Local) MKL_Set_Num_Threads_Local(1);
+  });
+}
+
+// Calls `work` with 0, 1, .. count - 1, each on one thread alone: how a library divides a product between threads may reach
+// its last bits. A single call, too, is made in a region of two threads, since one of one is none.
+template <typename F> void each_alone(int64_t count, const F &work) {
+  if (at::get_num_threads() == 1) {
+    for (int64_t index = 0; index < count; ++index) work(index);
+    return;
+  }
+  at::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t from, int64_t to) {
+    // Whether gradients are wanted is known to the calling thread alone: here nothing is recorded.
+    at::AutoDispatchBelowADInplaceOrView below;
+    const Undivided undivided;
+    for (int64_t index = from; index < std::min(to, count); ++index) work(index);
+  });
+}
+
 // x [R,I] -> [R,O], in products of `block` rows.
 Tensor linear_by_blocks(const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias, int64_t block) {
-  const int64_t rows = x.size(0);
+  const int64_t rows = x.size(0), outputs = weight.size(0);
   const Tensor input = padded(x, 0, blocks_of(rows, block) * block);
-  const Tensor matrix = weight.t();
-  Tensor out = at::empty({input.size(0), weight.size(0)}, x.options());
-  for (int64_t start = 0; start < rows; start += block) {
-    Tensor part = out.narrow(0, start, block);
-    const Tensor from = input.narrow(0, start, block);
+  Tensor out = at::empty({input.size(0), outputs}, x.options());
+  const int64_t width = x.is_cpu() ? std::min(OUTPUTS, outputs) : outputs, across = blocks_of(outputs, width);
+  const auto product = [&](int64_t index) {
+    const int64_t row = index / across * block, column = index % across * width;
+    const int64_t columns = std::min(width, outputs - column);
+    Tensor part = out.narrow(0, row, block).narrow(1, column, columns);
+    const Tensor from = input.narrow(0, row, block), matrix = weight.narrow(0, column, columns).t();
     if (bias) {
-      at::addmm_out(part, *bias, from, matrix);
+      at::addmm_out(part, bias->narrow(0, column, columns), from, matrix);
     } else {
       at::mm_out(part, from, matrix);
     }
+  };
+  const int64_t count = blocks_of(rows, block) * across;
+  if (x.is_cpu()) {
+    each_alone(count, product);
+  } else {
+    for (int64_t index = 0; index < count; ++index) product(index);
   }
   return out.narrow(0, 0, rows);
 }
 
-// The gradient by `x` is blocked like the product itself: a few rows times a large matrix is the shape that libtorch divides
-// between threads along the sum.
+// sum [O,I] += left [O,R] right [R,I].
+void add_product(Tensor &sum, const Tensor &left, const Tensor &right) {
+  const auto add = [&](int64_t start, int64_t count) {
+    Tensor part = sum.narrow(0, start, count);
+    const Tensor from = left.narrow(0, start, count);
+    if (sum.scalar_type() == right.scalar_type()) {
+      part.addmm_(from, right);
+    } else {
+      part.add_(from.mm(right));
+    }
+  };
+  const int64_t rows = sum.size(0);
+  if (!sum.is_cpu()) return add(0, rows);
+  each_alone(blocks_of(rows, OUTPUTS), [&](int64_t index) {
+    const int64_t start = index * OUTPUTS;
+    add(start, std::min(OUTPUTS, rows - start));
+  });
+}
+
+// The gradient by `x` is blocked like the product itself, that by the weight by its rows.
 struct Linear : Function<Linear> {
   static Tensor forward(AutogradContext *ctx, const Tensor &x, const Tensor &weight, const std::optional<Tensor> &bias,
                         int64_t block) {
@@ -69,7 +138,10 @@ struct Linear : Function<Linear> {
     if (ctx->saved_data["bias"].toBool()) by_bias = gradient.sum(0);
     const Tensor by_x = linear_by_blocks(gradient, saved[1].t(), std::nullopt, ctx->saved_data["block"].toInt());
     Tensor by_weight;
-    if (ctx->needs_input_grad(1)) by_weight = gradient.t().mm(saved[0]);
+    if (ctx->needs_input_grad(1)) {
+      by_weight = at::zeros_like(saved[1]);
+      add_product(by_weight, gradient.t(), saved[0]);
+    }
     return {by_x, by_weight, by_bias, Tensor()};
   }
 };
@@ -151,6 +223,8 @@ struct Attention : Function<Attention> {
     variable_list inputs;
     for (const auto &saved : ctx->get_saved_variables()) inputs.push_back(saved.detach().requires_grad_());
     at::AutoGradMode with_gradient(true);
+    leave_workers_alone();
+    const Undivided undivided;
     const bool grouped = inputs[0].size(1) != inputs[1].size(1);
     const Tensor out = at::scaled_dot_product_attention(inputs[0], inputs[1], inputs[2], std::nullopt, 0.0, true,
                                                         std::nullopt, grouped);
@@ -187,6 +261,10 @@ extern "C" const char *mempo_fixed_linear(Tensor **out, const Tensor *x, const T
     const auto some_bias = bias == nullptr ? std::nullopt : std::optional<Tensor>(*bias);
     *out = new Tensor(Linear::apply(flat, *weight, some_bias, rows).view(shape));
   });
+}
+
+extern "C" const char *mempo_fixed_add_product(Tensor *sum, const Tensor *left, const Tensor *right) {
+  return guarded([&] { add_product(*sum, *left, *right); });
 }
 
 extern "C" const char *mempo_fixed_attention(Tensor **out, const Tensor *q, const Tensor *k, const Tensor *v,

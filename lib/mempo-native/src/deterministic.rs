@@ -9,8 +9,9 @@ use std::ffi::c_char;
 use std::ptr::null;
 
 use tch::{Device, TchError, Tensor};
+use torch_sys::C_tensor;
 
-use crate::{In, Out, new_tensor};
+use crate::{In, Out, checked, new_tensor};
 
 /// Key tokens of one product of attention.
 const COLUMNS: i64 = 64;
@@ -39,6 +40,7 @@ unsafe extern "C" {
         columns: i64,
     ) -> *const c_char;
     fn mempo_fixed_silu(out: Out, x: In) -> *const c_char;
+    fn mempo_fixed_add_product(sum: *mut C_tensor, left: In, right: In) -> *const c_char;
 }
 
 /// `x [.., I]`, `weight [O, I]`, `bias [O]` -> `[.., O]`.
@@ -67,6 +69,13 @@ pub fn fixed_attention_at(
     let (rows, q, k, v, first) = (query_rows(q.device()), q.as_ptr(), k.as_ptr(), v.as_ptr(), first.as_ptr());
     // SAFETY: as `new_tensor` asks.
     new_tensor(|out| unsafe { mempo_fixed_attention_at(out, q, k, v, first, largest, rows, COLUMNS) })
+}
+
+/// `sum [O, I] += left [O, R] · right [R, I]`, the same on any number of threads.
+pub fn fixed_add_product(sum: &mut Tensor, left: &Tensor, right: &Tensor) -> Result<(), TchError> {
+    // SAFETY: the tensors live through the call, whose operators check their shapes and kinds; `sum` is changed in place, as by
+    // tch's own in-place operators.
+    checked(unsafe { mempo_fixed_add_product(sum.as_mut_ptr(), left.as_ptr(), right.as_ptr()) })
 }
 
 /// `x · sigmoid(x)`, element by element.
@@ -137,6 +146,37 @@ mod tests {
         let out = fixed_silu(&x).unwrap();
         let gradient = &Tensor::run_backward(&[out.sum(Kind::Float)], &[&x], false, false)[0];
         assert_eq!(Vec::<f32>::try_from(gradient).unwrap(), [0.0, 1.0]);
+    }
+
+    #[test]
+    fn sums_of_products_are_the_same_on_any_number_of_threads() {
+        tch::manual_seed(7);
+        for kind in [Kind::Float, Kind::BFloat16] {
+            // Sums over few and many rows, onto few and many.
+            for (rows, inputs, outputs) in [(10, 192, 520), (170, 520, 192), (121, 192, 900), (300, 24, 1100)] {
+                let (x, weight) = (random(&[rows, inputs], kind), random(&[outputs, inputs], kind));
+                let gradient = random(&[rows, outputs], kind);
+                let run = |threads: i32| {
+                    tch::set_num_threads(threads);
+                    let leaves = [&x, &weight].map(|leaf| leaf.copy().set_requires_grad(true));
+                    let out = fixed_linear(&leaves[0], &leaves[1], None).unwrap();
+                    let mut found = Tensor::run_backward(&[(out * &gradient).sum(Kind::Float)], &leaves, false, false);
+                    let mut sum = Tensor::ones([outputs, inputs], (Kind::Float, Device::Cpu));
+                    fixed_add_product(&mut sum, &gradient.tr(), &x).unwrap();
+                    found.push(sum);
+                    found
+                };
+                let expected = run(1);
+                let product = gradient.to_kind(Kind::Float).tr().matmul(&x.to_kind(Kind::Float));
+                let off = relative(&(&expected[2] - 1.0), &product);
+                assert!(off < if kind == Kind::Float { 1e-6 } else { 5e-3 }, "{off}");
+                for threads in [2, 3, 5] {
+                    for (place, (found, expected)) in run(threads).iter().zip(&expected).enumerate() {
+                        assert_eq!(found, expected, "{kind:?} {threads} threads, {rows} {inputs} {outputs}: {place}");
+                    }
+                }
+            }
+        }
     }
 
     #[test]

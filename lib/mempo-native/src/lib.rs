@@ -12,7 +12,7 @@ use std::ptr::null_mut;
 use tch::{TchError, Tensor};
 use torch_sys::C_tensor;
 
-pub use deterministic::{fixed_attention, fixed_attention_at, fixed_linear, fixed_silu};
+pub use deterministic::{fixed_add_product, fixed_attention, fixed_attention_at, fixed_linear, fixed_silu};
 pub use packed::PackedLinear;
 
 type Out = *mut *mut C_tensor;

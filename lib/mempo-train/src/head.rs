@@ -99,7 +99,7 @@ impl Head<'_> {
             parts.push((self.runtime.linear(&residual_cv, &self.weight_vd.tr()) * &scale_c1).to_kind(kind));
             if let Some(weight_gradient_vd) = weight_gradient_vd.as_deref_mut() {
                 let scaled_cd = (&part_cd * &scale_c1).to_kind(kind);
-                add_product(weight_gradient_vd, &residual_cv.tr(), &scaled_cd);
+                self.runtime.add_product(weight_gradient_vd, &residual_cv.tr(), &scaled_cd);
             }
         }
         Tensor::cat(&parts, 0)
@@ -128,14 +128,6 @@ fn entropies(logprobs_cv: &Tensor) -> Tensor {
 fn entropy_gradient(logprobs_cv: &Tensor, chunk: &Chunk, by_entropy_c: &Tensor) -> Tensor {
     let entropies_c = chunk.entropies_c.as_ref().expect("who weighs entropies has asked for them");
     (logprobs_cv + entropies_c.unsqueeze(1)) * logprobs_cv.exp() * -by_entropy_c.unsqueeze(1)
-}
-
-fn add_product(sum: &mut Tensor, left: &Tensor, right: &Tensor) {
-    if right.kind() == sum.kind() {
-        let _ = sum.addmm_(left, right);
-    } else {
-        let _ = sum.g_add_(&left.matmul(right));
-    }
 }
 
 #[cfg(test)]
