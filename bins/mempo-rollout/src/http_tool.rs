@@ -43,6 +43,10 @@ impl Tool for HttpTool {
             failure => ToolFailure::Failed(format!("{}: {}", self.tool.url, failure.problem())),
         })
     }
+
+    fn is_remote(&self) -> bool {
+        true
+    }
 }
 
 #[cfg(test)]

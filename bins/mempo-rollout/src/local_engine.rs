@@ -1,8 +1,8 @@
 //! A model in this process as the agent's engine: stop strings, end-of-turn and forbidden ids as the tokenizer has them.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
-use mempo_agent::{Engine, Generation, Next, Request, SamplingOptions};
+use mempo_agent::{Engine, Environment, Generation, Request, SamplingOptions};
 use mempo_data::StopReason;
 use mempo_model::{Finish, GenerateEvents, GenerateOptions, GenerateRequest, Generated, Model, generate};
 use mempo_text::{PromptBuilder, Tokenizer};
@@ -60,12 +60,12 @@ impl<'a> LocalEngine<'a> {
 }
 
 impl Engine for LocalEngine<'_> {
-    fn run(&mut self, requests: Vec<Request>, next: &mut Next<'_>) -> Result<(), String> {
+    fn run(&mut self, requests: Vec<Request>, environment: &mut dyn Environment) -> Result<(), String> {
         let mut events = Events {
             tokenizer: self.tokenizer,
             stop: StopStrings::new(&self.stop),
             interrupted: self.interrupted,
-            next,
+            environment,
         };
         let requests = requests.into_iter().map(request).collect();
         generate(self.model, requests, &self.options, &mut events).map_err(|error| error.to_string())?;
@@ -74,11 +74,11 @@ impl Engine for LocalEngine<'_> {
 }
 
 /// The model asks; tokenizer and agent answer.
-struct Events<'a, 'n> {
+struct Events<'a, 'e> {
     tokenizer: &'a Tokenizer,
     stop: StopStrings<'a>,
     interrupted: &'a dyn Fn() -> bool,
-    next: &'a mut Next<'n>,
+    environment: &'e mut dyn Environment,
 }
 
 impl GenerateEvents for Events<'_, '_> {
@@ -94,7 +94,15 @@ impl GenerateEvents for Events<'_, '_> {
             self.stop.forget(*session);
         }
         let finished = finished.into_iter().map(|(session, generated)| (session, Ok(generation(generated))));
-        (self.next)(finished.collect()).into_iter().map(request).collect()
+        self.environment.next(finished.collect()).into_iter().map(request).collect()
+    }
+
+    fn waiting(&self) -> BTreeSet<usize> {
+        if (self.interrupted)() { BTreeSet::new() } else { self.environment.waiting().into_iter().collect() }
+    }
+
+    fn wait(&mut self) {
+        self.environment.wait();
     }
 }
 
@@ -140,6 +148,8 @@ impl<'a> StopStrings<'a> {
     }
 }
 
+#[cfg(test)]
+mod speed;
 #[cfg(test)]
 mod tests {
     use super::*;

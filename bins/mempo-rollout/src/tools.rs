@@ -25,7 +25,7 @@ use crate::web::{self, Engine, WebSearch};
 const ANSWER_BYTES: u64 = 16 << 20;
 /// The environment's word for it.
 pub(crate) const KEY: &str = "MEMPO_SEARCH_KEY";
-/// Calls to tools elsewhere that are under way at a time.
+/// Searches among vectors that wait at a time.
 const WAITING: usize = 64;
 
 /// Longest answer of a tool elsewhere, in bytes.
@@ -136,17 +136,12 @@ impl ToolOptions {
                 (BuiltIn::Calculator, _) => tools.push(Box::new(Calculator)),
             }
         }
-        let waits = match source.as_deref() {
-            Some(Source::Server(_)) => true,
-            Some(Source::Index(retriever)) => retriever.is_dense(),
-            Some(Source::Log(_)) | None => false,
-        };
-        let is_elsewhere = waits || !table.named.is_empty();
+        // A pass over vectors serves all who ask at the time.
+        let is_dense = matches!(source.as_deref(), Some(Source::Index(retriever)) if retriever.is_dense());
         for tool in table.named {
             tools.push(Box::new(HttpTool::new(tool, self.limits(TOOL_BYTES))));
         }
-        let waiting = if is_elsewhere { WAITING } else { 0 };
-        Ok(Tools { toolbox: Toolbox::new(tools, waiting)?, source })
+        Ok(Tools { toolbox: Toolbox::new(tools, if is_dense { WAITING } else { 0 })?, source })
     }
 
     /// For the manifest.
@@ -236,6 +231,10 @@ impl Search for Source {
             Self::Server(recorder) => recorder.search(query, top_k),
             Self::Log(replay) => replay.search(query, top_k),
         }
+    }
+
+    fn is_remote(&self) -> bool {
+        matches!(self, Self::Server(_))
     }
 }
 

@@ -1,13 +1,13 @@
-//! The loop: the trajectories of a unit advance side by side, each at its own pace, as the engine completes their steps.
-
-use std::collections::HashMap;
+//! The loop: the trajectories of a unit advance side by side, each at its own pace, as the engine completes their steps and
+//! tools answer them.
 
 use mempo_data::{Status, Step, Task, Trajectory};
 use mempo_text::PromptBuilder;
 use rayon::prelude::*;
 
 use crate::attempt::Attempt;
-use crate::{ContextPolicy, Engine, Error, Generated, LimitOptions, Past, Request, Toolbox};
+use crate::trajectories::Trajectories;
+use crate::{ContextPolicy, Engine, Error, LimitOptions, Past, Request, Toolbox};
 
 /// How trajectories are made.
 pub struct Agent<'a> {
@@ -57,17 +57,9 @@ impl Agent<'_> {
         let mut attempts: Vec<Attempt<'_>> = starts.into_iter().map(Attempt::new).collect();
         let with_messages = engine.wants_messages();
         let first = self.requests(attempts.iter_mut().enumerate().collect(), with_messages)?;
-        let mut unbuilt = None;
-        let result = engine.run(first, &mut |finished| {
-            let next = self.take_in(&mut attempts, finished, with_messages);
-            next.unwrap_or_else(|error| {
-                unbuilt = Some(error);
-                Vec::new()
-            })
-        });
-        if let Some(error) = unbuilt {
-            return Err(error);
-        }
+        let mut trajectories = Trajectories::new(self, attempts, with_messages);
+        let result = engine.run(first, &mut trajectories);
+        let mut attempts = trajectories.into_attempts()?;
         result.map_err(Error::Engine)?;
         for attempt in attempts.iter_mut().filter(|attempt| attempt.is_active()) {
             attempt.stop(Status::EngineError, "the engine left this prompt without a completion");
@@ -75,27 +67,12 @@ impl Agent<'_> {
         Ok(self.rows(attempts))
     }
 
-    /// Lets trajectories act on their completions, all at once, and gives the requests of those that go on.
-    fn take_in<'a, 't>(
+    /// The next request of every trajectory that goes on; one whose prompt is too long ends.
+    pub(crate) fn requests(
         &self,
-        attempts: &'a mut [Attempt<'t>],
-        finished: Vec<(usize, Generated)>,
+        attempts: Vec<(usize, &mut Attempt<'_>)>,
         with_messages: bool,
     ) -> Result<Vec<Request>, Error> {
-        let mut of: HashMap<usize, Generated> = finished.into_iter().collect();
-        let concerned = attempts.iter_mut().enumerate();
-        let concerned = concerned.filter_map(|(place, attempt)| Some((place, attempt, of.remove(&place)?)));
-        let acted: Vec<_> = concerned.filter(|(_, attempt, _)| attempt.is_active()).collect();
-        let act = |(place, attempt, generation): (usize, &'a mut Attempt<'t>, Generated)| {
-            attempt.advance(self, generation);
-            (place, attempt)
-        };
-        let acted = self.toolbox.side_by_side(|| acted.into_par_iter().with_max_len(1).map(act).collect());
-        self.requests(acted, with_messages)
-    }
-
-    /// The next request of every trajectory that goes on; one whose prompt is too long ends.
-    fn requests(&self, attempts: Vec<(usize, &mut Attempt<'_>)>, with_messages: bool) -> Result<Vec<Request>, Error> {
         let active = attempts.into_par_iter().filter(|(_, attempt)| attempt.is_active());
         let requests = active.map(|(place, attempt)| self.request(place, attempt, with_messages));
         Ok(requests.collect::<Result<Vec<_>, Error>>()?.into_iter().flatten().collect())

@@ -3,6 +3,7 @@
 use mempo_data::{Status, Step, StopReason, Task, Trajectory};
 use mempo_text::{ParsedCompletion, ToolCall, parse_continuation};
 
+use crate::calls::Answer;
 use crate::outcome::{format_problem, outcome, row_segments};
 use crate::{Agent, Generated, Generation, Start, ToolFailure, observation};
 
@@ -15,6 +16,8 @@ pub(crate) struct Attempt<'t> {
     pub(crate) document: &'t [i32],
     /// What the engine is working on.
     pub(crate) prompt_ids: Vec<i32>,
+    /// The last step's call, while a tool elsewhere works on it.
+    open_call: Option<ToolCall>,
     end: Option<End>,
     tags_valid: bool,
     tool_calls: i32,
@@ -34,14 +37,14 @@ impl<'t> Attempt<'t> {
         for step in &mut steps {
             step.trajectory_index = trajectory_index;
         }
-        let (prompt_ids, end) = (Vec::new(), None);
         Self {
             task,
             trajectory_index,
             steps,
             document,
-            prompt_ids,
-            end,
+            prompt_ids: Vec::new(),
+            open_call: None,
+            end: None,
             tags_valid: true,
             tool_calls: 0,
             unique_tokens: 0,
@@ -52,13 +55,18 @@ impl<'t> Attempt<'t> {
         self.end.is_none()
     }
 
+    /// What a tool elsewhere is to answer before the attempt can go on.
+    pub(crate) fn open_call(&self) -> Option<&ToolCall> {
+        self.open_call.as_ref()
+    }
+
     /// Ends the attempt without an answer; `error` says why in words.
     pub(crate) fn stop(&mut self, status: Status, error: &str) {
         let error = format!("step {}: {error}", self.steps.len());
         self.end = Some(End { status, answer: None, error: Some(error) });
     }
 
-    /// Takes in what the engine made of the prompt: one step more, and an end or an observation.
+    /// Takes in what the engine made of the prompt: one step more, and an end, an observation or an open call.
     pub(crate) fn advance(&mut self, agent: &Agent<'_>, generation: Generated) {
         let prompt_ids = std::mem::take(&mut self.prompt_ids);
         let generation = match generation {
@@ -86,6 +94,14 @@ impl<'t> Attempt<'t> {
         self.steps.push(step);
     }
 
+    /// Takes in what the open call came to: the last step's observation, or an end.
+    pub(crate) fn resume(&mut self, agent: &Agent<'_>, answer: Answer) {
+        if let (Some(call), Some(mut step)) = (self.open_call.take(), self.steps.pop()) {
+            self.take_answer(agent, &call.name, answer, &mut step);
+            self.steps.push(step);
+        }
+    }
+
     fn step(&self, prompt_ids: Vec<i32>, generation: Generation, parsed: &ParsedCompletion) -> Step {
         Step {
             task_id: self.task.task_id.clone(),
@@ -110,7 +126,7 @@ impl<'t> Attempt<'t> {
             (None, Some(_)) if last => {
                 self.stop(Status::MaxSteps, &format!("no answer within {max_steps} steps"));
             }
-            (None, Some(Ok(call))) => self.call(agent, &call, step),
+            (None, Some(Ok(call))) => self.call(agent, call, step),
             (None, Some(Err(problem))) => self.correct(agent, format!("Error: {problem}"), step),
             (None, None) => {
                 self.tags_valid = false;
@@ -124,16 +140,24 @@ impl<'t> Attempt<'t> {
         }
     }
 
-    fn call(&mut self, agent: &Agent<'_>, call: &ToolCall, step: &mut Step) {
+    fn call(&mut self, agent: &Agent<'_>, call: ToolCall, step: &mut Step) {
         let made = self.steps.iter().filter(|step| step.observation.is_some()).count();
         if let Some(most) = agent.limits.max_tool_calls.filter(|most| made >= *most) {
             return observe(agent, format!("Error: all {most} tool calls are made; answer now."), step);
         }
         self.tool_calls += 1;
-        match agent.toolbox.call(call) {
+        if agent.toolbox.remote(&call.name).is_some() {
+            self.open_call = Some(call);
+        } else {
+            self.take_answer(agent, &call.name, agent.toolbox.call(&call), step);
+        }
+    }
+
+    fn take_answer(&mut self, agent: &Agent<'_>, tool: &str, answer: Answer, step: &mut Step) {
+        match answer {
             Ok(results) => observe(agent, results, step),
             Err(ToolFailure::BadArguments(problem)) => self.correct(agent, problem, step),
-            Err(ToolFailure::Failed(error)) => self.stop(Status::ToolError, &format!("tool `{}`: {error}", call.name)),
+            Err(ToolFailure::Failed(error)) => self.stop(Status::ToolError, &format!("tool `{tool}`: {error}")),
         }
     }
 

@@ -9,6 +9,7 @@ mod agent;
 mod attempt;
 mod bm25;
 mod calculator;
+mod calls;
 mod context;
 mod engine;
 mod fusion;
@@ -19,6 +20,7 @@ mod read_only;
 mod search;
 mod tool_table;
 mod toolbox;
+mod trajectories;
 
 use std::path::PathBuf;
 
@@ -29,7 +31,7 @@ pub use context::{
     AMem, Carry, ClosedBook, ContextOptions, ContextPolicy, FullDocument, Mem1, MemAgent, Mempo, NoPast, Past,
     RagMemory, React, context_policy,
 };
-pub use engine::{Engine, Generated, Generation, Next, Request};
+pub use engine::{Engine, Environment, Generated, Generation, Request};
 pub use fusion::reciprocal_rank_fusion;
 pub use options::{LimitOptions, SamplingOptions};
 pub use outcome::{Outcome, format_problem, outcome, row_segments};

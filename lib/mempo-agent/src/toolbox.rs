@@ -9,9 +9,9 @@ use serde_json::Value;
 
 use crate::{Error, SearchIndex};
 
-/// Text of a search that found nothing.
 /// Queries of one call.
 const MOST_QUERIES: usize = 8;
+/// Text of a search that found nothing.
 const NOTHING: &str = "No results.";
 
 /// Something a policy may call.
@@ -21,12 +21,22 @@ pub trait Tool: Send + Sync {
 
     /// Does what the policy asks for; returns the results as text, which is untrusted.
     fn call(&self, arguments: &Value) -> Result<String, ToolFailure>;
+
+    /// Whether the answer comes from elsewhere, nobody knows when: the caller's trajectory waits for it, the others go on.
+    fn is_remote(&self) -> bool {
+        false
+    }
 }
 
 /// Something that finds documents.
 pub trait Search: Send + Sync {
     /// The `top_k` best documents for `query`, best first; an error is the search's own failure, in words.
     fn search(&self, query: &str, top_k: usize) -> Result<Vec<Document>, String>;
+
+    /// As [`Tool::is_remote`].
+    fn is_remote(&self) -> bool {
+        false
+    }
 }
 
 impl Search for SearchIndex {
@@ -39,6 +49,10 @@ impl Search for SearchIndex {
 impl<S: Search + ?Sized> Search for Arc<S> {
     fn search(&self, query: &str, top_k: usize) -> Result<Vec<Document>, String> {
         (**self).search(query, top_k)
+    }
+
+    fn is_remote(&self) -> bool {
+        (**self).is_remote()
     }
 }
 
@@ -53,29 +67,38 @@ pub enum ToolFailure {
 
 /// The tools of one run.
 pub struct Toolbox {
-    tools: Vec<Box<dyn Tool>>,
-    /// Threads that wait for tools elsewhere.
+    tools: Vec<Arc<dyn Tool>>,
+    /// Threads for calls that wait for each other.
     waiting: Option<ThreadPool>,
 }
 
 impl Toolbox {
-    /// A toolbox of these tools. `waiting` calls may be under way at a time: more than there are cores where tools are
-    /// elsewhere; 0 where they are not.
+    /// A toolbox of these tools. `waiting` calls to those that are here may be under way at a time: more than there are cores
+    /// where what they ask answers many at once; 0 where it does not.
     pub fn new(tools: Vec<Box<dyn Tool>>, waiting: usize) -> Result<Self, Error> {
         let pool = || ThreadPoolBuilder::new().num_threads(waiting).build();
         let waiting = (waiting > 0).then(pool).transpose().map_err(|error| Error::Threads(error.to_string()))?;
-        Ok(Self { tools, waiting })
+        Ok(Self { tools: tools.into_iter().map(Arc::from).collect(), waiting })
     }
 
     /// Does what the policy asks for; returns the results as text, which is untrusted.
     pub fn call(&self, call: &ToolCall) -> Result<String, ToolFailure> {
-        match self.tools.iter().find(|tool| tool.spec().name == call.name) {
+        match self.tool(&call.name) {
             Some(tool) => tool.call(&call.arguments),
             None => Err(ToolFailure::BadArguments(self.no_such_tool(&call.name))),
         }
     }
 
-    /// Runs what calls tools where calls may wait.
+    /// The tool of this name, if it is elsewhere.
+    pub(crate) fn remote(&self, name: &str) -> Option<&Arc<dyn Tool>> {
+        self.tool(name).filter(|tool| tool.is_remote())
+    }
+
+    fn tool(&self, name: &str) -> Option<&Arc<dyn Tool>> {
+        self.tools.iter().find(|tool| tool.spec().name == name)
+    }
+
+    /// Runs what calls the tools that are here where calls may wait.
     pub(crate) fn side_by_side<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
         match &self.waiting {
             Some(pool) => pool.install(work),
@@ -132,6 +155,10 @@ impl<S: Search> Tool for SearchTool<S> {
         }
         let results: Result<Vec<String>, ToolFailure> = queries.iter().map(|query| self.results(query)).collect();
         Ok(results?.join("\n---\n"))
+    }
+
+    fn is_remote(&self) -> bool {
+        self.search.is_remote()
     }
 }
 
@@ -222,7 +249,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn calls_elsewhere_are_under_way_together_however_few_cores_there_are() {
+    fn calls_that_may_wait_are_under_way_together_however_few_cores_there_are() {
         let toolbox = Toolbox::new(vec![Box::new(Meeting(Barrier::new(4)))], 4).unwrap();
         let call = ToolCall { name: "meet".to_owned(), arguments: json!({}) };
         let (done, finished) = std::sync::mpsc::channel();

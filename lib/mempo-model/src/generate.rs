@@ -1,8 +1,9 @@
 //! Sampling with continuous batching: rows of a cache decode together; one that ends makes room at once for what comes
 //! next, which goes on from as much of the row as it shares.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use tch::Tensor;
 
@@ -14,6 +15,9 @@ use crate::{Error, Model};
 /// Rows that decode for each that may wait: a pass over prompts costs about as much as a step of all rows, so it is done
 /// for several at a time, and with completions of some hundred tokens eight is near the best.
 const LIVE_PER_WAITING: usize = 8;
+/// How long the row of a session that waits is kept for it while others have none: answers take less as a rule, and running a
+/// prompt again is dear; but what hangs must not hold up those who could work.
+const KEPT: Duration = Duration::from_secs(1);
 
 /// How to sample.
 #[derive(Debug, Clone)]
@@ -72,13 +76,21 @@ pub struct Generated {
 pub trait GenerateEvents {
     /// Asked after each id that ends nothing by itself, with a session's ids so far.
     fn is_complete(&mut self, session: usize, ids: &[i32]) -> bool;
-    /// Takes the completions (with their sessions) that ended together; gives what is to be sampled next.
+    /// Takes the completions (with their sessions) that ended together, after every id of all rows; gives what is to be
+    /// sampled next.
     fn next(&mut self, finished: Vec<(usize, Generated)>) -> Vec<GenerateRequest>;
+    /// Sessions that have no request as yet and may have one later.
+    fn waiting(&self) -> BTreeSet<usize> {
+        BTreeSet::new()
+    }
+    /// Called when there is nothing to do until one of them has: waits for a while.
+    fn wait(&mut self) {}
 }
 
-/// Samples a completion for every request, and for those that follow from them, until none is left.
+/// Samples a completion for every request, and for those that follow from them, until none is left and no session waits.
 ///
-/// Sessions get their rows in the order of their first requests. With the same requests in the same order the outcome is
+/// Sessions get their rows in the order of their first requests. The row of one that waits is kept for it, though no longer
+/// than a second if another could have it. With the same requests in the same order the outcome is
 /// the same; what runs beside a row changes at most the last bits of its log-probabilities.
 pub fn generate(
     model: &Model,
@@ -90,18 +102,24 @@ pub fn generate(
     let sampler = Sampler::new(model, options)?;
     let _guard = mempo_native::InferenceMode::new();
     let mut batch = Batch::new(model, options)?;
-    batch.admit(requests)?;
+    let mut waiting = BTreeSet::new();
+    batch.admit(requests, &waiting)?;
     let mut hidden: Option<Tensor> = None;
     loop {
         if let Some(new) = batch.start_waiting() {
             hidden = Some(hidden.map_or_else(|| new.shallow_clone(), |old| Tensor::cat(&[&old, &new], 0)));
         }
-        let Some(states) = hidden else { return Ok(()) };
-        let draws = sampler.draw(model, &states, &batch.uniforms())?;
-        let finished = batch.push(&draws, events);
-        if !finished.is_empty() {
-            batch.admit(events.next(finished))?;
-        }
+        let finished = match hidden {
+            Some(states) => batch.push(&sampler.draw(model, &states, &batch.uniforms())?, events),
+            None if waiting.is_empty() => return Ok(()),
+            None => {
+                events.wait();
+                Vec::new()
+            }
+        };
+        let next = events.next(finished);
+        waiting = events.waiting();
+        batch.admit(next, &waiting)?;
         hidden = batch.step();
     }
 }
@@ -134,6 +152,8 @@ struct Row {
     /// The ids whose keys and values it holds.
     held: Vec<i32>,
     work: Option<Work>,
+    /// When its last work ended.
+    ended: Option<Instant>,
 }
 
 struct Batch<'a> {
@@ -143,8 +163,10 @@ struct Batch<'a> {
     /// Rows that decode come first, `live` of them; then those that wait to start and those without work.
     rows: Vec<Row>,
     live: usize,
-    /// Requests of sessions that have no row yet.
+    /// Requests of sessions that have no row.
     queue: VecDeque<GenerateRequest>,
+    /// Sessions that waited too long to keep their rows.
+    displaced: BTreeSet<usize>,
 }
 
 impl<'a> Batch<'a> {
@@ -153,32 +175,41 @@ impl<'a> Batch<'a> {
             let (tokens, rows) = (options.max_tokens, options.max_rows);
             return Err(Error::Options(format!("max_tokens {tokens}, max_rows {rows}: expected at least 1 of each")));
         }
-        let (rows, queue) = (Vec::new(), VecDeque::new());
-        Ok(Self { model, options, cache: Cache::new(model), rows, live: 0, queue })
+        let (rows, queue, displaced) = (Vec::new(), VecDeque::new(), BTreeSet::new());
+        Ok(Self { model, options, cache: Cache::new(model), rows, live: 0, queue, displaced })
     }
 
     /// Takes requests in: each in its session's row, or in one that is free, or in the queue. Sessions that asked for
-    /// nothing have ended.
-    fn admit(&mut self, requests: Vec<GenerateRequest>) -> Result<(), Error> {
+    /// nothing and do not wait have ended.
+    fn admit(&mut self, requests: Vec<GenerateRequest>, waiting: &BTreeSet<usize>) -> Result<(), Error> {
         for request in requests {
             check(self.model, &request)?;
             let own = self.rows.iter().position(|row| row.session == Some(request.session));
             match own {
                 Some(row) => self.rows[row].assign(request, self.model, self.options),
+                // The sooner what has begun goes on, the less is left to the end.
+                None if self.displaced.remove(&request.session) => self.queue.push_front(request),
                 None => self.queue.push_back(request),
             }
         }
         for row in self.rows.iter_mut().filter(|row| row.work.is_none()) {
-            row.session = None;
+            row.session = row.session.filter(|session| waiting.contains(session));
         }
         while self.rows.len() < self.options.max_rows.min(self.rows.len() + self.queue.len()) {
             self.rows.push(Row::default());
         }
-        for row in self.rows.iter_mut().filter(|row| row.session.is_none()) {
-            let Some(request) = self.queue.pop_front() else { break };
+        self.give_rows(|row| row.session.is_none());
+        self.give_rows(|row| row.work.is_none() && row.ended.is_some_and(|ended| ended.elapsed() >= KEPT));
+        Ok(())
+    }
+
+    /// Gives such rows to the requests in the queue.
+    fn give_rows(&mut self, may_be_given: impl Fn(&Row) -> bool) {
+        for row in self.rows.iter_mut().filter(|row| may_be_given(row)) {
+            let Some(request) = self.queue.pop_front() else { return };
+            self.displaced.extend(row.session);
             row.assign(request, self.model, self.options);
         }
-        Ok(())
     }
 
     /// Runs the prompts of the rows that wait, unless they are few beside those that decode: a pass over a prompt costs
@@ -293,6 +324,7 @@ impl Row {
             return None;
         };
         let Work { ids, logprobs, .. } = self.work.take()?;
+        self.ended = Some(Instant::now());
         Some((session, Generated { ids, logprobs, finish }))
     }
 }

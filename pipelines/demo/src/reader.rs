@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use clap::Args;
 use mempo_agent::{
-    Agent, ContextOptions, ContextPolicy, Engine, Generation, LimitOptions, Next, Request, Start, Toolbox,
+    Agent, ContextOptions, ContextPolicy, Engine, Environment, Generation, LimitOptions, Request, Start, Toolbox,
     context_policy,
 };
 use mempo_data::{Document, StopReason, Task, read_document, read_rows, write_rows};
@@ -163,10 +163,10 @@ struct Reader<'a> {
 }
 
 impl Engine for Reader<'_> {
-    fn run(&mut self, mut requests: Vec<Request>, next: &mut Next<'_>) -> Result<(), String> {
+    fn run(&mut self, mut requests: Vec<Request>, environment: &mut dyn Environment) -> Result<(), String> {
         while !requests.is_empty() {
             let written = requests.iter().map(|request| (request.trajectory, Ok(self.write(request.trajectory))));
-            requests = next(written.collect());
+            requests = environment.next(written.collect());
         }
         Ok(())
     }

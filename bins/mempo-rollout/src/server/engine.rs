@@ -1,12 +1,14 @@
-//! A server as the agent's engine: many requests under way, each trajectory going on as soon as its own completion is there.
+//! A server as the agent's engine: many requests under way, each trajectory going on as soon as its own completion or its
+//! tool's answer is there.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::Thread;
 use std::time::{Duration, Instant};
 
-use mempo_agent::{Engine, Generated, Generation, Next, Request};
+use mempo_agent::{Engine, Environment, Generated, Generation, Request};
 use mempo_text::PromptBuilder;
 use serde_json::Value;
 use tracing::warn;
@@ -18,11 +20,16 @@ use crate::http::{Client, Failure};
 const GIVE_UP: usize = 16;
 /// How long nothing may come before it is said.
 const SILENCE: Duration = Duration::from_mins(1);
-const TICK: Duration = Duration::from_millis(100);
 const NO_THREAD: &str = "no thread is left to ask the server";
 
 /// A request of a run.
-type Question = (u64, Request);
+struct Question {
+    run: u64,
+    request: Request,
+    /// Unparked by the answer.
+    asker: Thread,
+}
+
 /// What came of a trajectory's request.
 type Outcome = (usize, Result<Reply, Failure>);
 /// The same, and of which run.
@@ -87,20 +94,22 @@ impl<'a> ServerEngine<'a> {
     fn ask(&self, run: u64, requests: Vec<Request>) -> Result<usize, String> {
         let count = requests.len();
         for request in requests {
-            self.questions.send((run, request)).map_err(|_| NO_THREAD.to_owned())?;
+            let question = Question { run, request, asker: std::thread::current() };
+            self.questions.send(question).map_err(|_| NO_THREAD.to_owned())?;
         }
         Ok(count)
     }
 
-    /// The answers that are there, once there is one; none for the time being.
-    fn wait(&self, run: u64) -> Result<Vec<Outcome>, String> {
-        let first = match self.answers.recv_timeout(TICK) {
-            Ok(answer) => answer,
-            Err(RecvTimeoutError::Timeout) => return Ok(Vec::new()),
-            Err(RecvTimeoutError::Disconnected) => return Err(NO_THREAD.to_owned()),
-        };
-        let all = std::iter::once(first).chain(self.answers.try_iter());
-        Ok(all.filter(|(of, _)| *of == run).map(|(_, outcome)| outcome).collect())
+    /// The answers that are there.
+    fn answered(&self, run: u64) -> Result<Vec<Outcome>, String> {
+        let mut found = Vec::new();
+        loop {
+            match self.answers.try_recv() {
+                Ok((of, outcome)) => found.extend((of == run).then_some(outcome)),
+                Err(TryRecvError::Empty) => return Ok(found),
+                Err(TryRecvError::Disconnected) => return Err(NO_THREAD.to_owned()),
+            }
+        }
     }
 }
 
@@ -114,7 +123,7 @@ fn work(
 ) {
     loop {
         let next = open.lock().unwrap_or_else(PoisonError::into_inner).recv();
-        let Ok((run, request)) = next else { return };
+        let Ok(Question { run, request, asker }) = next else { return };
         if run != current.load(Ordering::Relaxed) {
             continue;
         }
@@ -124,6 +133,7 @@ fn work(
         if done.send((run, (request.trajectory, result))).is_err() {
             return;
         }
+        asker.unpark();
     }
 }
 
@@ -132,16 +142,16 @@ impl Engine for ServerEngine<'_> {
         self.wants_messages
     }
 
-    fn run(&mut self, requests: Vec<Request>, next: &mut Next<'_>) -> Result<(), String> {
+    fn run(&mut self, requests: Vec<Request>, environment: &mut dyn Environment) -> Result<(), String> {
         let run = self.run.fetch_add(1, Ordering::Relaxed) + 1;
         let mut under_way = self.ask(run, requests)?;
         let (mut in_vain, mut last) = (0, Instant::now());
-        while under_way > 0 {
+        while under_way > 0 || !environment.waiting().is_empty() {
             if (self.interrupted)() {
                 return Err("interrupted".to_owned());
             }
-            let answers = self.wait(run)?;
-            if !answers.is_empty() {
+            let answers = self.answered(run)?;
+            if !answers.is_empty() || under_way == 0 {
                 last = Instant::now();
             } else if last.elapsed() >= SILENCE {
                 warn!("{}: no answer for {SILENCE:?}; {under_way} requests are under way", self.url);
@@ -153,7 +163,12 @@ impl Engine for ServerEngine<'_> {
                 in_vain = if result.is_ok() { 0 } else { in_vain + 1 };
                 finished.push((trajectory, self.generation(result, in_vain)?));
             }
-            under_way += self.ask(run, next(finished))?;
+            let is_idle = finished.is_empty();
+            let next = environment.next(finished);
+            if is_idle && next.is_empty() {
+                environment.wait();
+            }
+            under_way += self.ask(run, next)?;
         }
         Ok(())
     }

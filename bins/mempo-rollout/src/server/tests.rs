@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex};
 use std::time::Instant;
 
-use mempo_agent::{Engine, Generated, Generation};
+use mempo_agent::{Engine, Environment, Generated, Generation};
 use mempo_data::StopReason;
 use mempo_text::{Carried, NewTokenizer, Profile, train_tokenizer};
 
@@ -26,6 +26,19 @@ fn good(kind: Kind, body: &Value) -> Reply {
     Reply::Json(200, answer(kind, &continuation(prompt), "length", &Value::Null))
 }
 
+/// What follows from completions, where no tool is waited for.
+struct Then<F>(F);
+
+impl<F: FnMut(Vec<(usize, Generated)>) -> Vec<Request>> Environment for Then<F> {
+    fn next(&mut self, finished: Vec<(usize, Generated)>) -> Vec<Request> {
+        (self.0)(finished)
+    }
+
+    fn waiting(&self) -> Vec<usize> {
+        Vec::new()
+    }
+}
+
 /// Two steps of each of so many trajectories; what came of them, by prompt.
 fn two_steps(engine: &mut ServerEngine<'_>, count: usize) -> (Result<(), String>, HashMap<Vec<i32>, Generated>) {
     let request = |trajectory: usize, step: i32| Request {
@@ -36,7 +49,7 @@ fn two_steps(engine: &mut ServerEngine<'_>, count: usize) -> (Result<(), String>
     };
     let mut found = HashMap::new();
     let mut steps = vec![0; count];
-    let result = engine.run((0..count).map(|trajectory| request(trajectory, 0)).collect(), &mut |finished| {
+    let mut environment = Then(|finished: Vec<(usize, Generated)>| {
         let mut next = Vec::new();
         for (trajectory, generation) in finished {
             let doubled = found.insert(vec![trajectory as i32, steps[trajectory]], generation);
@@ -48,6 +61,7 @@ fn two_steps(engine: &mut ServerEngine<'_>, count: usize) -> (Result<(), String>
         }
         next
     });
+    let result = engine.run((0..count).map(|trajectory| request(trajectory, 0)).collect(), &mut environment);
     (result, found)
 }
 
@@ -153,7 +167,7 @@ fn what_is_left_of_a_run_that_failed_is_not_taken_for_the_next_one_s() {
         messages: Vec::new(),
         seed: 1,
     });
-    let result = engine.run(first.rev().collect(), &mut |_| Vec::new());
+    let result = engine.run(first.rev().collect(), &mut Then(|_| Vec::new()));
     assert!(result.unwrap_err().contains("404"));
     let (result, found) = two_steps(&mut engine, 100);
     assert_eq!((result, found.len()), (Ok(()), 200));
@@ -197,10 +211,11 @@ fn one_silent_request_does_not_hold_the_others() {
         messages: Vec::new(),
         seed: 1,
     });
-    let result = engine.run(requests.collect(), &mut |finished| {
+    let mut environment = Then(|finished: Vec<(usize, Generated)>| {
         answered.fetch_add(finished.len() as u64, Ordering::Relaxed);
         Vec::new()
     });
+    let result = engine.run(requests.collect(), &mut environment);
     assert_eq!((result, answered.load(Ordering::Relaxed)), (Ok(()), 40));
 }
 
@@ -318,12 +333,11 @@ fn a_teacher_is_asked_in_messages_and_its_texts_become_ids() {
     let messages = BUILDER.messages("red?", &Carried::default()).unwrap();
     let request = Request { trajectory: 0, prompt_ids: vec![1], messages, seed: u64::MAX };
     let mut found = Vec::new();
-    engine
-        .run(vec![request], &mut |finished| {
-            found.extend(finished);
-            Vec::new()
-        })
-        .unwrap();
+    let mut environment = Then(|finished| {
+        found.extend(finished);
+        Vec::new()
+    });
+    engine.run(vec![request], &mut environment).unwrap();
     let Generation { ids, logprobs, stop_reason } = found.remove(0).1.unwrap();
     assert_eq!(BUILDER.tokenizer().decode(&ids), "<think>é</think><answer>red</answer>");
     assert!(logprobs.len() == ids.len() && logprobs.iter().all(|logprob| logprob.is_nan()));

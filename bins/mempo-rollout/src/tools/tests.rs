@@ -1,7 +1,8 @@
 //! Rollouts whose completions come from a script behind vLLM's protocol, and whose tools are elsewhere.
 
 use std::net::TcpListener;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Instant;
 
 use clap::Parser;
 use mempo_agent::{Bm25Options, SearchIndex};
@@ -26,6 +27,8 @@ fn search(wanted: &str) -> String {
 struct Setting {
     folder: tempfile::TempDir,
     generator: String,
+    /// Answers that the script has written.
+    answers: Arc<AtomicUsize>,
 }
 
 impl Setting {
@@ -51,8 +54,9 @@ impl Setting {
         fs_err::write(model.join("config.json"), config.to_string()).unwrap();
         // Nobody reads them: the script speaks.
         fs_err::write(model.join("model.safetensors"), "").unwrap();
-        let generator = generator(Tokenizer::load(&model).unwrap(), script);
-        let setting = Self { folder, generator };
+        let answers = Arc::new(AtomicUsize::new(0));
+        let generator = generator(Tokenizer::load(&model).unwrap(), script, Arc::clone(&answers));
+        let setting = Self { folder, generator, answers };
         setting.run("compose --questions @questions.jsonl --objectives 1 --out @tasks").unwrap();
         setting.run("index --corpus @corpus.jsonl --out @index").unwrap();
         setting
@@ -97,13 +101,14 @@ impl Setting {
 }
 
 /// A server in vLLM's form: what the script says first, and an answer once a prompt holds a step before it.
-fn generator(tokenizer: Tokenizer, script: Script) -> String {
+fn generator(tokenizer: Tokenizer, script: Script, answers: Arc<AtomicUsize>) -> String {
     serve(move |path, body| match path {
         "/v1/models" => Reply::Json(200, json!({"data": [{"id": "script"}]})),
         "/v1/completions" => {
             let prompt: Vec<i32> = serde_json::from_value(body["prompt"].clone()).unwrap();
             let prompt = tokenizer.decode(&prompt);
             let text = if prompt.contains("seeking") {
+                answers.fetch_add(1, Ordering::Relaxed);
                 "<mem>m</mem><think>seen</think><answer>land 2</answer>".to_owned()
             } else {
                 let asked = prompt.rsplit_once("Where is ").map_or("", |(_, rest)| rest.split('?').next().unwrap());
@@ -272,6 +277,32 @@ fn tools_by_name_stand_in_the_prompt_and_the_manifest_and_are_called() {
     let names: Vec<&Value> = recorded["tools"].as_array().unwrap().iter().map(|tool| &tool["name"]).collect();
     assert_eq!(names, ["search", "calculator", "weather"]);
     assert_eq!(setting.manifest("weather")["arguments"]["search"], Value::Null);
+}
+
+fn slow_for_city_0(asked: &str) -> String {
+    let name = if asked == "city 0" { "slow" } else { "quick" };
+    format!(r#"<think>seeking</think><tool_call>{{"name": "{name}", "arguments": {{}}}}</tool_call>"#)
+}
+
+#[test]
+fn a_tool_that_hangs_holds_up_no_trajectory_that_calls_another() {
+    let setting = Setting::new(slow_for_city_0);
+    let answers = Arc::clone(&setting.answers);
+    let url = serve(move |path, _| {
+        let start = Instant::now();
+        // Three of four tasks, with two trajectories each, call the other tool.
+        while path == "/slow" && answers.load(Ordering::Relaxed) < 6 && start.elapsed() < Duration::from_secs(20) {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        crate::http::testing::answer("200 OK", "", &format!("{} answers", answers.load(Ordering::Relaxed)))
+    });
+    let tool = |name: &str| json!({"name": name, "description": "", "parameters": {}, "url": format!("{url}/{name}")});
+    fs_err::write(setting.folder.path().join("tools.json"), json!([tool("slow"), tool("quick")]).to_string()).unwrap();
+    setting.sample("out", "--tools calculator --tools-file @tools.json --max-tasks 4 --tool-timeout 60").unwrap();
+    let steps: Vec<Step> = setting.rows("out");
+    let slow = steps.iter().filter(|step| step.completion.contains("slow")).filter_map(|step| step.observation.clone());
+    assert_eq!(slow.collect::<Vec<_>>(), vec!["<information>6 answers</information>"; 2]);
+    assert!(setting.rows::<Trajectory>("out").iter().all(|row| (row.status, row.tool_calls) == (Status::Ok, 1)));
 }
 
 /// The script answers every trajectory of a task alike, so that every group is topped up.

@@ -1,12 +1,14 @@
 use std::collections::HashSet;
-use std::sync::Arc;
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
 
 use mempo_data::{Document, Objective, Row, SegmentKind, StopReason};
 use mempo_text::{ChatTemplate, NewTokenizer, Profile, Tokenizer, ToolSpec, train_tokenizer};
+use serde_json::{Value, json};
 
 use super::*;
 use crate::toolbox::tests::scripted;
-use crate::{Carry, ClosedBook, Generation, MemAgent, Mempo, Next, React};
+use crate::{Carry, ClosedBook, Environment, Generated, Generation, MemAgent, Mempo, React, Tool, ToolFailure};
 
 const SEARCH: &str =
     r#"<mem>none yet</mem><think>look</think><tool_call>{"name": "search", "arguments": {"query": "red"}}</tool_call>"#;
@@ -55,10 +57,13 @@ struct Scripted<'a, F> {
 }
 
 impl<F: FnMut(usize, usize, u64) -> Result<(String, StopReason), String>> Engine for Scripted<'_, F> {
-    fn run(&mut self, mut requests: Vec<Request>, next: &mut Next<'_>) -> Result<(), String> {
-        while !requests.is_empty() {
+    fn run(&mut self, mut requests: Vec<Request>, environment: &mut dyn Environment) -> Result<(), String> {
+        while !requests.is_empty() || !environment.waiting().is_empty() {
+            if requests.is_empty() {
+                environment.wait();
+            }
             let places = requests.iter().map(|request| request.trajectory);
-            requests = next(places.zip(self.round(&requests)?).collect());
+            requests = environment.next(places.zip(self.round(&requests)?).collect());
         }
         Ok(())
     }
@@ -67,7 +72,9 @@ impl<F: FnMut(usize, usize, u64) -> Result<(String, StopReason), String>> Engine
 impl<F: FnMut(usize, usize, u64) -> Result<(String, StopReason), String>> Scripted<'_, F> {
     fn round(&mut self, requests: &[Request]) -> Result<Vec<Generated>, String> {
         let call = self.calls.len();
-        self.calls.push(requests.len());
+        if !requests.is_empty() {
+            self.calls.push(requests.len());
+        }
         let mut one = |(row, request): (usize, &Request)| {
             let (text, stop_reason) = (self.script)(call, row, request.seed)?;
             let tokenizer = self.builder.tokenizer();
@@ -113,13 +120,17 @@ impl<'a> Setting<'a> {
     }
 
     fn with_agent<T>(&self, work: impl FnOnce(&Agent<'_>) -> T) -> T {
+        self.with_tools(&scripted(self.document), work)
+    }
+
+    fn with_tools<T>(&self, toolbox: &Toolbox, work: impl FnOnce(&Agent<'_>) -> T) -> T {
         let seed_of = |task_id: &str, trajectory: i32, step: i32| {
             1000 * u64::from(task_id.as_bytes()[0]) + 10 * trajectory as u64 + step as u64
         };
         let agent = Agent {
             builder: self.builder,
             context: self.context,
-            toolbox: &scripted(self.document),
+            toolbox,
             limits: &self.limits,
             policy: "digest".to_owned(),
             seed: 7,
@@ -254,7 +265,7 @@ fn tool_calls_are_counted_over_the_whole_trajectory() {
 /// Returns nothing, whatever is asked.
 struct Forgetful;
 impl Engine for Forgetful {
-    fn run(&mut self, _: Vec<Request>, _: &mut Next<'_>) -> Result<(), String> {
+    fn run(&mut self, _: Vec<Request>, _: &mut dyn Environment) -> Result<(), String> {
         Ok(())
     }
 }
@@ -410,6 +421,88 @@ fn trajectories_advance_together_and_independently() {
         apart.steps.extend(alone.steps);
     }
     assert_eq!(unit, apart);
+}
+
+/// Trajectories that have heard from the host.
+#[derive(Default)]
+struct Heard {
+    trajectories: Mutex<Vec<u64>>,
+    changed: Condvar,
+}
+
+/// A tool elsewhere, told by its argument who asks. The call of trajectory 0 hangs until 67 others have heard from it, that
+/// of 1 panics, that of 2 fails, and 3 is told that it asked wrongly.
+struct Host(Arc<Heard>);
+
+impl Tool for Host {
+    fn spec(&self) -> ToolSpec {
+        ToolSpec { name: "host".to_owned(), description: String::new(), parameters: json!({}) }
+    }
+
+    fn call(&self, arguments: &Value) -> Result<String, ToolFailure> {
+        let failed = |problem: &str| Err(ToolFailure::Failed(problem.to_owned()));
+        match arguments["trajectory"].as_u64() {
+            Some(0) => {
+                let heard = self.0.trajectories.lock().unwrap();
+                let hangs = |heard: &mut Vec<u64>| heard.len() < 67;
+                let waited = self.0.changed.wait_timeout_while(heard, Duration::from_secs(60), hangs).unwrap().1;
+                if waited.timed_out() { failed("in vain") } else { Ok("late".to_owned()) }
+            }
+            Some(1) => panic!("a tool that panics"),
+            Some(2) => failed("gone"),
+            Some(3) => Err(ToolFailure::BadArguments("Error: not so.".to_owned())),
+            _ => Ok("at once".to_owned()),
+        }
+    }
+
+    fn is_remote(&self) -> bool {
+        true
+    }
+}
+
+/// With more trajectories than calls may be under way.
+#[test]
+fn a_host_that_hangs_holds_up_none_but_who_asked_it() {
+    let builder = builder("mempo");
+    let heard = Arc::new(Heard::default());
+    let toolbox = Toolbox::new(vec![Box::new(Host(Arc::clone(&heard)))], 0).unwrap();
+    let script = |_, _, seed: u64| {
+        let (trajectory, step) = (seed % 1000 / 10, seed % 10);
+        let text = if step == 0 {
+            let call = json!({"name": "host", "arguments": {"trajectory": trajectory}});
+            format!("<mem></mem><tool_call>{call}</tool_call>")
+        } else {
+            heard.trajectories.lock().unwrap().push(trajectory);
+            heard.changed.notify_all();
+            RIGHT.to_owned()
+        };
+        Ok((text, StopReason::StopString))
+    };
+    let mut engine = Scripted { builder: &builder, calls: Vec::new(), bytewise: false, script };
+    let task = task("a");
+    let starts =
+        (0..70).map(|trajectory_index| Start { task: &task, trajectory_index, steps: &[], document: &[] }).collect();
+    let setting = Setting::new(&builder);
+    let unit = setting.with_tools(&toolbox, |agent| agent.run(&mut engine, starts).unwrap());
+    assert_eq!(heard.trajectories.lock().unwrap().last(), Some(&0), "the others have ended before it hears");
+    assert!(unit.steps.is_sorted_by_key(Row::key) && unit.steps.len() == 138);
+    for (place, row) in unit.trajectories.iter().enumerate() {
+        let told = match place {
+            1 => Some("step 0: tool `host`: calling it panicked"),
+            2 => Some("step 0: tool `host`: gone"),
+            _ => None,
+        };
+        let status = if told.is_some() { Status::ToolError } else { Status::Ok };
+        assert_eq!((row.trajectory_index as usize, row.status, row.error.as_deref()), (place, status, told));
+        assert_eq!((row.tool_calls, row.format_valid), (1, place != 3), "{place}");
+    }
+    let seen = |place: i32| {
+        let step = unit.steps.iter().find(|step| step.trajectory_index == place).unwrap();
+        step.observation.clone()
+    };
+    let expected = ["late", "Error: not so.", "at once"].map(|text| Some(format!("<information>{text}</information>")));
+    assert_eq!([seen(0), seen(3), seen(69)], expected);
+    assert_eq!([seen(1), seen(2)], [None, None]);
 }
 
 #[test]

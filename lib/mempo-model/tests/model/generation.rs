@@ -1,5 +1,7 @@
 //! Generation against the plain forward pass, and its independence of what runs beside a row.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use mempo_model::{
     Finish, GenerateEvents, GenerateOptions, GenerateRequest, Generated, Model, ScoreOptions, ScoredSequence, generate,
     generate_each,
@@ -246,6 +248,64 @@ pub(crate) fn converse(model: &Model, temperature: f64, max_rows: usize) -> Vec<
     let first = (0..SESSIONS).map(|session| events.request(session)).collect();
     generate(model, first, &GenerateOptions { max_rows, ..options(temperature, 12) }, &mut events).unwrap();
     events.steps
+}
+
+/// Conversations in which session s waits for (3 s) mod 5 calls before it goes on; the first one until the others have ended.
+struct Waits<'a> {
+    inner: Conversations<'a>,
+    calls: usize,
+    ready_at: BTreeMap<usize, (usize, GenerateRequest)>,
+    last: Option<usize>,
+}
+
+impl GenerateEvents for Waits<'_> {
+    fn is_complete(&mut self, session: usize, ids: &[i32]) -> bool {
+        self.inner.is_complete(session, ids)
+    }
+
+    fn next(&mut self, finished: Vec<(usize, Generated)>) -> Vec<GenerateRequest> {
+        self.calls += 1;
+        self.last = finished.last().map(|(session, _)| *session).or(self.last);
+        for request in self.inner.next(finished) {
+            self.ready_at.insert(request.session, (self.calls + 3 * request.session % 5, request));
+        }
+        let others_ended = self.inner.steps[1..].iter().all(|steps| steps.len() == 3);
+        let is_ready = |session: usize, at: usize| at <= self.calls && (session > 0 || others_ended);
+        let ready = self.ready_at.iter().filter(|(session, (at, _))| is_ready(**session, *at));
+        let ready: Vec<usize> = ready.map(|(session, _)| *session).collect();
+        ready.iter().filter_map(|session| self.ready_at.remove(session)).map(|(_, request)| request).collect()
+    }
+
+    fn waiting(&self) -> BTreeSet<usize> {
+        self.ready_at.keys().copied().collect()
+    }
+
+    fn wait(&mut self) {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+}
+
+/// As [`converse`], with sessions that wait; with one row it is taken from the first session, which waits longest.
+#[test]
+fn sessions_that_wait_hold_up_no_others_and_lose_nothing() {
+    let stops = |ids: &[i32]| ids.ends_with(&[11]) || ids.last().is_some_and(|id| id % 16 == 5);
+    let model = fresh("qwen2", 9, Kind::Float);
+    let expected = converse(&model, 1.0, 64).concat();
+    for max_rows in [64, 4, 1] {
+        let inner = Conversations { stops: &stops, steps: vec![Vec::new(); 11], open: vec![Vec::new(); 11] };
+        let mut events = Waits { inner, calls: 0, ready_at: BTreeMap::new(), last: None };
+        let first = (0..11).map(|session| events.inner.request(session)).collect();
+        generate(&model, first, &GenerateOptions { max_rows, ..options(1.0, 12) }, &mut events).unwrap();
+        assert_eq!((events.last, events.ready_at.len()), (Some(0), 0), "{max_rows} rows");
+        let steps = events.inner.steps.concat();
+        assert_eq!(steps.len(), 33);
+        for ((prompt, generated), (expected_prompt, expected)) in steps.iter().zip(&expected) {
+            assert_eq!((prompt, &generated.ids), (expected_prompt, &expected.ids), "{max_rows} rows");
+            for (a, b) in generated.logprobs.iter().zip(&expected.logprobs) {
+                assert!((a - b).abs() < 1e-5 * b.abs().max(1.0), "{max_rows} rows: {a}, {b}");
+            }
+        }
+    }
 }
 
 #[test]
