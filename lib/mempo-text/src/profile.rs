@@ -26,7 +26,7 @@ pub enum AnswerForm {
     /// `<answer>…</answer>`.
     #[default]
     Tagged,
-    /// The last `\boxed{…}` of the completion, in which braces are balanced.
+    /// The last `\boxed{…}` of the completion, up to the brace that closes it.
     Boxed,
 }
 

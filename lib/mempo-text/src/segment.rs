@@ -8,6 +8,7 @@ use std::sync::LazyLock;
 
 use regex::bytes::Regex;
 
+use crate::answer::last_box;
 use crate::profile::{AnswerForm, MemoryRule, Profile, Tags};
 use crate::tokenizer::Tokenizer;
 use crate::tool::ToolCall;
@@ -104,7 +105,10 @@ pub fn parse_completion(tokenizer: &Tokenizer, ids: &[i32], profile: &Profile) -
     let mut problems = Vec::new();
     let spans = match profile.answer {
         AnswerForm::Tagged => spans(&tags(&bytes, &profile.tags), &profile.tags, &mut problems),
-        AnswerForm::Boxed => boxed(&bytes).into_iter().collect(),
+        AnswerForm::Boxed => {
+            let answer = |(range, inside)| Span { kind: SegmentKind::Answer, range, inside };
+            last_box(&bytes).map(answer).into_iter().collect()
+        }
     };
     check_order(&spans, profile, &mut problems);
 
@@ -283,21 +287,6 @@ fn spans(tags: &[Tag], names: &Tags, problems: &mut Vec<String>) -> Vec<Span> {
         });
     }
     spans
-}
-
-/// The last `\boxed{…}` whose braces are balanced.
-fn boxed(bytes: &[u8]) -> Option<Span> {
-    let opening = AnswerForm::Boxed.opening().as_bytes();
-    let starts = (0..bytes.len()).rev().filter(|at| bytes[*at..].starts_with(opening));
-    starts.map(|start| (start, start + opening.len())).find_map(|(start, inside)| {
-        let mut depth = 1;
-        let closing = bytes[inside..].iter().position(|byte| {
-            depth += i32::from(*byte == b'{') - i32::from(*byte == b'}');
-            depth == 0
-        })?;
-        let end = inside + closing;
-        Some(Span { kind: SegmentKind::Answer, range: start..end + 1, inside: inside..end })
-    })
 }
 
 fn check_order(spans: &[Span], profile: &Profile, problems: &mut Vec<String>) {

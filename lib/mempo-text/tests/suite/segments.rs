@@ -70,7 +70,8 @@ fn an_answer_may_stand_in_a_box() {
         for (text, expected) in [
             ("It is \\boxed{Paris; Rome}.", Some("Paris; Rome")),
             ("\\boxed{a} or \\boxed{ \\frac{1}{2} }", Some("\\frac{1}{2}")),
-            ("\\boxed{a} or \\boxed{b", Some("a")),
+            ("so \\boxed Paris$ it is", Some("Paris")),
+            ("\\boxed{a} or \\boxed{b", None),
             ("\\boxed{", None),
             ("<answer>Paris</answer>", None),
         ] {
