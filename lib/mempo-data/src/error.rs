@@ -161,4 +161,25 @@ pub enum Error {
         /// The cause; an I/O error is the source's source.
         source: parquet::errors::ParquetError,
     },
+    /// A task says where its document is in a way that is not understood, or not followed.
+    #[error(
+        "task `{task_id}`: document_ref is `{reference}`, expected `file#doc_id` with a file inside the tasks' directory; \
+         make the tasks again"
+    )]
+    BadReference {
+        /// The task.
+        task_id: String,
+        /// What the row says.
+        reference: String,
+    },
+    /// The document of a task is not where the task says.
+    #[error("{}: no document `{doc_id}`, which task `{task_id}` is about; copy or make the tasks again", file.display())]
+    NoDocument {
+        /// The corpus file.
+        file: PathBuf,
+        /// The document.
+        doc_id: String,
+        /// The task.
+        task_id: String,
+    },
 }

@@ -17,6 +17,7 @@
 
 mod caught;
 mod conform;
+mod document;
 mod error;
 mod json_rows;
 mod merge;
@@ -28,6 +29,7 @@ mod tables;
 mod write;
 
 pub use caught::{parquet_batches, parquet_builder};
+pub use document::read_document;
 pub use error::Error;
 pub use json_rows::{
     JSON_ROWS_EXTENSIONS, JsonRow, JsonRows, has_extension, json_rows, parquet_bytes, parquet_row_count,

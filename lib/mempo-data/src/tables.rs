@@ -76,7 +76,10 @@ pub(crate) fn about(table: &str) -> &'static str {
              Trajectories with a null reward have no rows."
         }
         "sft_examples" => "Supervised training sequences, one row each, sorted by `example_id`.",
-        "corpus" => "Documents to search, one row each, sorted by `doc_id`.",
+        "corpus" => {
+            "Documents, one row each, sorted by `doc_id`: those to search; beside `tasks`, the long ones that tasks are \
+             about, a file each."
+        }
         _ => "",
     }
 }
@@ -110,7 +113,14 @@ fn tasks() -> Vec<Column> {
              canonical and the rest are aliases.",
         ),
         Column::new("document", Utf8, "", "The long text to read; null for search tasks.").nullable(),
-        Column::new("document_ref", Utf8, "", "Instead of `document` where that is large: `file#doc_id`.").nullable(),
+        Column::new(
+            "document_ref",
+            Utf8,
+            "",
+            "Instead of `document` where that is large: `file#doc_id`, the row of that id in a corpus table; the file is \
+             named from the tasks' directory (`corpus/part-00012.parquet#NAME`) and lies inside it.",
+        )
+        .nullable(),
         Column::new("metadata", Utf8, "", "JSON, carried through unchanged.").nullable(),
     ]
 }
