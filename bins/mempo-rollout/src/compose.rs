@@ -1,6 +1,15 @@
 //! `compose`: questions joined into tasks of n objectives (MEM1, arXiv 2506.15841, section on multi-objective tasks).
 //!
 //! Within one source and split, consecutive questions form non-overlapping blocks; what does not fill a block is dropped.
+//! [`document`] gives each task a long document: [`evidence`] says which passages tell its answers, [`filler`] cuts prose into
+//! others, [`library`] keeps them all on disk, [`plan`] chooses and orders those of one document.
+
+mod document;
+mod evidence;
+mod filler;
+mod library;
+mod permutation;
+mod plan;
 
 use std::collections::{BTreeMap, HashSet};
 use std::num::NonZeroUsize;
@@ -13,6 +22,7 @@ use mempo_run::{Input, ResultExt, Stage, StageArgs, seed_of};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use self::document::{Collection, DocumentOptions};
 use crate::question::{COLUMNS, Defaults, Question};
 use crate::rows;
 
@@ -24,7 +34,8 @@ const PART_ROWS: usize = 20_000;
 /// Reads JSON Lines or Parquet rows with a column `question` (or `query`) and `golden_answers` (or `answers`, `answer`): a
 /// text, a list, or SQuAD's {"text": [...]}; or verl's `prompt`, `reward_model` and `extra_info` (with lists of answers in
 /// `target`, a row is the questions that `extra_info` lists). Optional columns: id, source (or data_source), split, metadata. A task joins N consecutive questions of one source and split; left-over questions are
-/// dropped and counted.
+/// dropped and counted. With --document each task is about a long text, at every length that --document-tokens lists: the
+/// same questions, the passages that tell their answers at the same depth, among more and more others.
 #[derive(Debug, Args, Serialize)]
 pub(crate) struct ComposeArguments {
     /// Files of questions, `.parquet` or JSON Lines (also `.gz`, `.zst`)
@@ -55,6 +66,9 @@ pub(crate) struct ComposeArguments {
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     verl: bool,
     #[command(flatten)]
+    #[serde(flatten)]
+    long: DocumentOptions,
+    #[command(flatten)]
     #[serde(skip)]
     stage: StageArgs,
 }
@@ -69,18 +83,46 @@ struct Counts {
 /// Runs `compose`.
 pub(crate) fn run(arguments: &ComposeArguments) -> anyhow::Result<()> {
     arguments.stage.check_free()?;
-    let input = Input::files("questions", &arguments.questions)?;
-    let (questions, counts) = read_questions(arguments).bad_input()?;
+    let mut inputs = vec![Input::files("questions", &arguments.questions)?];
+    inputs.extend(arguments.long.inputs()?);
+    let mut collection = arguments.long.collect(&arguments.stage.out)?;
+    let (questions, counts) = read_questions(arguments, collection.as_mut()).bad_input()?;
     let blocks = blocks(&questions, arguments);
     let composed = blocks.len() * arguments.objectives.get();
     let n = arguments.objectives;
     if blocks.is_empty() {
         return Err(anyhow!("{} questions make no task of {n} objectives", questions.len())).bad_input();
     }
-    let Some(stage) = Stage::open("mempo-rollout", "compose", &arguments.stage, arguments, &[&input])? else {
+    let tasks: Vec<Task> = blocks.iter().enumerate().map(|(i, block)| task(i, block, &questions, arguments)).collect();
+    let documents =
+        collection.map(|collection| collection.finish(arguments, &blocks, &tasks)).transpose().bad_input()?;
+    let inputs: Vec<&Input> = inputs.iter().collect();
+    let Some(stage) = Stage::open("mempo-rollout", "compose", &arguments.stage, arguments, &inputs)? else {
         return Ok(());
     };
-    let tasks: Vec<Task> = blocks.iter().enumerate().map(|(i, block)| task(i, block, &questions, arguments)).collect();
+    let mut summary = json!({
+        "questions": counts.questions,
+        "rejected_answers": counts.rejected_answers,
+        "rejected_questions": counts.rejected_questions,
+        "unused_questions": questions.len() - composed,
+    });
+    tracing::info!(
+        "{} tasks of {n} from {} questions; {} not used, {} without an answer free of `;`",
+        tasks.len(),
+        counts.questions,
+        summary["unused_questions"],
+        counts.rejected_questions,
+    );
+    let Some(documents) = documents else {
+        write_tasks(arguments, &stage, &tasks)?;
+        return stage.finish(&[("tasks", tasks.len() as u64)], summary);
+    };
+    let written = documents.write(arguments, &stage, &tasks)?;
+    summary["documents"] = written.summary();
+    stage.finish(&[("tasks", written.tasks), ("corpus", written.corpus)], summary)
+}
+
+fn write_tasks(arguments: &ComposeArguments, stage: &Stage, tasks: &[Task]) -> anyhow::Result<()> {
     for (unit, part) in tasks.chunks(PART_ROWS).enumerate() {
         stage.write_part("tasks", unit, |file| Ok(write_rows(part, file).map(drop)?))?;
     }
@@ -88,33 +130,30 @@ pub(crate) fn run(arguments: &ComposeArguments) -> anyhow::Result<()> {
         let rows: Vec<Value> = tasks.iter().enumerate().map(verl_row).collect();
         stage.write_file("verl.parquet", |file| Ok(write_json_rows(&rows, file)?))?;
     }
-    let left_over = questions.len() - composed;
-    tracing::info!(
-        "{} tasks of {n} from {} questions; {left_over} not used, {} without an answer free of `;`",
-        tasks.len(),
-        counts.questions,
-        counts.rejected_questions,
-    );
-    let summary = json!({
-        "questions": counts.questions,
-        "rejected_answers": counts.rejected_answers,
-        "rejected_questions": counts.rejected_questions,
-        "unused_questions": left_over,
-    });
-    stage.finish(&[("tasks", tasks.len() as u64)], summary)
+    Ok(())
 }
 
-fn read_questions(arguments: &ComposeArguments) -> anyhow::Result<(Vec<Question>, Counts)> {
+fn read_questions(
+    arguments: &ComposeArguments,
+    mut collection: Option<&mut Collection>,
+) -> anyhow::Result<(Vec<Question>, Counts)> {
     let mut questions = Vec::new();
     let mut counts = Counts::default();
-    let wanted: Vec<&str> = COLUMNS.into_iter().chain(arguments.distinct.as_deref()).collect();
+    let mut wanted: Vec<&str> = COLUMNS.into_iter().chain(arguments.distinct.as_deref()).collect();
+    if collection.is_some() {
+        wanted.extend(evidence::COLUMNS);
+    }
     for path in &arguments.questions {
         let stem = stem(path);
         let distinct = arguments.distinct.as_deref();
         let defaults = Defaults { source: &stem, split: &arguments.split, distinct };
         let before = counts.questions;
         for row in rows::read(path, &wanted)? {
-            let (question, rejected) = Question::parse(&row?, &defaults)?;
+            let row = row?;
+            let (question, rejected) = Question::parse(&row, &defaults)?;
+            if let Some(collection) = &mut collection {
+                collection.add(&row, question.is_some())?;
+            }
             counts.questions += 1;
             counts.rejected_answers += rejected;
             counts.rejected_questions += u64::from(question.is_none());

@@ -76,7 +76,7 @@ pub(crate) fn run(arguments: &IndexArguments) -> anyhow::Result<()> {
 }
 
 /// What a document is read from.
-const COLUMNS: [&str; 5] = ["doc_id", "id", "contents", "title", "text"];
+pub(crate) const COLUMNS: [&str; 5] = ["doc_id", "id", "contents", "title", "text"];
 
 /// All documents, sorted by id.
 fn read_documents(paths: &[PathBuf]) -> anyhow::Result<Vec<Document>> {
@@ -95,7 +95,8 @@ fn read_documents(paths: &[PathBuf]) -> anyhow::Result<Vec<Document>> {
     }
 }
 
-fn document(row: &Located) -> anyhow::Result<Document> {
+/// A row as a document.
+pub(crate) fn document(row: &Located) -> anyhow::Result<Document> {
     let doc_id = row.text(&["doc_id", "id"])?;
     if let Some(contents) = row.optional_text(&["contents"])? {
         let (title, text) = split_contents(&contents);
