@@ -1,7 +1,12 @@
-//! Comparison of answers as in SQuAD and HotpotQA: normalised exact match and word-level F1.
+//! Comparison of answers as in SQuAD and HotpotQA: normalised exact match and word-level F1; as in RULER-HQA: either in the
+//! other; as in MATH: in a box.
 //!
-//! The arithmetic is that of the `evaluate` scripts of the two datasets (Rajpurkar et al. 2016, Yang et al. 2018),
+//! The arithmetic is that of the `evaluate` scripts of the datasets (Rajpurkar et al. 2016, Yang et al. 2018),
 //! down to Python's idea of a word and of white space.
+
+mod boxed;
+
+pub use boxed::{boxed_answer, boxed_match, equal_when_cleaned};
 
 use std::collections::HashMap;
 use std::sync::LazyLock;
@@ -36,6 +41,21 @@ fn is_python_space(character: char) -> bool {
 pub fn exact_match(prediction: &str, answers: &[String]) -> bool {
     let prediction = normalize(prediction);
     answers.iter().any(|answer| normalize(answer) == prediction)
+}
+
+/// Whether one of the accepted answers stands in the prediction, or the prediction in it, once both are normalised: the
+/// `sub_em` of RULER-HQA (MemAgent, arXiv 2507.02259), which asks for the first answer only. Nothing said is no answer, and
+/// what normalising leaves nothing of stands in no text, so every exact match counts here, too.
+///
+/// ```
+/// assert!(mempo_text::answer::sub_exact_match("It is Paris, I think.", &["paris".to_owned()]));
+/// ```
+pub fn sub_exact_match(prediction: &str, answers: &[String]) -> bool {
+    let given = normalize(prediction);
+    let said = prediction.split(is_python_space).any(|word| !word.is_empty());
+    let within = |text: &str, part: &str| !part.is_empty() && text.contains(part);
+    let matches = |answer: String| given == answer || within(&given, &answer) || within(&answer, &given);
+    said && answers.iter().map(|answer| normalize(answer)).any(matches)
 }
 
 /// Word-level F1 in [0, 1], words counted as often as they occur, the best over the accepted answers.
@@ -97,6 +117,7 @@ mod tests {
         answers: Vec<String>,
         normalized: String,
         exact_match: bool,
+        sub_exact_match: bool,
         f1: f64,
     }
 
@@ -107,6 +128,8 @@ mod tests {
         for case in cases {
             assert_eq!(normalize(&case.prediction), case.normalized, "{:?}", case.prediction);
             assert_eq!(exact_match(&case.prediction, &case.answers), case.exact_match, "{:?}", case.prediction);
+            let found = sub_exact_match(&case.prediction, &case.answers);
+            assert_eq!(found, case.sub_exact_match, "{:?}", case.prediction);
             let score = f1(&case.prediction, &case.answers);
             assert!((score - case.f1).abs() < 1e-12, "{:?}: {score} != {}", case.prediction, case.f1);
         }
