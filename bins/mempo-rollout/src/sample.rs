@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::{Context, anyhow};
 use clap::Args;
 use mempo_agent::{
-    Agent, ContextOptions, Engine, LimitOptions, SamplingOptions, Start, ToolTable, Unit, context_policy,
+    Agent, ContextOptions, Engine, LimitOptions, RewardOptions, SamplingOptions, Start, ToolTable, Unit, context_policy,
 };
 use mempo_data::{AnsweredQuery, Task, Trajectory, read_document, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
@@ -87,6 +87,9 @@ pub(crate) struct SampleArguments {
     #[command(flatten)]
     #[serde(flatten)]
     limits: LimitOptions,
+    #[command(flatten)]
+    #[serde(flatten)]
+    reward: RewardOptions,
     #[command(flatten)]
     #[serde(flatten)]
     device: DeviceOptions,
@@ -249,6 +252,7 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
         context: &*context,
         toolbox: &tools.toolbox,
         limits: &arguments.limits,
+        reward: arguments.reward.reward,
         policy: policy.to_owned(),
         seed,
         seed_of: &seed_of,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use anyhow::{Context as _, anyhow};
-use mempo_agent::outcome;
+use mempo_agent::{RewardKind, outcome};
 use mempo_data::{Status, Trajectory};
 use mempo_run::ResultExt;
 use serde::Deserialize;
@@ -50,7 +50,7 @@ pub(crate) fn read_answers(path: &Path, facts: &Facts) -> anyhow::Result<Vec<Tra
         let Some(fact) = facts.of(&line.task_id) else {
             return Err(anyhow!("{}: no task `{}` in --tasks", place(), line.task_id)).bad_input();
         };
-        let judged = outcome(&fact.objectives, line.answer.as_deref(), true, Status::Ok);
+        let judged = outcome(&fact.objectives, line.answer.as_deref(), true, Status::Ok, RewardKind::default());
         let row = Trajectory {
             task_id: line.task_id.clone(),
             trajectory_index: 0,

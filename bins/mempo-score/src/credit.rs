@@ -7,6 +7,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use anyhow::anyhow;
 use clap::{Args, ValueEnum};
 use mempo_data::{Score, Trajectory, read_rows};
 use mempo_run::{Input, ResultExt, print_data, print_table};
@@ -79,6 +80,13 @@ pub(crate) fn run(arguments: &CreditArguments) -> anyhow::Result<()> {
     let continuations = |dir| {
         let continuations = Input::stage("continuations", dir)?;
         continuations.check_made_from("from", &rollouts, "mempo-rollout sample")?;
+        if arguments.worth == Worth::Success && reward(&continuations) != reward(&rollouts) {
+            let (dir, own, other) = (dir.display(), reward(&continuations), reward(&rollouts));
+            return Err(anyhow!(
+                "{dir}: its reward is {own}, that of --rollouts {other}: sample with the same --reward"
+            ))
+            .bad_input();
+        }
         Ok::<_, anyhow::Error>(continuations)
     };
     let worth = worth_of_states(&continuations(&arguments.continuations)?, arguments.worth)?;
@@ -114,6 +122,12 @@ pub(crate) fn run(arguments: &CreditArguments) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// The rule that a rollout was rewarded by.
+fn reward(rollout: &Input) -> String {
+    let named = rollout.manifest().and_then(|manifest| manifest.arguments.get("reward")?.as_str());
+    named.unwrap_or("the default").to_owned()
+}
+
 /// Bias, probe and so on, as the scores' manifest has them.
 fn label(scores: &Input) -> String {
     let argument = |name: &str| {
@@ -145,9 +159,11 @@ fn judge(
                 );
                 let memories: Vec<(i32, f64)> =
                     steps.filter_map(|score| Some((score.step_index, score.memory_reward?))).collect();
+                let last_memory = own.iter().rfind(|score| score.trajectory_index == row.trajectory_index);
+                let last_memory = last_memory.map(|score| score.step_index);
                 let state = |step: &(i32, f64)| (row.task_id.clone(), row.trajectory_index, step.0);
                 states.extend(memories.iter().map(state));
-                Some(Rewarded { reward, format_valid: row.format_valid, memories })
+                Some(Rewarded { reward, format_valid: row.format_valid, memories, last_memory })
             })
             .collect();
         let memory_rewards = attempts.iter().flat_map(|attempt| attempt.memories.iter().map(|memory| memory.1));
@@ -253,8 +269,8 @@ mod tests {
         chain
             .run("segments --rollouts @rollouts --tasks @tasks --model @model --device cpu --dtype f32 --out @scores")
             .unwrap();
-        chain.write_continuations("kept", None, |trajectory| if trajectory == 0 { 1.0 } else { 0.0 });
-        chain.write_continuations("swapped", Some("swapped"), |_| 0.0);
+        chain.write_continuations("kept", ["seed", "0"], |trajectory| if trajectory == 0 { 1.0 } else { 0.0 });
+        chain.write_continuations("swapped", ["memory", "swapped"], |_| 0.0);
         let credit = "credit --rollouts @rollouts --continuations @kept --scores @scores --out @credit.json";
         let found = |more: &str| -> Value {
             chain.run(&format!("{credit} {more}")).unwrap();
@@ -269,6 +285,9 @@ mod tests {
         assert_eq!(control["difference"]["value"], json!(-kept));
         let control = &found("--controls @swapped --worth exact-match")["controls"][0];
         assert_eq!(control["changed"], 0.5, "the second objective is always right");
+        chain.write_continuations("graded", ["reward", "f1.v1"], |_| 0.5);
+        let error = chain.run(&credit.replace("@kept", "@graded")).unwrap_err();
+        assert!(matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("f1.v1")), "{error:#}");
         let error = chain.run(&format!("{credit} --controls @kept")).unwrap_err();
         assert!(matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("no control")), "{error:#}");
     }

@@ -11,7 +11,7 @@ use mempo_text::{NewTokenizer, Profile, PromptBuilder, ToolSpec, parse_completio
 use serde_json::json;
 use tempfile::TempDir;
 
-use crate::normalise::{Combine, Estimator, MemoryApply, MemoryScope, NormaliseOptions};
+use crate::normalise::{Combine, Estimator, MemoryApply, MemoryScope, MemorySteps, NormaliseOptions};
 
 /// One more than a unit, so that there are two.
 pub(crate) const TASKS: usize = 17;
@@ -130,10 +130,12 @@ impl Chain {
         });
     }
 
-    /// Writes two continuations from every memory of the rollout, with the rewards of `reward` by trajectory.
-    pub(crate) fn write_continuations(&self, name: &str, memory: Option<&str>, reward: impl Fn(i32) -> f32) {
+    /// Writes two continuations from every memory of the rollout, with the rewards of `reward` by trajectory; `option` is one
+    /// more option that they were sampled with.
+    pub(crate) fn write_continuations(&self, name: &str, option: [&str; 2], reward: impl Fn(i32) -> f32) {
         let from = Input::stage("from", &self.path("rollouts")).unwrap();
-        let arguments = json!({"group_size": 2, "max_steps": 8, "memory": memory});
+        let [option, value] = option;
+        let arguments = json!({"group_size": 2, "max_steps": 8, option: value});
         let remembers = |step: &&Step| step.segments.iter().any(|segment| segment.kind == SegmentKind::Memory);
         let rows: Vec<Trajectory> = self
             .steps
@@ -186,6 +188,7 @@ pub(crate) fn normalise_options() -> NormaliseOptions {
         progress: 0.0,
         memory_scope: MemoryScope::PerStep,
         memory_apply: MemoryApply::All,
+        memory_steps: MemorySteps::All,
         min_memory_group: 4,
         alpha: 1.0,
         std_floor: 1e-6,

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow};
+use mempo_agent::RewardKind;
 use mempo_data::{Cursor, Key, Step, Trajectory, groups, read_rows};
 use mempo_run::{Input, ResultExt};
 use mempo_text::{Profile, PromptBuilder, ToolSpec};
@@ -30,6 +31,9 @@ pub(crate) struct Settings {
     pub(crate) temperature: f64,
     pub(crate) top_p: f64,
     pub(crate) group_size: u64,
+    /// What trajectories were rewarded for.
+    #[serde(default, skip_serializing_if = "RewardKind::is_default")]
+    pub(crate) reward: RewardKind,
     /// What the policy was told about its tools; older rollouts name none.
     #[serde(default = "search_alone", skip_serializing_if = "is_search_alone")]
     pub(crate) tools: Vec<ToolSpec>,
@@ -44,6 +48,11 @@ fn is_search_alone(tools: &[ToolSpec]) -> bool {
 }
 
 impl Settings {
+    /// The rule that trajectories were rewarded by, with its version.
+    pub(crate) fn reward(&self) -> String {
+        serde_json::json!(self.reward).as_str().unwrap_or_default().to_owned()
+    }
+
     /// The context policy with its options.
     pub(crate) fn context(&self) -> String {
         let Self { context, carry, carry_steps, retrieved_steps, max_tool_calls, max_memory_tokens, .. } = self;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use anyhow::anyhow;
 use mempo_agent::{
-    ContextOptions, ContextPolicy, Past, ToolTable, context_policy, format_problem, outcome, row_segments,
+    ContextOptions, ContextPolicy, Past, RewardKind, ToolTable, context_policy, format_problem, outcome, row_segments,
 };
 use mempo_data::{Objective, Segment, SegmentKind, Status, Step, StopReason, Trajectory};
 use mempo_run::{ResultExt, seed_of};
@@ -455,7 +455,7 @@ fn judge(objectives: Option<&[Objective]>, answer: Option<&str>, facts: &mut Fac
     facts.answer = answer.map(str::to_owned);
     let Some(objectives) = objectives else { return };
     let status = if answer.is_some() { Status::Ok } else { Status::MaxSteps };
-    let judged = outcome(objectives, answer, facts.format_valid == Some(true), status);
+    let judged = outcome(objectives, answer, facts.format_valid == Some(true), status, RewardKind::ExactMatch);
     facts.format_valid = Some(judged.format_valid);
     facts.correct = Some(judged.reward == Some(1.0));
     facts.exact_match = mean(&judged.exact_match);

@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use crate::attempt::Attempt;
 use crate::trajectories::Trajectories;
-use crate::{ContextPolicy, Engine, Error, LimitOptions, Past, Request, Toolbox};
+use crate::{ContextPolicy, Engine, Error, LimitOptions, Past, Request, RewardKind, Toolbox};
 
 /// How trajectories are made.
 pub struct Agent<'a> {
@@ -19,6 +19,8 @@ pub struct Agent<'a> {
     pub toolbox: &'a Toolbox,
     /// Where a trajectory ends at the latest.
     pub limits: &'a LimitOptions,
+    /// What a trajectory is rewarded for.
+    pub reward: RewardKind,
     /// Digest of the checkpoint that samples.
     pub policy: String,
     /// Seed of the run, as rows name it.

@@ -171,7 +171,7 @@ impl<'t> Attempt<'t> {
     pub(crate) fn finish(self, agent: &Agent<'_>) -> (Trajectory, Vec<Step>) {
         let unfinished = || End { status: Status::MaxSteps, answer: None, error: None };
         let End { status, answer, error } = self.end.unwrap_or_else(unfinished);
-        let judged = outcome(&self.task.objectives, answer.as_deref(), self.tags_valid, status);
+        let judged = outcome(&self.task.objectives, answer.as_deref(), self.tags_valid, status, agent.reward);
         let sizes = self.steps.iter().map(|step| step.prompt_ids.len() + step.completion_ids.len());
         let trajectory = Trajectory {
             task_id: self.task.task_id.clone(),

@@ -4,6 +4,8 @@ use mempo_data::{Objective, Segment, SegmentKind, Status};
 use mempo_text::answer::{exact_match, f1, split_answers};
 use mempo_text::{MemoryRule, ParsedCompletion};
 
+use crate::RewardKind;
+
 /// Judgement of a finished trajectory.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
@@ -13,13 +15,19 @@ pub struct Outcome {
     pub f1: Vec<f32>,
     /// Tags right in every step and no more answers than objectives.
     pub format_valid: bool,
-    /// 1 if every objective is right and the format valid, 0 otherwise; `None` if something other than the policy failed.
+    /// What the rule says in [0, 1], 0 unless the format is valid; `None` if something other than the policy failed.
     pub reward: Option<f32>,
 }
 
 /// Judges `answer`, split at `;`, objective by objective in order. A missing answer is worth 0; surplus answers make the
-/// format invalid. `tags_valid` says whether [`format_problem`] found nothing in any step.
-pub fn outcome(objectives: &[Objective], answer: Option<&str>, tags_valid: bool, status: Status) -> Outcome {
+/// format invalid. `tags_valid` says whether [`format_problem`] found nothing in any step, `reward` what is rewarded.
+pub fn outcome(
+    objectives: &[Objective],
+    answer: Option<&str>,
+    tags_valid: bool,
+    status: Status,
+    reward: RewardKind,
+) -> Outcome {
     let answers = answer.map(split_answers).unwrap_or_default();
     let judged = objectives.iter().enumerate().map(|(index, objective)| match answers.get(index) {
         Some(given) => (exact_match(given, &objective.answers), f1(given, &objective.answers) as f32),
@@ -27,8 +35,8 @@ pub fn outcome(objectives: &[Objective], answer: Option<&str>, tags_valid: bool,
     });
     let (right, f1): (Vec<bool>, Vec<f32>) = judged.unzip();
     let format_valid = tags_valid && answers.len() <= objectives.len();
-    let earned = status == Status::Ok && format_valid && !right.is_empty() && !right.contains(&false);
-    let reward = status.is_policy().then_some(f32::from(earned));
+    let well_formed = status == Status::Ok && format_valid;
+    let reward = status.is_policy().then(|| if well_formed { reward.earned(objectives, &answers) } else { 0.0 });
     let exact_match = right.into_iter().map(f32::from).collect();
     Outcome { exact_match, f1, format_valid, reward }
 }
@@ -76,7 +84,7 @@ mod tests {
     #[track_caller]
     fn check(answer: Option<&str>, status: Status, exact: [f32; 2], valid: bool, reward: Option<f32>) {
         let objectives = [objective(&["Paris", "City of Light"]), objective(&["blue whale"])];
-        let outcome = outcome(&objectives, answer, true, status);
+        let outcome = outcome(&objectives, answer, true, status, RewardKind::ExactMatch);
         assert_eq!(outcome.exact_match, exact, "{answer:?}");
         assert_eq!(outcome.format_valid, valid, "{answer:?}");
         assert_eq!(outcome.reward, reward, "{answer:?}");
@@ -97,10 +105,35 @@ mod tests {
     #[test]
     fn f1_counts_shared_words_and_a_broken_format_earns_nothing() {
         let objectives = [objective(&["blue whale"])];
-        let outcome = outcome(&objectives, Some("grey whale"), true, Status::Ok);
-        assert!((outcome.f1[0] - 0.5).abs() < 1e-6, "one of two words each way");
-        let outcome = super::outcome(&objectives, Some("blue whale"), false, Status::Ok);
-        assert_eq!((outcome.exact_match[0], outcome.reward), (1.0, Some(0.0)));
-        assert_eq!(super::outcome(&[], Some("anything"), true, Status::Ok).reward, Some(0.0));
+        let outcome = |answer, valid| outcome(&objectives, Some(answer), valid, Status::Ok, RewardKind::ExactMatch);
+        let grey = outcome("grey whale", true);
+        assert!((grey.f1[0] - 0.5).abs() < 1e-6, "one of two words each way");
+        let broken = outcome("blue whale", false);
+        assert_eq!((broken.exact_match[0], broken.reward), (1.0, Some(0.0)));
+    }
+
+    #[test]
+    fn a_reward_is_what_its_rule_says_of_all_objectives() {
+        use RewardKind::{Boxed, ExactMatch, F1, SubExactMatch};
+        let objectives = [objective(&["Paris", "City of Light"]), objective(&[r"\frac{1}{2}"])];
+        let rewards = |answer, valid, status| {
+            [ExactMatch, Boxed, SubExactMatch, F1]
+                .map(|kind| outcome(&objectives, answer, valid, status, kind).reward.unwrap())
+        };
+        let ok = |answer| rewards(Some(answer), true, Status::Ok);
+        assert_eq!(ok(r"the paris; \frac{1}{2}."), [1.0, 0.0, 1.0, 1.0], "articles and full stops count in a box");
+        assert_eq!(ok(r"paris; \dfrac{1} {2}"), [0.0, 1.0, 0.0, 0.5]);
+        assert_eq!(ok(r"paris; \boxed{\frac{1}{2}}"), [0.0, 1.0, 1.0, 0.5], "still in its box");
+        assert_eq!(ok(r"it is Paris; \frac{1}{2}"), [0.0, 0.0, 1.0, 0.75], "F1 of 1/2 and 1");
+        assert_eq!(ok("paris"), [0.0, 0.0, 0.0, 0.5]);
+        let right = Some(r"paris; \frac{1}{2}");
+        assert_eq!(rewards(right, true, Status::Ok), [1.0; 4]);
+        assert_eq!(rewards(right, false, Status::Ok), [0.0; 4]);
+        assert_eq!(rewards(Some(r"paris; \frac{1}{2}; x"), true, Status::Ok), [0.0; 4]);
+        assert_eq!(rewards(None, true, Status::MaxSteps), [0.0; 4]);
+        for kind in [ExactMatch, Boxed, SubExactMatch, F1] {
+            assert_eq!(outcome(&objectives, right, true, Status::ToolError, kind).reward, None);
+            assert_eq!(outcome(&[], Some("anything"), true, Status::Ok, kind).reward, Some(0.0));
+        }
     }
 }

@@ -55,7 +55,8 @@ pub struct Trajectory {
     pub exact_match: Vec<f32>,
     /// One per objective, word-level F1 in [0, 1].
     pub f1: Vec<f32>,
-    /// 1 if every objective is right and the format valid, else 0; null if something other than the policy failed.
+    /// 1 if every objective is right, or what the rule in the manifest says; 0 unless the format is valid; null if something
+    /// other than the policy failed.
     pub reward: Option<f32>,
     /// Tokens sampled over all steps.
     pub generated_tokens: i32,

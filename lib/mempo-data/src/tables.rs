@@ -149,8 +149,9 @@ fn trajectories() -> Vec<Column> {
         Column::new(
             "reward",
             Float32,
-            "0 or 1",
-            "1 if every answer is right and the format valid, else 0; null if something other than the policy failed.",
+            "0 to 1",
+            "1 if every answer is right, or what the rule in the manifest says; 0 unless the format is valid; null if something \
+             other than the policy failed.",
         )
         .nullable(),
         Column::new("generated_tokens", Int32, "tokens", "Sampled over all steps."),

@@ -132,6 +132,7 @@ impl<'a> Setting<'a> {
             context: self.context,
             toolbox,
             limits: &self.limits,
+            reward: RewardKind::ExactMatch,
             policy: "digest".to_owned(),
             seed: 7,
             seed_of: &seed_of,
