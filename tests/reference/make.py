@@ -60,16 +60,44 @@ def normalise(values, least, options):
     return [d / max(std, options["std_floor"]) for d in deviations]
 
 
-def trajectory_advantages(options, group):
-    """mempo, grpo: normalise(R). dr-grpo, memagent: R - mean. rloo: n/(n-1) (R - mean)."""
-    rewards = [trajectory["reward"] for trajectory in group]
-    if options["estimator"] in ("mempo", "grpo"):
-        return normalise(rewards, 2, options)
-    if degenerate(rewards, 2):
-        return [0.0] * len(rewards)
-    n = len(rewards)
+def estimate(values, least, options):
+    """mempo, grpo, memagent-slime: normalise(v). dr-grpo, memagent: v - mean.
+    rloo: n/(n-1) (v - mean). 0 where degenerate."""
+    if options["estimator"] in ("mempo", "grpo", "memagent-slime"):
+        return normalise(values, least, options)
+    if degenerate(values, least):
+        return [0.0] * len(values)
+    n = len(values)
     scale = {"dr-grpo": 1.0, "memagent": 1.0, "rloo": n / (n - 1)}[options["estimator"]]
-    return [scale * d for d in centred(rewards)]
+    return [scale * d for d in centred(values)]
+
+
+def with_information_gain(options, group):
+    """InfoMem (arXiv 2606.03329): R_i + alpha * r~_i for i in S, else R_i. S: trajectories that
+    apply and have a memory that counts; r_i: mean reward of those; r~ = normalise(r) inside S."""
+    rewards = [trajectory["reward"] for trajectory in group]
+    inside = {}
+    for i, trajectory in enumerate(group):
+        counted = [value for step, value in trajectory["memories"] if counts(options, trajectory, step)]
+        if counted:
+            inside[i] = math.fsum(counted) / len(counted)
+    gains = normalise(list(inside.values()), options["min_memory_group"], options)
+    for i, gain in zip(inside, gains):
+        rewards[i] += options["alpha"] * gain
+    return rewards
+
+
+def trajectory_advantages(options, group):
+    """The estimator's formula on R, with combine "infomem" on R + alpha r~."""
+    if options["combine"] == "infomem":
+        return estimate(with_information_gain(options, group), 2, options)
+    return estimate([trajectory["reward"] for trajectory in group], 2, options)
+
+
+def counts(options, trajectory, step_index):
+    """Whether the memory of a step takes part (memory_apply, memory_steps)."""
+    last = options["memory_steps"] == "all" or step_index == trajectory["last_memory"]
+    return last and memory_applies(options, trajectory)
 
 
 def memory_applies(options, trajectory):
@@ -85,19 +113,20 @@ def memory_groups(options, group):
     """Lists of (trajectory, memory) positions compared with one another (memory_scope)."""
     groups = {}
     for i, trajectory in enumerate(group):
-        if not memory_applies(options, trajectory):
-            continue
         for j, (step_index, _) in enumerate(trajectory["memories"]):
+            if not counts(options, trajectory, step_index):
+                continue
             key = {"per-step": step_index, "pooled": 0, "per-trajectory": i}
             groups.setdefault(key[options["memory_scope"]], []).append((i, j))
     return list(groups.values())
 
 
 def memory_advantages(options, group, trajectory):
-    """mempo only. combine "advantages": alpha * normalise(M).
-    combine "rewards": normalise(R + alpha * M) - trajectory advantage; 0 where degenerate."""
+    """combine "advantages": alpha * normalise(M), whatever the estimator.
+    combine "rewards": the estimator's formula on R + alpha * M, less the trajectory advantage;
+    0 where degenerate. combine "infomem": 0, memories count in the trajectory's reward."""
     result = [[0.0] * len(t["memories"]) for t in group]
-    if options["estimator"] != "mempo":
+    if options["combine"] == "infomem":
         return result
     least, alpha = options["min_memory_group"], options["alpha"]
     for members in memory_groups(options, group):
@@ -106,20 +135,54 @@ def memory_advantages(options, group, trajectory):
             values = [group[i]["reward"] + alpha * m for (i, _), m in zip(members, values)]
         if degenerate(values, least):
             continue
-        for (i, j), z in zip(members, normalise(values, least, options)):
-            result[i][j] = alpha * z if options["combine"] == "advantages" else z - trajectory[i]
+        if options["combine"] == "advantages":
+            for (i, j), z in zip(members, normalise(values, least, options)):
+                result[i][j] = alpha * z
+        else:
+            for (i, j), z in zip(members, estimate(values, least, options)):
+                result[i][j] = z - trajectory[i]
     return result
 
 
+def spread(options, advantage, steps):
+    """[what each step gets, loss weight of each step]. Copied: A each. Divided: A / trained steps
+    each. The last step is not trained with train_final "mask". memagent-slime divides and masks
+    unless told otherwise, all others copy and keep."""
+    slime = options["estimator"] == "memagent-slime"
+    divide = (options["trajectory_credit"] or ("divide" if slime else "copy")) == "divide"
+    mask = (options["train_final"] or ("mask" if slime else "keep")) == "mask"
+    weights = [1.0] * steps
+    if mask:
+        weights[-1] = 0.0
+    trained = sum(weights)
+    share = advantage / trained if divide and trained > 0 else advantage
+    return [[share] * steps, weights]
+
+
 def advantages(options, group):
-    """Both kinds of advantages of a group."""
+    """Both kinds of advantages of a group, and what each step gets of the trajectory's."""
     trajectory = trajectory_advantages(options, group)
-    return {"trajectory": trajectory, "memory": memory_advantages(options, group, trajectory)}
+    shares = [spread(options, a, t["steps"]) for a, t in zip(trajectory, group)]
+    return {
+        "trajectory": trajectory,
+        "memory": memory_advantages(options, group, trajectory),
+        "shares": [share for share, _ in shares],
+        "weights": [weights for _, weights in shares],
+    }
 
 
-def attempt(reward, *memories, valid=True):
-    """One trajectory of a group."""
-    return {"reward": reward, "format_valid": valid, "memories": [list(m) for m in memories]}
+def attempt(reward, *memories, valid=True, steps=None, last=None):
+    """One trajectory of a group: its memories with a reward, the number of its steps (default: up
+    to the last memory), the step of its last memory (default: the last one with a reward)."""
+    if last is None and memories:
+        last = memories[-1][0]
+    return {
+        "reward": reward,
+        "format_valid": valid,
+        "memories": [list(m) for m in memories],
+        "last_memory": last,
+        "steps": steps or (1 if last is None else last + 1),
+    }
 
 
 def advantage_cases():
@@ -129,10 +192,13 @@ def advantage_cases():
         "combine": "advantages",
         "memory_scope": "per-step",
         "memory_apply": "all",
+        "memory_steps": "all",
         "min_memory_group": 2,
         "alpha": 1.0,
         "std_floor": 1e-6,
         "no_std": False,
+        "trajectory_credit": None,
+        "train_final": None,
     }
     # Unequal step counts, a trajectory without memories, a malformed one, graded rewards.
     mixed = [
@@ -169,7 +235,35 @@ def advantage_cases():
         attempt(1.0, (1, 0.3), (1, 0.8), (4, 0.2)),
         attempt(0.0, (4, 0.9), (1, 0.1)),
     ]
+    no_memories = [
+        attempt(1.0, steps=3),
+        attempt(0.0, steps=2),
+        attempt(1.2, steps=4),
+        attempt(0.3),
+        attempt(0.1, steps=2),
+    ]
+    # Chunk by chunk: a memory a step, then an answer without one.
+    reading = [
+        attempt(1.0, (0, -0.5), (1, 0.2), (2, 0.9), steps=4),
+        attempt(1.0, (0, -0.6), (1, 0.4), (2, 0.5), steps=4),
+        attempt(0.0, (0, -0.1), (1, 0.3), (2, 2.5), steps=4),
+        attempt(1.0, (0, -0.9), (1, -0.2), (2, 0.1), steps=4),
+        attempt(0.0, (0, 0.0), (1, 0.0), (2, -0.4), steps=4, valid=False),
+        attempt(1.0, (0, 0.7), (1, 1.1), steps=4, last=2),
+        attempt(0.0, steps=1),
+    ]
+    alike = [
+        attempt(1.0, (0, 0.3), (1, 0.2), steps=3),
+        attempt(1.0, (0, 0.4), (1, 0.2), steps=3),
+        attempt(0.0, (0, 0.9), (1, 0.8), steps=3),
+    ]
+    one_success = [attempt(1.0, (0, 0.3), steps=2), attempt(0.0, (0, 0.9), steps=2)]
     rewards = {"combine": "rewards"}
+    final = {"memory_steps": "final"}
+    infomem = {"estimator": "grpo", "combine": "infomem", "memory_apply": "success", **final}
+    memagent, slime = {"estimator": "memagent"}, {"estimator": "memagent-slime"}
+    divide, mask = {"trajectory_credit": "divide"}, {"train_final": "mask"}
+    copy, keep = {"trajectory_credit": "copy"}, {"train_final": "keep"}
     listed = [
         ("mempo-per-step", {}, mixed),
         ("mempo-pooled-half", {"memory_scope": "pooled", "alpha": 0.5}, mixed),
@@ -218,15 +312,51 @@ def advantage_cases():
         ("repeated-step", {}, repeated),
         ("no-memories", {"memory_scope": "pooled"}, [attempt(1.0), attempt(0.0), attempt(0.1)]),
         ("equal-rewards-thirds", {}, [attempt(0.1), attempt(0.1), attempt(0.1)]),
-        ("grpo", {"estimator": "grpo"}, mixed),
-        ("grpo-no-std", {"estimator": "grpo", "no_std": True}, mixed),
+        ("grpo", {"estimator": "grpo"}, no_memories),
+        ("grpo-no-std", {"estimator": "grpo", "no_std": True}, no_memories),
         ("grpo-floor", {"estimator": "grpo", "std_floor": 0.01}, close),
-        ("dr-grpo", {"estimator": "dr-grpo"}, mixed),
+        ("grpo-with-memories", {"estimator": "grpo", "alpha": 0.5}, mixed),
+        ("dr-grpo", {"estimator": "dr-grpo"}, no_memories),
+        ("dr-grpo-with-memories", {"estimator": "dr-grpo"}, mixed),
         ("dr-grpo-equal", {"estimator": "dr-grpo"}, only_memories),
-        ("rloo", {"estimator": "rloo"}, mixed),
+        ("rloo", {"estimator": "rloo"}, no_memories),
+        ("rloo-rewards-pooled", {"estimator": "rloo", **rewards, "memory_scope": "pooled"}, mixed),
         ("rloo-singleton", {"estimator": "rloo"}, [attempt(1.0, (0, 0.5))]),
-        ("memagent", {"estimator": "memagent"}, mixed),
-        ("memagent-rewards", {"estimator": "memagent", **rewards}, mixed),
+        ("memagent", memagent, no_memories),
+        ("memagent-with-memories", memagent, reading),
+        ("memagent-with-memories-no-std", {**memagent, "no_std": True, "alpha": 0.5}, reading),
+        ("memagent-rewards", {**memagent, **rewards}, mixed),
+        ("memagent-divide", {**memagent, **divide}, no_memories),
+        ("memagent-mask", {**memagent, **mask}, reading),
+        ("memagent-divide-mask", {**memagent, **divide, **mask}, reading),
+        ("grpo-divide", {"estimator": "grpo", **divide}, reading),
+        ("mempo-divide-mask", {**divide, **mask, "alpha": 0.5}, mixed),
+        ("slime", slime, reading),
+        ("slime-no-memories", slime, no_memories),
+        ("slime-no-std", {**slime, "no_std": True}, reading),
+        ("slime-copy", {**slime, **copy}, reading),
+        ("slime-keep", {**slime, **keep}, reading),
+        ("slime-copy-keep", {**slime, **copy, **keep}, no_memories),
+        ("final-per-step", final, reading),
+        ("final-per-step-unequal", final, mixed),
+        ("final-pooled", {**final, "memory_scope": "pooled"}, mixed),
+        ("final-per-trajectory", {**final, "memory_scope": "per-trajectory"}, mixed),
+        ("final-rewards-success", {**final, **rewards, "memory_apply": "success"}, reading),
+        ("final-repeated-step", {**final, "memory_scope": "pooled"}, repeated),
+        ("infomem", infomem, reading),
+        ("infomem-lambda", {**infomem, "alpha": 0.3}, reading),
+        ("infomem-memagent-mask", {**infomem, **memagent, **mask, "alpha": 0.3}, reading),
+        ("infomem-slime", {**infomem, **slime, "alpha": 0.3}, reading),
+        ("infomem-rloo", {**infomem, "estimator": "rloo"}, reading),
+        ("infomem-no-std", {**infomem, "no_std": True}, reading),
+        ("infomem-too-few", {**infomem, "min_memory_group": 4}, reading),
+        ("infomem-equal-gains", infomem, alike),
+        ("infomem-one-success", infomem, one_success),
+        ("infomem-no-success", infomem, zeros),
+        ("infomem-all-succeed", infomem, only_memories),
+        ("infomem-all-trajectories", {**infomem, "memory_apply": "all"}, reading),
+        ("infomem-all-memories", {**infomem, "memory_steps": "all"}, reading),
+        ("infomem-mempo", {**infomem, "estimator": "mempo"}, mixed),
     ]
     return [(name, {**defaults, **changes}, group) for name, changes, group in listed]
 

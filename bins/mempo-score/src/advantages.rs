@@ -17,9 +17,10 @@ use serde_json::{Value, json};
 use joined::{JoinedRow, SegmentCells, check_finite, check_steps, joined_rows, next_task};
 
 use crate::explain::Explained;
-use crate::normalise::{GroupAdvantages, GroupState, NormaliseOptions, Rewarded, group_advantages};
+use crate::normalise::{Combine, Estimator, GroupAdvantages, GroupState, NormaliseOptions, Rewarded, group_advantages};
 use crate::query::Session;
 use crate::rollouts::Rollouts;
+use crate::spread::{Spread, SpreadOptions, TrajectoryCredit};
 use crate::sums::Sums;
 
 /// Consecutive tasks whose rows make one part.
@@ -65,13 +66,17 @@ pub(crate) struct AdvantagesArguments {
     #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     rollouts: PathBuf,
-    /// Directory of a finished `mempo-score segments` of the same rollout; only `--estimator mempo` needs it
+    /// Directory of a finished `mempo-score segments` of the same rollout. With it memories are paid, whatever the estimator;
+    /// mempo needs it
     #[arg(long, value_name = "DIR")]
     #[serde(skip)]
     scores: Option<PathBuf>,
     #[command(flatten)]
     #[serde(flatten)]
     normalise: NormaliseOptions,
+    #[command(flatten)]
+    #[serde(flatten)]
+    spread: SpreadOptions,
     /// Tasks whose trajectories all earned the same
     #[arg(long, value_enum, default_value = "keep")]
     degenerate: Degenerate,
@@ -98,13 +103,8 @@ pub(crate) struct AdvantagesArguments {
 pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
     arguments.stage.stage().check_free()?;
     let rollouts = Rollouts::open(&arguments.rollouts)?;
-    let scores = match (arguments.normalise.estimator.pays_memories(), &arguments.scores) {
-        (false, _) => None,
-        (true, Some(path)) => Some(Input::stage("scores", path)?),
-        (true, None) => {
-            return Err(anyhow!("--estimator mempo needs --scores DIR, the output of `mempo-score segments`")).usage();
-        }
-    };
+    arguments.check().usage()?;
+    let scores = arguments.scores.as_ref().map(|path| Input::stage("scores", path)).transpose()?;
     let inside_of = arguments.inside_of(&rollouts)?;
     if let Some(scores) = &scores {
         scores.table("scores")?;
@@ -119,7 +119,7 @@ pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
     let task_count = rollouts.count_tasks()?;
     let parts = stage.shard_range(task_count.div_ceil(TASKS_PER_PART));
     let progress = stage.progress("advantages", (parts.len() * TASKS_PER_PART).min(task_count) as u64, "tasks");
-    let mut estimation = Estimation { arguments, inside_of, sums: Sums::default(), explained: Explained::default() };
+    let mut estimation = Estimation::new(arguments, inside_of);
     let mut written = 0;
     for part in 0..parts.end {
         let mut advantages = Vec::new();
@@ -145,6 +145,24 @@ pub(crate) fn run(arguments: &AdvantagesArguments) -> anyhow::Result<()> {
 }
 
 impl AdvantagesArguments {
+    /// Refuses options that want scores where there are none, or that contradict each other.
+    fn check(&self) -> anyhow::Result<()> {
+        let NormaliseOptions { estimator, combine, .. } = self.normalise;
+        if self.scores.is_none() && (estimator == Estimator::Mempo || combine != Combine::Advantages) {
+            return Err(anyhow!(
+                "--estimator mempo and --combine rewards or infomem need --scores DIR, the output of `mempo-score segments`"
+            ));
+        }
+        let divides = self.spread.of(estimator).credit == TrajectoryCredit::Divide;
+        if divides && combine == Combine::Rewards {
+            return Err(anyhow!(
+                "--combine rewards puts a memory's advantage in the trajectory's place, which --trajectory-credit divide leaves \
+                 undefined: take --combine advantages, or --trajectory-credit copy"
+            ));
+        }
+        Ok(())
+    }
+
     /// The tokenizer and tags that tell where a memory's tags end, if that matters.
     fn inside_of(&self, rollouts: &Rollouts) -> anyhow::Result<Option<(Tokenizer, Tags)>> {
         match (self.credit, &self.tokenizer) {
@@ -160,13 +178,19 @@ struct Estimation<'a> {
     arguments: &'a AdvantagesArguments,
     /// What tells where a memory's tags end, where these have no credit.
     inside_of: Option<(Tokenizer, Tags)>,
+    spread: Spread,
     sums: Sums,
     explained: Explained,
 }
 
-impl Estimation<'_> {
+impl<'a> Estimation<'a> {
+    fn new(arguments: &'a AdvantagesArguments, inside_of: Option<(Tokenizer, Tags)>) -> Self {
+        let spread = arguments.spread.of(arguments.normalise.estimator);
+        Self { arguments, inside_of, spread, sums: Sums::default(), explained: Explained::default() }
+    }
+
     fn with_scores(&self) -> bool {
-        self.arguments.normalise.estimator.pays_memories()
+        self.arguments.scores.is_some()
     }
 
     /// The advantages of every step of a task. A trajectory without a reward has no rows and counts in no group (unless
@@ -186,8 +210,10 @@ impl Estimation<'_> {
             let instead = (self.arguments.null_rewards == NullRewards::Zero).then_some(0.0);
             let Some(reward) = first.reward.or(instead) else { continue };
             let memories = chunk.iter().filter(|row| row.memory().is_some());
+            let last_memory = memories.clone().next_back().and_then(|row| row.step_index);
             let memories = memories.filter_map(|row| Some((row.step_index?, row.memory_reward?))).collect();
-            attempts.push(Rewarded { reward: f64::from(reward), format_valid: first.format_valid, memories });
+            let (reward, format_valid) = (f64::from(reward), first.format_valid);
+            attempts.push(Rewarded { reward, format_valid, memories, last_memory });
             chunks.push(chunk);
         }
         let found = group_advantages(&attempts, &self.arguments.normalise);
@@ -227,11 +253,14 @@ impl Estimation<'_> {
         }
     }
 
+    /// The rows of a trajectory's steps, in a task of that loss weight.
     fn steps(&self, chunk: &[JoinedRow], trajectory: f64, memory: &[f64], loss_weight: f32) -> Vec<Advantage> {
         let mut memory = memory.iter();
-        let steps = chunk.iter().filter(|row| row.step_index.is_some());
+        let count = chunk[0].step_count as usize;
+        let share = self.spread.share(trajectory, count) as f32;
+        let steps = chunk.iter().filter(|row| row.step_index.is_some()).enumerate();
         steps
-            .map(|row| {
+            .map(|(step, row)| {
                 let segment = row.memory().filter(|_| self.with_scores());
                 let advantage = segment.and(row.memory_reward).and_then(|_| memory.next()).copied().unwrap_or(0.0);
                 let range = segment.map(|segment| self.credited(row, segment));
@@ -239,11 +268,11 @@ impl Estimation<'_> {
                     task_id: row.task_id.clone(),
                     trajectory_index: row.trajectory_index,
                     step_index: row.key().step_index,
-                    trajectory_advantage: trajectory as f32,
+                    trajectory_advantage: share,
                     memory_advantage: segment.map(|_| advantage as f32),
                     memory_start: range.as_ref().map(|range| range.start),
                     memory_end: range.as_ref().map(|range| range.end),
-                    loss_weight,
+                    loss_weight: if self.spread.trains(step, count) { loss_weight } else { 0.0 },
                 }
             })
             .collect()

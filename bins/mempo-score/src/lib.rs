@@ -3,7 +3,7 @@
 //! One file a subcommand: [`segments`] asks the model how probable the gold answer is given each memory, [`logprobs`]
 //! scores what was sampled, [`advantages`] turns rewards into what the update needs, [`evaluate`] reports, [`credit`] holds
 //! memory rewards to what continuations show. Beside them, pure: [`probe`] lays out what is scored, [`reward`] turns
-//! scores into rows, [`normalise`] centres groups, [`measure`], [`contrast`] and [`bootstrap`] compute figures with
+//! scores into rows, [`normalise`] centres groups, [`spread`] divides among steps, [`measure`], [`contrast`] and [`bootstrap`] compute figures with
 //! intervals, [`report`] renders them. [`rollouts`] reads rollouts unit by unit, [`worth`] continuations of memories,
 //! [`query`] is the one place that speaks SQL, [`baseline`] judges answers from a file, [`facts`] knows what tasks say of
 //! themselves, and [`sums`] keeps what units add to a summary.
@@ -25,6 +25,7 @@ mod report;
 mod reward;
 mod rollouts;
 mod segments;
+mod spread;
 mod sums;
 mod worth;
 

@@ -31,6 +31,22 @@ pub(crate) enum MemoryApply {
     Success,
 }
 
+/// Which of a trajectory's memories get a memory advantage; the others get 0 and do not count in the group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub(crate) enum MemorySteps {
+    /// All of them.
+    All,
+    /// The last one.
+    Final,
+}
+
+impl MemorySteps {
+    fn is_all(&self) -> bool {
+        *self == Self::All
+    }
+}
+
 /// Which advantages are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -43,15 +59,11 @@ pub(crate) enum Estimator {
     DrGrpo,
     /// Reward minus the mean of the others' (RLOO, arXiv 2402.14740)
     Rloo,
-    /// Reward minus the group's mean, for every conversation of a trajectory (MemAgent, arXiv 2507.02259)
+    /// Reward minus the group's mean, for every conversation of a trajectory (MemAgent, arXiv 2507.02259; `grpo` divides it
+    /// by the standard deviation)
     Memagent,
-}
-
-impl Estimator {
-    /// Whether memories are paid for themselves.
-    pub(crate) fn pays_memories(self) -> bool {
-        self == Self::Mempo
-    }
+    /// As grpo, divided evenly among the steps before the last, which is not trained (MemAgent in slime-agentic)
+    MemagentSlime,
 }
 
 /// What is normalised and what is added.
@@ -62,6 +74,11 @@ pub(crate) enum Combine {
     Advantages,
     /// Rewards are added, then normalised: `A = norm(R^T + alpha R^M)` inside a memory
     Rewards,
+    /// What a trajectory's memories gained counts in its own reward: `A = norm(R^T + alpha r)` for all its tokens. `r` is the mean
+    /// reward of its memories that count, standardised over the trajectories that have one, whatever --memory-scope says; the
+    /// others have 0. InfoMem (arXiv 2606.03329) is this with `--estimator grpo --memory-apply success --memory-steps final`,
+    /// alpha its lambda, and scores by `segments --bias null --difference logprob`
+    Infomem,
 }
 
 /// How rewards become advantages.
@@ -79,6 +96,10 @@ pub(crate) struct NormaliseOptions {
     /// Trajectories whose memories get a memory advantage
     #[arg(long, value_enum, default_value = "all")]
     pub(crate) memory_apply: MemoryApply,
+    /// Memories of a trajectory that get a memory advantage
+    #[arg(long, value_enum, default_value = "all")]
+    #[serde(skip_serializing_if = "MemorySteps::is_all")]
+    pub(crate) memory_steps: MemorySteps,
     /// Memories a group must have; smaller groups have memory advantage 0
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..))]
     pub(crate) min_memory_group: u32,
@@ -109,14 +130,14 @@ impl NormaliseOptions {
         self.alpha + (self.alpha_end.unwrap_or(self.alpha) - self.alpha) * self.progress
     }
 
-    /// Advantages of a group's trajectories.
-    fn of_trajectories(&self, rewards: &[f64]) -> (Vec<f64>, GroupState) {
+    /// The estimator's advantages of a group's rewards.
+    fn estimate(&self, rewards: &[f64], least: usize) -> (Vec<f64>, GroupState) {
         let centred = Self { no_std: true, ..self.clone() };
         match self.estimator {
-            Estimator::Mempo | Estimator::Grpo => normalise(rewards, 2, self),
-            Estimator::DrGrpo | Estimator::Memagent => normalise(rewards, 2, &centred),
+            Estimator::Mempo | Estimator::Grpo | Estimator::MemagentSlime => normalise(rewards, least, self),
+            Estimator::DrGrpo | Estimator::Memagent => normalise(rewards, least, &centred),
             Estimator::Rloo => {
-                let (values, state) = normalise(rewards, 2, &centred);
+                let (values, state) = normalise(rewards, least, &centred);
                 let count = rewards.len() as f64;
                 (values.into_iter().map(|value| value * count / (count - 1.0).max(1.0)).collect(), state)
             }
@@ -131,15 +152,30 @@ pub(crate) struct Rewarded {
     pub(crate) format_valid: bool,
     /// Step index and reward of each memory that has a reward.
     pub(crate) memories: Vec<(i32, f64)>,
+    /// Step index of the last memory, whether it has a reward or not.
+    pub(crate) last_memory: Option<i32>,
 }
 
 impl Rewarded {
-    fn counts(&self, apply: MemoryApply) -> bool {
-        match apply {
+    /// Place, step index and reward of each memory that counts.
+    fn counted(&self, options: &NormaliseOptions) -> impl Iterator<Item = (usize, i32, f64)> {
+        let applies = match options.memory_apply {
             MemoryApply::All => true,
             MemoryApply::WellFormed => self.format_valid,
             MemoryApply::Success => self.reward >= 1.0,
+        };
+        let final_alone = options.memory_steps == MemorySteps::Final;
+        let memories = self.memories.iter().enumerate().map(|(place, &(step, reward))| (place, step, reward));
+        memories.filter(move |(_, step, _)| applies && (!final_alone || Some(*step) == self.last_memory))
+    }
+
+    /// Mean reward of the memories that count, if there are any.
+    fn gain(&self, options: &NormaliseOptions) -> Option<f64> {
+        let (mut sum, mut count) = (0.0, 0.0);
+        for (_, _, reward) in self.counted(options) {
+            (sum, count) = (sum + reward, count + 1.0);
         }
+        (count > 0.0).then(|| sum / count)
     }
 }
 
@@ -186,42 +222,54 @@ pub(crate) struct GroupAdvantages {
 
 /// Computes both advantages of a task's group.
 pub(crate) fn group_advantages(attempts: &[Rewarded], options: &NormaliseOptions) -> GroupAdvantages {
-    let rewards: Vec<f64> = attempts.iter().map(|attempt| attempt.reward).collect();
-    let (trajectory, trajectory_state) = options.of_trajectories(&rewards);
+    let mut rewards: Vec<f64> = attempts.iter().map(|attempt| attempt.reward).collect();
     let mut memory: Vec<Vec<f64>> = attempts.iter().map(|attempt| vec![0.0; attempt.memories.len()]).collect();
+    if options.combine == Combine::Infomem {
+        let memory_states = vec![add_gains(attempts, &mut rewards, options)];
+        let (trajectory, trajectory_state) = options.estimate(&rewards, 2);
+        return GroupAdvantages { trajectory, trajectory_state, memory, memory_states };
+    }
+    let (trajectory, trajectory_state) = options.estimate(&rewards, 2);
     let mut memory_states = Vec::new();
-    let groups = if options.estimator.pays_memories() { memory_groups(attempts, options) } else { BTreeMap::new() };
     let (alpha, least) = (options.alpha(), options.min_memory_group as usize);
-    for members in groups.values() {
-        let reward = |&(attempt, place): &(usize, usize)| {
-            let Rewarded { reward, memories, .. } = &attempts[attempt];
-            match options.combine {
-                Combine::Advantages => memories[place].1,
-                Combine::Rewards => reward + alpha * memories[place].1,
-            }
+    for members in memory_groups(attempts, options).values() {
+        let own = |&(attempt, place): &(usize, usize)| attempts[attempt].memories[place].1;
+        let both = |member: &(usize, usize)| attempts[member.0].reward + alpha * own(member);
+        let (advantages, state) = match options.combine {
+            Combine::Rewards => options.estimate(&members.iter().map(both).collect::<Vec<_>>(), least),
+            _ => normalise(&members.iter().map(own).collect::<Vec<_>>(), least, options),
         };
-        let values: Vec<f64> = members.iter().map(reward).collect();
-        let (advantages, state) = normalise(&values, least, options);
         memory_states.push(state);
         for (&(attempt, place), advantage) in members.iter().zip(advantages) {
             memory[attempt][place] = match options.combine {
-                Combine::Advantages => alpha * advantage,
                 // Inside the memory this advantage stands in the trajectory's place.
                 Combine::Rewards if state == GroupState::Mixed => advantage - trajectory[attempt],
                 Combine::Rewards => 0.0,
+                _ => alpha * advantage,
             };
         }
     }
     GroupAdvantages { trajectory, trajectory_state, memory, memory_states }
 }
 
+/// Adds to rewards what the memories of each trajectory gained, held against the others that gained something.
+fn add_gains(attempts: &[Rewarded], rewards: &mut [f64], options: &NormaliseOptions) -> GroupState {
+    let gains = attempts.iter().zip(rewards).filter_map(|(attempt, reward)| Some((reward, attempt.gain(options)?)));
+    let (members, gains): (Vec<&mut f64>, Vec<f64>) = gains.unzip();
+    let (gains, state) = normalise(&gains, options.min_memory_group as usize, options);
+    for (reward, gain) in members.into_iter().zip(gains) {
+        *reward += options.alpha() * gain;
+    }
+    state
+}
+
 /// Trajectory and place in it of each memory that counts, by comparison group.
 fn memory_groups(attempts: &[Rewarded], options: &NormaliseOptions) -> BTreeMap<i32, Vec<(usize, usize)>> {
     let mut groups: BTreeMap<i32, Vec<(usize, usize)>> = BTreeMap::new();
-    for (index, attempt) in attempts.iter().enumerate().filter(|(_, attempt)| attempt.counts(options.memory_apply)) {
-        for (place, (step_index, _)) in attempt.memories.iter().enumerate() {
+    for (index, attempt) in attempts.iter().enumerate() {
+        for (place, step_index, _) in attempt.counted(options) {
             let group = match options.memory_scope {
-                MemoryScope::PerStep => *step_index,
+                MemoryScope::PerStep => step_index,
                 MemoryScope::Pooled => 0,
                 MemoryScope::PerTrajectory => index as i32,
             };
@@ -237,13 +285,15 @@ mod tests {
 
     use super::*;
     use crate::fixture::normalise_options;
+    use crate::spread::{SpreadOptions, TrainFinal, TrajectoryCredit};
 
     fn options(scope: MemoryScope, least: u32) -> NormaliseOptions {
         NormaliseOptions { memory_scope: scope, min_memory_group: least, ..normalise_options() }
     }
 
     fn attempt(reward: f64, memories: &[(i32, f64)]) -> Rewarded {
-        Rewarded { reward, format_valid: true, memories: memories.to_vec() }
+        let last_memory = memories.last().map(|memory| memory.0);
+        Rewarded { reward, format_valid: true, memories: memories.to_vec(), last_memory }
     }
 
     #[track_caller]
@@ -266,6 +316,7 @@ mod tests {
                 combine: Combine::from_str(name("combine"), false).unwrap(),
                 memory_scope: MemoryScope::from_str(name("memory_scope"), false).unwrap(),
                 memory_apply: MemoryApply::from_str(name("memory_apply"), false).unwrap(),
+                memory_steps: MemorySteps::from_str(name("memory_steps"), false).unwrap(),
                 min_memory_group: given["min_memory_group"].as_u64().unwrap() as u32,
                 alpha: number(&given["alpha"]),
                 std_floor: number(&given["std_floor"]),
@@ -277,6 +328,7 @@ mod tests {
                 reward: number(&one["reward"]),
                 format_valid: one["format_valid"] == true,
                 memories: one["memories"].as_array().unwrap().iter().map(memory).collect(),
+                last_memory: one["last_memory"].as_i64().map(|step| step as i32),
             };
             let attempts: Vec<Rewarded> = case["group"].as_array().unwrap().iter().map(attempt).collect();
             let found = group_advantages(&attempts, &options);
@@ -291,7 +343,26 @@ mod tests {
                     })
                     .collect()
             };
-            for (found, key) in [(found.trajectory, "trajectory"), (found.memory.concat(), "memory")] {
+            let choice = |key: &str| given[key].as_str();
+            let spread = SpreadOptions {
+                trajectory_credit: choice("trajectory_credit")
+                    .map(|name| TrajectoryCredit::from_str(name, false).unwrap()),
+                train_final: choice("train_final").map(|name| TrainFinal::from_str(name, false).unwrap()),
+            };
+            let spread = spread.of(options.estimator);
+            let steps = case["group"].as_array().unwrap().iter().map(|one| one["steps"].as_u64().unwrap() as usize);
+            let (mut shares, mut weights) = (Vec::new(), Vec::new());
+            for (advantage, steps) in found.trajectory.iter().zip(steps) {
+                shares.extend(vec![spread.share(*advantage, steps); steps]);
+                weights.extend((0..steps).map(|step| f64::from(u8::from(spread.trains(step, steps)))));
+            }
+            let found = [
+                (found.trajectory, "trajectory"),
+                (found.memory.concat(), "memory"),
+                (shares, "shares"),
+                (weights, "weights"),
+            ];
+            for (found, key) in found {
                 let expected = numbers(&case["expected"][key]);
                 assert_eq!(found.len(), expected.len(), "{}", case["name"]);
                 for (found, expected) in found.iter().zip(&expected) {
@@ -390,7 +461,7 @@ mod tests {
         ) {
             let attempts: Vec<Rewarded> = rewards.iter().map(|(reward, memories)| {
                 let memories = (0..).zip(memories).map(|(step, value)| (step, f64::from(*value) / 8.0));
-                Rewarded { reward: f64::from(*reward), format_valid: true, memories: memories.collect() }
+                attempt(f64::from(*reward), &memories.collect::<Vec<_>>())
             }).collect();
             let turn = turn % attempts.len();
             let mut turned = attempts.clone();

@@ -91,6 +91,53 @@ fn grpo_needs_no_scores_and_pays_memories_nothing() {
 }
 
 #[test]
+fn scores_pay_memories_under_every_estimator() {
+    let chain = Chain::new();
+    chain.run(SEGMENTS).unwrap();
+    chain.run(&format!("{COMMAND} --min-memory-group 2 --out @mempo")).unwrap();
+    let expected: Vec<Option<f32>> = chain.rows::<Advantage>("mempo").iter().map(|row| row.memory_advantage).collect();
+    assert!(expected.iter().flatten().any(|advantage| *advantage != 0.0));
+    chain.run(&format!("{COMMAND} --min-memory-group 2 --estimator memagent --out @memagent")).unwrap();
+    let rows = chain.rows::<Advantage>("memagent");
+    assert_eq!(rows.iter().map(|row| row.memory_advantage).collect::<Vec<_>>(), expected);
+    assert!((rows[0].trajectory_advantage - 0.5).abs() < 1e-6, "one of two is right");
+
+    // Every success is alone among its task's: it gains nothing beside itself, and memories have nothing of their own.
+    let infomem = "--estimator grpo --combine infomem --memory-apply success --memory-steps final --min-memory-group 2";
+    chain.run(&format!("{COMMAND} {infomem} --out @infomem")).unwrap();
+    chain.run("advantages --rollouts @rollouts --estimator grpo --out @grpo").unwrap();
+    for (row, grpo) in chain.rows::<Advantage>("infomem").iter().zip(chain.rows::<Advantage>("grpo")) {
+        assert_eq!((row.trajectory_advantage, row.memory_advantage), (grpo.trajectory_advantage, Some(0.0)));
+    }
+    for line in ["--combine infomem --estimator grpo", "--combine rewards --estimator rloo"] {
+        let error = chain.run(&format!("advantages --rollouts @rollouts {line} --out @none")).unwrap_err();
+        assert!(matches!(failure(&error), (Failure::Usage(..), text) if text.contains("--scores")), "{error:#}");
+    }
+}
+
+#[test]
+fn a_trajectory_is_divided_among_the_steps_that_are_trained() {
+    let chain = Chain::new();
+    let advantages = |line: &str| -> Vec<(f32, f32)> {
+        let out = line.replace([' ', '-'], "");
+        chain.run(&format!("advantages --rollouts @rollouts {line} --out @{out}")).unwrap();
+        let rows = chain.rows::<Advantage>(&out);
+        rows.iter().map(|row| (row.trajectory_advantage, row.loss_weight)).collect()
+    };
+    let (whole, slime) = (advantages("--estimator grpo"), advantages("--estimator memagent-slime"));
+    for (whole, slime) in whole.chunks(3).zip(slime.chunks(3)) {
+        let half = whole[0].0 / 2.0;
+        assert_eq!(slime, [(half, 1.0), (half, 1.0), (half, 0.0)], "the third step answers");
+        assert_eq!(whole, [(whole[0].0, 1.0); 3]);
+    }
+    assert_eq!(advantages("--estimator memagent-slime --trajectory-credit copy --train-final keep"), whole);
+    let all = advantages("--estimator memagent --trajectory-credit divide");
+    assert!((all[0].0 - 0.5 / 3.0).abs() < 1e-6 && all.iter().all(|row| row.1.to_bits() == 1.0_f32.to_bits()));
+    let error = chain.run(&format!("{COMMAND} --combine rewards --trajectory-credit divide --out @none")).unwrap_err();
+    assert!(matches!(failure(&error), (Failure::Usage(..), text) if text.contains("divide")), "{error:#}");
+}
+
+#[test]
 fn tags_and_tasks_can_be_left_out() {
     let mut chain = Chain::new();
     chain.run(SEGMENTS).unwrap();
@@ -171,7 +218,7 @@ fn scores_that_do_not_fit_are_refused() {
 }
 
 fn arguments() -> AdvantagesArguments {
-    let line = ["advantages", "--rollouts", "r", "--out", "o"];
+    let line = ["advantages", "--rollouts", "r", "--scores", "s", "--out", "o"];
     let command = AdvantagesArguments::augment_args(clap::Command::new("advantages"));
     AdvantagesArguments::from_arg_matches(&command.get_matches_from(line)).unwrap()
 }
@@ -197,10 +244,7 @@ fn row(trajectory_index: i32, step_index: Option<i32>, scored: bool) -> JoinedRo
 #[test]
 fn rows_that_are_missing_are_named() {
     let arguments = arguments();
-    let task = |rows: &[JoinedRow]| {
-        let (sums, explained) = (Sums::default(), Explained::default());
-        Estimation { arguments: &arguments, inside_of: None, sums, explained }.task(rows)
-    };
+    let task = |rows: &[JoinedRow]| Estimation::new(&arguments, None).task(rows);
     let missing = |rows: &[JoinedRow]| failure(&task(rows).unwrap_err()).1;
     assert!(missing(&[row(0, Some(0), false)]).contains("t/trajectory 0/step 0: `scores` has no row"));
     assert!(missing(&[row(2, None, false)]).contains("t/trajectory 2/step 0: `steps` has 0 rows"));
