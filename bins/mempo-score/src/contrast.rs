@@ -22,9 +22,10 @@ pub(crate) struct GroupFigures {
     pub(crate) metrics: Vec<Estimate>,
 }
 
-/// Writes estimates as a map from metric name.
+/// Writes estimates as a map from metric name, without those that were not asked for.
 fn by_name<S: serde::Serializer>(metrics: &[Estimate], serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_map(METRICS.iter().map(|metric| metric.name).zip(metrics))
+    let metrics = METRICS.iter().zip(metrics).filter(|(metric, estimate)| estimate.value.is_some() || !metric.best);
+    serializer.collect_map(metrics.map(|(metric, estimate)| (metric.name, estimate)))
 }
 
 /// Means over the trajectories of a group's tasks.
@@ -136,10 +137,11 @@ mod tests {
 
     use super::*;
     use crate::fixture::trajectory;
-    use crate::measure::{By, groups_of, task_figures};
+    use crate::measure::{By, Measure, groups_of, task_figures};
 
     fn figures(rows: &[Trajectory]) -> Vec<TaskFigures> {
-        rows.chunk_by(|a, b| a.task_id == b.task_id).map(|rows| task_figures(rows, &[By::Objectives], None)).collect()
+        let measure = Measure { by: &[By::Objectives], facts: None, best_of: 0 };
+        rows.chunk_by(|a, b| a.task_id == b.task_id).map(|rows| task_figures(rows, &measure)).collect()
     }
 
     fn metric(figures: &GroupFigures, name: &str) -> Option<f64> {
@@ -166,7 +168,7 @@ mod tests {
         assert_eq!(metric(&all, "tokens_total.v1"), Some(500.0 / 3.0), "300, 100, 100");
         let groups: Vec<Option<usize>> = groups_of(tasks.iter()).into_iter().map(|group| group.objectives).collect();
         assert_eq!(groups, [None, Some(1), Some(2)]);
-        let two = group_figures(&tasks, &Group { objectives: Some(2), source: None }, 0);
+        let two = group_figures(&tasks, &Group { objectives: Some(2), ..Group::default() }, 0);
         assert_eq!((two.tasks, metric(&two, "em.v1")), (1, Some(0.75)));
     }
 
@@ -215,9 +217,9 @@ mod tests {
         let (plain, better) = (seeds(|_, _| 0.0), seeds(|seed, objectives| 0.01 * (seed * objectives as u64) as f32));
         let groups = groups_of(plain.iter());
         let four = groups.iter().find(|group| group.objectives == Some(4)).unwrap();
-        let two = four.with_fewest_objectives(&groups).unwrap();
-        assert_eq!((two.objectives, two.with_fewest_objectives(&groups)), (Some(2), None));
-        assert_eq!(Group::default().with_fewest_objectives(&groups), None);
+        let two = four.grown_from(&groups)[0];
+        assert_eq!((two.objectives, two.grown_from(&groups)), (Some(2), vec![]));
+        assert!(Group::default().grown_from(&groups).is_empty());
         let found = interaction_figures(&better, &plain, four, two, 1);
         assert_eq!((found.seeds, found.tasks, found.trajectories), (3, 15, 45));
         let em = found.metrics[1];

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::io::Write;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow};
@@ -13,7 +14,7 @@ use crate::baseline::{LabelledFile, read_answers};
 use crate::bootstrap::{LEVEL, RESAMPLES};
 use crate::contrast::{group_figures, interaction_figures, paired_figures};
 use crate::facts::Facts;
-use crate::measure::{By, TaskFigures, groups_of, task_figures};
+use crate::measure::{By, METRICS, Measure, TaskFigures, groups_of, task_figures};
 use crate::report::{Difference, Intervals, Report, Run, Table};
 use crate::rollouts::{Rollouts, Settings};
 
@@ -21,9 +22,9 @@ use crate::rollouts::{Rollouts, Settings};
 ///
 /// Figures are means over trajectories (F1 and exact match: mean over objectives first) with 95 % bootstrap intervals
 /// clustered by task. Differences are paired: over the tasks that both have. Rollouts of one --name are one: other tasks, or
-/// the same ones under another seed, and intervals are then over seeds too. With `--by objectives` a last table says by how
-/// much each difference grows from the fewest objectives to more. Trajectories that a tool or the engine broke count in
-/// `errors.v1` alone.
+/// the same ones under another seed, and intervals are then over seeds too. With `--by objectives` or `document-tokens` a last
+/// table says by how much each difference grows from the fewest objectives to more, from the shortest documents to longer
+/// ones. Trajectories that a tool or the engine broke count in `errors.v1` alone. `sub_em.v1` (RULER-HQA's) needs --tasks.
 #[derive(Debug, Args)]
 pub(crate) struct EvaluateArguments {
     /// Directories of finished `mempo-rollout sample`
@@ -38,9 +39,16 @@ pub(crate) struct EvaluateArguments {
     /// The tasks that were sampled: their sources, gold answers, and (metadata `entities`) which are not independent
     #[arg(long, num_args = 1.., value_name = "DIR")]
     tasks: Vec<PathBuf>,
-    /// Also report by these; `source` needs --tasks
+    /// Also report by these; `source` and `document-tokens` (in the tasks' metadata) need --tasks
     #[arg(long, value_enum, value_delimiter = ',')]
     by: Vec<By>,
+    /// Also report the best of each task's first K trajectories, as published tables do: `..._best` figures, no less than the
+    /// means, and no substitute for them
+    #[arg(long, value_name = "K")]
+    best_of: Option<NonZeroUsize>,
+    /// Print these figures alone, each as a table of runs by groups
+    #[arg(long, value_name = "METRIC", value_delimiter = ',', value_parser = metric)]
+    table: Vec<usize>,
     /// What the others are compared with (default: the first rollout)
     #[arg(long, value_name = "LABEL")]
     baseline: Option<String>,
@@ -64,6 +72,11 @@ pub(crate) fn run(arguments: &EvaluateArguments) -> anyhow::Result<()> {
     }
     if arguments.json {
         print_data(&json);
+    } else if !arguments.table.is_empty() {
+        for (place, metric) in arguments.table.iter().enumerate() {
+            print_data(if place > 0 { "\n" } else { "" });
+            print(report.metric_table(*metric));
+        }
     } else {
         print(report.settings_table());
         print_data("\n");
@@ -93,18 +106,18 @@ struct Measured {
 fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<Report> {
     let inputs = arguments.tasks.iter().map(|path| Input::stage("tasks", path)).collect::<anyhow::Result<Vec<_>>>()?;
     let facts = if inputs.is_empty() { None } else { Some(Facts::read(&inputs)?) };
-    if arguments.by.contains(&By::Source) && facts.is_none() {
-        return Err(anyhow!("--by source needs --tasks DIR, which hold the sources")).usage();
-    }
+    check_by(&arguments.by, facts.as_ref())?;
     let labels = labels(arguments).usage()?;
     let baseline = arguments.baseline.as_ref().unwrap_or(&labels[0]);
     if !labels.contains(baseline) {
         return Err(anyhow!("--baseline {baseline} is none of {}", labels.join(", "))).usage();
     }
     let (runs, answers) = labels.split_at(arguments.rollouts.len());
+    let best_of = arguments.best_of.map(NonZeroUsize::get);
+    let measure = Measure { by: &arguments.by, facts: facts.as_ref(), best_of: best_of.unwrap_or(0) };
     let mut measured: Vec<Measured> = Vec::new();
     for (path, label) in arguments.rollouts.iter().zip(runs) {
-        let run = measure_rollouts(path, label.clone(), &arguments.by, facts.as_ref())?;
+        let run = measure_rollouts(path, label.clone(), &measure)?;
         match measured.iter_mut().find(|other| other.label == run.label) {
             Some(other) => other.join(run).with_context(|| path.display().to_string()).bad_input()?,
             None => measured.push(run),
@@ -113,10 +126,33 @@ fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<Report> {
     for (file, label) in arguments.answers.iter().zip(answers) {
         let facts = facts.as_ref().expect("clap requires --tasks with --answers");
         let rows = read_answers(&file.path, facts)?;
-        let tasks = rows.iter().map(|row| task_figures(std::slice::from_ref(row), &arguments.by, Some(facts)));
+        let tasks = rows.iter().map(|row| task_figures(std::slice::from_ref(row), &measure));
         measured.push(Measured { label: label.clone(), settings: None, policies: vec![], tasks: tasks.collect() });
     }
-    Ok(report(measured, baseline, facts.is_some(), arguments.seed))
+    Ok(Report { best_of, ..report(measured, baseline, facts.is_some(), arguments.seed) })
+}
+
+/// The place of a metric by its name.
+fn metric(name: &str) -> Result<usize, String> {
+    let names = || METRICS.iter().map(|metric| metric.name);
+    names().position(|known| known == name).ok_or_else(|| format!("one of {}", names().collect::<Vec<_>>().join(", ")))
+}
+
+/// Refuses groups that nothing is known of.
+fn check_by(by: &[By], facts: Option<&Facts>) -> anyhow::Result<()> {
+    let needs_tasks = by.iter().any(|by| matches!(by, By::Source | By::DocumentTokens));
+    let Some(facts) = facts else {
+        let refused = || anyhow!("--by source and document-tokens need --tasks DIR, which hold them");
+        return if needs_tasks { Err(refused()).usage() } else { Ok(()) };
+    };
+    match facts.without_length().filter(|_| by.contains(&By::DocumentTokens)) {
+        Some(task_id) => Err(anyhow!(
+            "--by document-tokens: task `{task_id}` has no whole number `document_tokens` in its metadata; tasks with documents \
+             have one, as `mempo-rollout compose` makes them"
+        ))
+        .bad_input(),
+        None => Ok(()),
+    }
 }
 
 impl Measured {
@@ -167,20 +203,24 @@ fn labels(arguments: &EvaluateArguments) -> anyhow::Result<Vec<String>> {
     Ok(labels)
 }
 
-fn measure_rollouts(path: &Path, label: String, by: &[By], facts: Option<&Facts>) -> anyhow::Result<Measured> {
+fn measure_rollouts(path: &Path, label: String, measure: &Measure<'_>) -> anyhow::Result<Measured> {
     let rollouts = Rollouts::open(path)?;
+    let (best_of, count) = (measure.best_of, rollouts.settings.group_size);
+    if best_of as u64 > count {
+        return Err(anyhow!("--best-of {best_of}: {} has {count} trajectories a task", path.display())).usage();
+    }
     let (mut tasks, mut policies) = (Vec::new(), Vec::new());
     for group in groups(read_rows::<Trajectory>(&rollouts.input.table("trajectories")?).bad_input()?) {
         let group = group.bad_input()?;
         let task_id = &group[0].task_id;
-        if facts.is_some_and(|facts| facts.of(task_id).is_none()) {
+        if measure.facts.is_some_and(|facts| facts.of(task_id).is_none()) {
             return Err(anyhow!("{}: trajectories of task `{task_id}`, which --tasks lack", path.display()))
                 .bad_input();
         }
         let new = group.iter().map(|row| &row.policy).filter(|policy| !policies.contains(*policy)).cloned();
         let new: Vec<String> = new.take(1).collect();
         policies.extend(new);
-        tasks.push(task_figures(&group, by, facts));
+        tasks.push(task_figures(&group, measure));
     }
     Ok(Measured { label, settings: Some(rollouts.settings), policies, tasks })
 }
@@ -188,7 +228,7 @@ fn measure_rollouts(path: &Path, label: String, by: &[By], facts: Option<&Facts>
 fn report(measured: Vec<Measured>, baseline: &str, with_tasks: bool, seed: u64) -> Report {
     let found = groups_of(measured.iter().flat_map(|run| &run.tasks));
     let base = measured.iter().find(|run| run.label == baseline).expect("a label was looked for");
-    let grown = || found.iter().filter_map(|group| Some((group, group.with_fewest_objectives(&found)?)));
+    let grown = || found.iter().flat_map(|group| group.grown_from(&found).into_iter().map(move |minus| (group, minus)));
     let differences = measured.iter().filter(|run| run.label != baseline).map(|run| Difference {
         label: run.label.clone(),
         baseline: baseline.to_owned(),
@@ -207,7 +247,7 @@ fn report(measured: Vec<Measured>, baseline: &str, with_tasks: bool, seed: u64) 
     });
     let clusters = if with_tasks { "tasks that share entities" } else { "task" };
     let intervals = Intervals { method: "percentile bootstrap", clusters, level: LEVEL, resamples: RESAMPLES, seed };
-    Report { intervals, runs: runs.collect(), differences }
+    Report { intervals, best_of: None, runs: runs.collect(), differences }
 }
 
 /// Writes a file whole or not at all.
@@ -305,6 +345,52 @@ mod tests {
     }
 
     #[test]
+    fn answers_are_held_to_gold_and_the_best_stand_beside_the_mean() {
+        let mut chain = Chain::new();
+        for row in chain.trajectories.iter_mut().filter(|row| row.trajectory_index == 0) {
+            row.answer = Some("it is any colour; purple".to_owned());
+        }
+        chain.write();
+        let metrics = |line: &str| report(&chain, line)["runs"][0]["groups"][0]["metrics"].clone();
+        let found = metrics("--rollouts @rollouts --tasks @tasks --best-of 2");
+        // The other answers are missing; one of them is the engine's fault.
+        assert!((found["sub_em.v1"]["value"].as_f64().unwrap() - 17.0 * 0.5 / 33.0).abs() < 1e-12);
+        assert_eq!(found["sub_em_best.v1"]["value"], 0.5);
+        assert_eq!((&found["em_best.v1"]["value"], &found["em_all_best.v1"]["value"]), (&json!(1.0), &json!(1.0)));
+        // The first trajectory of every second task is right.
+        let first = metrics("--rollouts @rollouts --best-of 1");
+        assert_eq!(first["em_all_best.v1"]["value"], json!(9.0 / 17.0));
+        assert_eq!(first["sub_em.v1"]["value"], Value::Null, "no gold answers");
+        assert!(metrics("--rollouts @rollouts").get("em_best.v1").is_none());
+        let error = chain.run("evaluate --rollouts @rollouts --best-of 3").unwrap_err();
+        assert!(matches!(failure(&error), (Failure::Usage(..), text) if text.contains("2 trajectories")), "{error:#}");
+    }
+
+    #[test]
+    fn lengths_of_documents_are_groups_and_columns() {
+        let mut chain = Chain::new();
+        for (number, task) in (0..).zip(&mut chain.tasks) {
+            task.metadata = Some(json!({"document_tokens": 7_000 * (1 + number % 2)}).to_string());
+        }
+        chain.write();
+        let line = "--rollouts @rollouts @rollouts --name a b --tasks @tasks --by document-tokens";
+        let found = report(&chain, line);
+        let groups = found["runs"][0]["groups"].as_array().unwrap();
+        let lengths: Vec<&Value> = groups.iter().map(|group| &group["group"]).collect();
+        assert_eq!(lengths, [&json!({}), &json!({"document_tokens": 7_000}), &json!({"document_tokens": 14_000})]);
+        let grown = &found["differences"][0]["interactions"];
+        assert_eq!(grown.as_array().unwrap().len(), 1);
+        assert_eq!((&grown[0]["group"], &grown[0]["minus"]), (lengths[2], lengths[1]));
+        chain.run(&format!("evaluate {line} --table sub_em.v1,em.v1 --best-of 2")).unwrap();
+        assert!(super::metric("sub_em").unwrap_err().contains("sub_em.v1"));
+
+        chain.tasks[3].metadata = None;
+        chain.write();
+        let error = chain.run(&format!("evaluate {line}")).unwrap_err();
+        assert!(matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("task-03")), "{error:#}");
+    }
+
+    #[test]
     fn what_does_not_fit_is_refused() {
         let mut chain = Chain::new();
         fs_err::write(
@@ -312,8 +398,12 @@ mod tests {
             "{\"task_id\": \"task-00\", \"answer\": null}\n{\"task_id\": \"nowhere\"}\n",
         )
         .unwrap();
-        let usage =
-            ["--rollouts @rollouts --by source", "--rollouts @rollouts @rollouts", "--rollouts @rollouts --baseline x"];
+        let usage = [
+            "--rollouts @rollouts --by source",
+            "--rollouts @rollouts --by document-tokens",
+            "--rollouts @rollouts @rollouts",
+            "--rollouts @rollouts --baseline x",
+        ];
         for line in usage {
             let error = chain.run(&format!("evaluate {line}")).unwrap_err();
             assert!(matches!(failure(&error).0, Failure::Usage(..)), "{line}: {error:#}");

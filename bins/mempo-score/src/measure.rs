@@ -7,39 +7,89 @@ use std::collections::BTreeSet;
 
 use clap::ValueEnum;
 use mempo_data::Trajectory;
+use mempo_text::answer::{split_answers, sub_exact_match};
 use serde::Serialize;
 
-use crate::facts::Facts;
+use crate::facts::{Fact, Facts};
 
 /// One figure.
 pub(crate) struct Metric {
     pub(crate) name: &'static str,
     /// A share, shown in percent; else a number.
     pub(crate) share: bool,
-    value: fn(&Trajectory) -> f64,
+    /// The best of a task's first trajectories, instead of the mean over all of them.
+    pub(crate) best: bool,
+    /// Nothing where it takes gold answers and there are none.
+    value: fn(&Trajectory, Option<&Fact>) -> Option<f64>,
 }
 
 /// All figures, in the order in which they are shown.
-pub(crate) const METRICS: [Metric; 10] = [
-    share("f1_squad.v1", |row| mean(&row.f1)),
-    share("em.v1", |row| mean(&row.exact_match)),
-    share("em_all.v1", |row| number(mean(&row.exact_match) >= 1.0)),
-    share("format_valid.v1", |row| number(row.format_valid)),
-    count("tokens_total.v1", |row| f64::from(row.processed_tokens)),
-    count("tokens_generated.v1", |row| f64::from(row.generated_tokens)),
-    count("tokens_unique.v1", |row| f64::from(row.unique_tokens)),
-    count("tokens_peak.v1", |row| f64::from(row.peak_tokens)),
-    count("tool_calls.v1", |row| f64::from(row.tool_calls)),
-    share(ERRORS, |row| number(!row.status.is_policy())),
+pub(crate) const METRICS: [Metric; 15] = [
+    share("f1_squad.v1", f1),
+    share("em.v1", exact_match),
+    share("em_all.v1", all_right),
+    share("sub_em.v1", sub_em),
+    best("f1_squad_best.v1", f1),
+    best("em_best.v1", exact_match),
+    best("em_all_best.v1", all_right),
+    best("sub_em_best.v1", sub_em),
+    share("format_valid.v1", |row, _| Some(number(row.format_valid))),
+    count("tokens_total.v1", |row, _| Some(f64::from(row.processed_tokens))),
+    count("tokens_generated.v1", |row, _| Some(f64::from(row.generated_tokens))),
+    count("tokens_unique.v1", |row, _| Some(f64::from(row.unique_tokens))),
+    count("tokens_peak.v1", |row, _| Some(f64::from(row.peak_tokens))),
+    count("tool_calls.v1", |row, _| Some(f64::from(row.tool_calls))),
+    share(ERRORS, |row, _| Some(number(!row.status.is_policy()))),
 ];
 const ERRORS: &str = "errors.v1";
 
-const fn share(name: &'static str, value: fn(&Trajectory) -> f64) -> Metric {
-    Metric { name, share: true, value }
+type Value = fn(&Trajectory, Option<&Fact>) -> Option<f64>;
+
+const fn share(name: &'static str, value: Value) -> Metric {
+    Metric { name, share: true, best: false, value }
 }
 
-const fn count(name: &'static str, value: fn(&Trajectory) -> f64) -> Metric {
-    Metric { name, share: false, value }
+const fn best(name: &'static str, value: Value) -> Metric {
+    Metric { name, share: true, best: true, value }
+}
+
+const fn count(name: &'static str, value: Value) -> Metric {
+    Metric { name, share: false, best: false, value }
+}
+
+fn f1(row: &Trajectory, _: Option<&Fact>) -> Option<f64> {
+    Some(mean(&row.f1))
+}
+
+fn exact_match(row: &Trajectory, _: Option<&Fact>) -> Option<f64> {
+    Some(mean(&row.exact_match))
+}
+
+fn all_right(row: &Trajectory, _: Option<&Fact>) -> Option<f64> {
+    Some(number(mean(&row.exact_match) >= 1.0))
+}
+
+/// Share of the objectives whose answer, by position, holds a gold answer or is part of one.
+fn sub_em(row: &Trajectory, fact: Option<&Fact>) -> Option<f64> {
+    let objectives = &fact?.objectives;
+    let answers = row.answer.as_deref().map(split_answers).unwrap_or_default();
+    let right = objectives.iter().zip(&answers).filter(|(objective, given)| sub_exact_match(given, &objective.answers));
+    Some(right.count() as f64 / objectives.len().max(1) as f64)
+}
+
+impl Metric {
+    /// Sum and count of what it says of a task's trajectories, whose best are among the first `best_of`.
+    fn sum(&self, rows: &[Trajectory], fact: Option<&Fact>, best_of: usize) -> [f64; 2] {
+        let rows = if self.best { &rows[..best_of.min(rows.len())] } else { rows };
+        let counted = rows.iter().filter(|row| row.status.is_policy() || self.name == ERRORS);
+        let values = counted.filter_map(|row| (self.value)(row, fact));
+        values.fold(
+            [0.0, 0.0],
+            |[sum, count], value| {
+                if self.best { [f64::max(sum, value), 1.0] } else { [sum + value, count + 1.0] }
+            },
+        )
+    }
 }
 
 fn mean(values: &[f32]) -> f64 {
@@ -57,6 +107,18 @@ pub(crate) enum By {
     Objectives,
     /// Dataset the task comes from.
     Source,
+    /// Length of the task's document, told apart by doublings.
+    DocumentTokens,
+}
+
+/// How trajectories are measured.
+#[derive(Clone, Copy)]
+pub(crate) struct Measure<'a> {
+    pub(crate) by: &'a [By],
+    /// What is known of the tasks.
+    pub(crate) facts: Option<&'a Facts>,
+    /// Among how many trajectories of a task the best is looked for; 0: nowhere.
+    pub(crate) best_of: usize,
 }
 
 /// The tasks that share these; all tasks if it names nothing.
@@ -66,6 +128,9 @@ pub(crate) struct Group {
     pub(crate) objectives: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) source: Option<String>,
+    /// Mean over the tasks of about this length.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) document_tokens: Option<u64>,
 }
 
 /// Sums and counts of every metric over one task's trajectories in one run.
@@ -82,25 +147,19 @@ pub(crate) struct TaskFigures {
 }
 
 /// Sums up the trajectories of one task.
-pub(crate) fn task_figures(rows: &[Trajectory], by: &[By], facts: Option<&Facts>) -> TaskFigures {
+pub(crate) fn task_figures(rows: &[Trajectory], measure: &Measure<'_>) -> TaskFigures {
+    let Measure { by, facts, best_of } = *measure;
     let task_id = &rows[0].task_id;
     let fact = facts.and_then(|facts| facts.of(task_id));
     let objectives = rows.iter().map(|row| row.exact_match.len()).max();
-    let mut columns = vec![0.0; 2 * METRICS.len()];
-    for row in rows {
-        for (metric, columns) in METRICS.iter().zip(columns.chunks_mut(2)) {
-            if row.status.is_policy() || metric.name == ERRORS {
-                columns[0] += (metric.value)(row);
-                columns[1] += 1.0;
-            }
-        }
-    }
+    let columns = METRICS.iter().flat_map(|metric| metric.sum(rows, fact, best_of)).collect();
     TaskFigures {
         task_id: task_id.clone(),
         seed: rows[0].seed,
         group: Group {
             objectives: objectives.filter(|_| by.contains(&By::Objectives)),
             source: fact.map(|fact| fact.source.clone()).filter(|_| by.contains(&By::Source)),
+            document_tokens: fact.and_then(|fact| fact.document_tokens).filter(|_| by.contains(&By::DocumentTokens)),
         },
         cluster: fact.map_or(task_id, |fact| &fact.cluster).clone(),
         trajectories: rows.len() as u64,
@@ -118,10 +177,19 @@ impl Group {
         *self == Self::default() || *self == task.group
     }
 
-    /// The group of the same source with the fewest objectives, if that is another.
-    pub(crate) fn with_fewest_objectives<'a>(&self, groups: &'a BTreeSet<Self>) -> Option<&'a Self> {
-        let more = self.objectives?;
-        let alike = groups.iter().filter(|group| group.source == self.source && group.objectives.is_some());
-        alike.min_by_key(|group| group.objectives).filter(|group| group.objectives < Some(more))
+    /// The groups that are alike but for having the fewest objectives, or the shortest documents, if they are others.
+    pub(crate) fn grown_from<'a>(&self, groups: &'a BTreeSet<Self>) -> Vec<&'a Self> {
+        let sizes: [fn(&Self) -> (Option<u64>, Self); 2] = [
+            |group| (group.objectives.map(|count| count as u64), Self { objectives: None, ..group.clone() }),
+            |group| (group.document_tokens, Self { document_tokens: None, ..group.clone() }),
+        ];
+        let least = |size: fn(&Self) -> (Option<u64>, Self)| {
+            let (own, rest) = size(self);
+            let alike = groups.iter().map(|group| (size(group), group));
+            let alike = alike.filter(|((size, others), _)| size.is_some() && *others == rest);
+            let ((least, _), group) = alike.min_by_key(|((size, _), _)| *size)?;
+            (least < own).then_some(group)
+        };
+        sizes.into_iter().filter_map(least).collect()
     }
 }

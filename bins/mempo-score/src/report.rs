@@ -4,13 +4,16 @@ use serde::Serialize;
 
 use crate::bootstrap::Estimate;
 use crate::contrast::GroupFigures;
-use crate::measure::{Group, METRICS};
+use crate::measure::{Group, METRICS, Metric};
 use crate::rollouts::Settings;
 
 /// Everything an evaluation found.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     pub(crate) intervals: Intervals,
+    /// Among how many trajectories of a task the `_best` figures look for the best.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) best_of: Option<usize>,
     pub(crate) runs: Vec<Run>,
     pub(crate) differences: Vec<Difference>,
 }
@@ -43,7 +46,7 @@ pub(crate) struct Difference {
     pub(crate) label: String,
     pub(crate) baseline: String,
     pub(crate) groups: Vec<GroupFigures>,
-    /// By how much the difference grows from the fewest objectives to more.
+    /// By how much the difference grows from the fewest objectives to more, or from the shortest documents to longer ones.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) interactions: Vec<GroupFigures>,
 }
@@ -73,6 +76,7 @@ impl Report {
             row("context", &setting(Settings::context)),
             row("temperature", &setting(|settings| settings.temperature.to_string())),
             row("top_p", &setting(|settings| settings.top_p.to_string())),
+            row("reward", &setting(Settings::reward)),
             row("group_size", &setting(|settings| settings.group_size.to_string())),
             row("policy", &policies),
             row("seed", &seeds),
@@ -85,17 +89,35 @@ impl Report {
     pub(crate) fn figures_table(&self) -> Table {
         let columns: Vec<Column> =
             self.runs.iter().map(|run| Column { name: run.label.clone(), groups: &run.groups }).collect();
-        figures(&columns, false)
+        self.figures(&columns, false)
+    }
+
+    /// One figure of every run, a row a run, a column a group.
+    pub(crate) fn metric_table(&self, metric: usize) -> Table {
+        let groups = self.runs.first().map_or(&[][..], |run| &run.groups);
+        let header =
+            std::iter::once(self.metric_name(metric)).chain(groups.iter().map(|found| render_group(&found.group)));
+        let row = |run: &Run| {
+            let cell = |found: &GroupFigures| render_estimate(METRICS[metric].share, found.metrics[metric], false);
+            std::iter::once(run.label.clone()).chain(run.groups.iter().map(cell)).collect()
+        };
+        (header.collect(), self.runs.iter().map(row).collect())
+    }
+
+    fn metric_name(&self, metric: usize) -> String {
+        let Metric { name, share, best, .. } = &METRICS[metric];
+        let best = self.best_of.filter(|_| *best).map(|count| format!(", best of {count}")).unwrap_or_default();
+        format!("{name}{}{best}", if *share { ", %" } else { "" })
     }
 
     /// Every difference with its interval, one column a run other than the baseline.
     pub(crate) fn differences_table(&self) -> Table {
-        figures(&self.difference_columns(|difference| &difference.groups), true)
+        self.figures(&self.difference_columns(|difference| &difference.groups), true)
     }
 
-    /// By how much the differences grow with the objectives.
+    /// By how much the differences grow with the objectives or the documents.
     pub(crate) fn interactions_table(&self) -> Table {
-        figures(&self.difference_columns(|difference| &difference.interactions), true)
+        self.figures(&self.difference_columns(|difference| &difference.interactions), true)
     }
 
     fn difference_columns<'a>(&'a self, groups: impl Fn(&'a Difference) -> &'a [GroupFigures]) -> Vec<Column<'a>> {
@@ -105,6 +127,33 @@ impl Report {
         };
         self.differences.iter().map(column).collect()
     }
+
+    /// Rows are the metrics of each group, but for those that are known of none; `signed` figures are differences.
+    fn figures(&self, columns: &[Column<'_>], signed: bool) -> Table {
+        let known = |metric: usize| {
+            let mut figures = columns.iter().flat_map(|column| column.groups);
+            figures.any(|figures| figures.metrics[metric].value.is_some())
+        };
+        let metrics: Vec<usize> = (0..METRICS.len()).filter(|metric| known(*metric)).collect();
+        let mut rows = Vec::new();
+        for (place, first) in columns.first().map_or(&[][..], |column| column.groups).iter().enumerate() {
+            let minus = first.minus.as_ref().map(|minus| format!(" - {}", render_group(minus)));
+            let group = render_group(&first.group) + &minus.unwrap_or_default();
+            let mut push = |name: &str, cell: &dyn Fn(&GroupFigures) -> String| {
+                let cells = columns.iter().map(|column| cell(&column.groups[place]));
+                rows.push([group.clone(), name.to_owned()].into_iter().chain(cells).collect());
+            };
+            push("tasks", &|figures| figures.tasks.to_string());
+            push("trajectories", &|figures| figures.trajectories.to_string());
+            for &metric in &metrics {
+                push(&self.metric_name(metric), &|figures| {
+                    render_estimate(METRICS[metric].share, figures.metrics[metric], signed)
+                });
+            }
+        }
+        let names = columns.iter().map(|column| column.name.clone());
+        (["group", "metric"].into_iter().map(str::to_owned).chain(names).collect(), rows)
+    }
 }
 
 /// A column of figures.
@@ -113,31 +162,11 @@ struct Column<'a> {
     groups: &'a [GroupFigures],
 }
 
-/// Rows are the metrics of each group; `signed` figures are differences.
-fn figures(columns: &[Column<'_>], signed: bool) -> Table {
-    let mut rows = Vec::new();
-    for (place, first) in columns.first().map_or(&[][..], |column| column.groups).iter().enumerate() {
-        let minus = first.minus.as_ref().map(|minus| format!(" - {}", render_group(minus)));
-        let group = render_group(&first.group) + &minus.unwrap_or_default();
-        let mut push = |name: &str, cell: &dyn Fn(&GroupFigures) -> String| {
-            let cells = columns.iter().map(|column| cell(&column.groups[place]));
-            rows.push([group.clone(), name.to_owned()].into_iter().chain(cells).collect());
-        };
-        push("tasks", &|figures| figures.tasks.to_string());
-        push("trajectories", &|figures| figures.trajectories.to_string());
-        for (index, metric) in METRICS.iter().enumerate() {
-            let name = if metric.share { format!("{}, %", metric.name) } else { metric.name.to_owned() };
-            push(&name, &|figures| render_estimate(metric.share, figures.metrics[index], signed));
-        }
-    }
-    let names = columns.iter().map(|column| column.name.clone());
-    (["group", "metric"].into_iter().map(str::to_owned).chain(names).collect(), rows)
-}
-
 fn render_group(group: &Group) -> String {
     let objectives = group.objectives.map(|count| format!("objectives={count}"));
     let source = group.source.as_ref().map(|source| format!("source={source}"));
-    let parts: Vec<String> = objectives.into_iter().chain(source).collect();
+    let length = group.document_tokens.map(|length| format!("document_tokens={length}"));
+    let parts: Vec<String> = [objectives, source, length].into_iter().flatten().collect();
     if parts.is_empty() { "all".to_owned() } else { parts.join(" ") }
 }
 
@@ -151,5 +180,41 @@ pub(crate) fn render_estimate(share: bool, estimate: Estimate, signed: bool) -> 
             format!("{} [{}, {}]", render(value), render(low), render(high))
         }
         Estimate { value: Some(value), .. } => render(value),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::bootstrap::LEVEL;
+
+    fn figures(group: Group, value: f64) -> GroupFigures {
+        let estimate = |metric: &Metric| Estimate { value: (!metric.best).then_some(value), low: None, high: None };
+        let metrics = METRICS.iter().map(estimate).collect();
+        GroupFigures { group, minus: None, seeds: 1, tasks: 3, trajectories: 6, clusters: 3, metrics }
+    }
+
+    #[test]
+    fn a_metric_is_a_table_of_runs_by_groups() {
+        let run = |label: &str, values: [f64; 2]| {
+            let long = Group { document_tokens: Some(14_000), ..Group::default() };
+            let groups = vec![figures(Group::default(), values[0]), figures(long, values[1])];
+            Run { label: label.to_owned(), settings: None, policies: vec![], seeds: vec![], groups }
+        };
+        let intervals = Intervals { method: "", clusters: "task", level: LEVEL, resamples: 0, seed: 0 };
+        let runs = vec![run("before", [0.5, 0.25]), run("after", [0.75, 0.7])];
+        let report = Report { intervals, best_of: Some(5), runs, differences: vec![] };
+        let place = |name| METRICS.iter().position(|metric| metric.name == name).unwrap();
+        let (header, rows) = report.metric_table(place("sub_em.v1"));
+        assert_eq!(header, ["sub_em.v1, %", "all", "document_tokens=14000"]);
+        assert_eq!(rows, [["before", "50.0", "25.0"], ["after", "75.0", "70.0"]]);
+        let (header, rows) = report.metric_table(place("sub_em_best.v1"));
+        assert_eq!((header[0].as_str(), rows[0][1].as_str()), ("sub_em_best.v1, %, best of 5", "-"));
+        let (_, rows) = report.figures_table();
+        assert_eq!(
+            rows.len(),
+            2 * (2 + METRICS.iter().filter(|metric| !metric.best).count()),
+            "what is not known is not shown"
+        );
     }
 }
