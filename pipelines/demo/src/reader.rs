@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use clap::Args;
 use mempo_agent::{
-    Agent, ContextOptions, ContextPolicy, Engine, Environment, Generation, LimitOptions, Request, Start, Toolbox,
-    context_policy,
+    Agent, ContextOptions, ContextPolicy, Engine, Environment, Generation, LimitOptions, Request, RewardKind, Start,
+    Toolbox, context_policy,
 };
 use mempo_data::{Document, StopReason, Task, read_document, read_rows, write_rows};
 use mempo_run::{Input, ResultExt, Stage, StageArgs};
@@ -125,6 +125,7 @@ impl Work<'_> {
             context: self.context,
             toolbox: &Toolbox::new(Vec::new(), 0)?,
             limits: &limits,
+            reward: RewardKind::default(),
             policy: "reader".to_owned(),
             seed: self.arguments.stage.seed,
             seed_of: &|_, _, _| 0,

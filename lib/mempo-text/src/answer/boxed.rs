@@ -4,21 +4,25 @@
 const WINDOW: usize = 300;
 
 /// What stands in the last box, trimmed: `\boxed{...}` up to the brace that closes it, or `\boxed ...` up to a `$` or the
-/// end. None if there is no box, or the last one is not closed.
+/// end. One that is not closed is none.
 ///
 /// ```
 /// assert_eq!(mempo_text::answer::boxed_answer(r"so \boxed{\frac{1}{2}}.").as_deref(), Some(r"\frac{1}{2}"));
-/// assert_eq!(mempo_text::answer::boxed_answer(r"\boxed{a} or \boxed{b"), None);
+/// assert_eq!(mempo_text::answer::boxed_answer(r"\boxed{a} or \boxed{b").as_deref(), Some("a"));
 /// ```
 pub fn boxed_answer(text: &str) -> Option<String> {
-    let opens = |rest: &&str| rest.starts_with(|next: char| next == '{' || next.is_whitespace());
-    let rest =
-        text.rmatch_indices(r"\boxed").map(|(start, word)| &text[start + word.len()..]).find(opens)?.trim_start();
-    let inside = match rest.strip_prefix('{') {
-        Some(inside) => &inside[..closing_brace(inside)?],
-        None => rest.split('$').next()?,
-    };
+    let inside = text.rmatch_indices(r"\boxed").find_map(|(start, word)| inside_box(&text[start + word.len()..]))?;
     Some(inside.trim().to_owned())
+}
+
+/// What stands in a box, given what follows its name.
+fn inside_box(rest: &str) -> Option<&str> {
+    let opened = rest.trim_start();
+    match opened.strip_prefix('{') {
+        Some(inside) => Some(&inside[..closing_brace(inside)?]),
+        None if opened.len() < rest.len() => opened.split('$').next(),
+        None => None,
+    }
 }
 
 /// Where the brace stands that closes one opened before `text`. A backslash before a brace changes nothing.

@@ -78,17 +78,17 @@ PAIRS = [
 
 
 def boxed_answer(text):
-    """What stands in the last box, `\\boxed{...}` or `\\boxed ...$`; None where that one is not closed, or there is none."""
-    start = text.rfind("\\boxed")
-    while start >= 0 and not re.match(r"\\boxed\s*\{|\\boxed\s", text[start:]):
-        start = text.rfind("\\boxed", 0, start)
-    if start < 0:
-        return None
-    rest = text[start + len("\\boxed"):].lstrip()
-    if not rest.startswith("{"):
-        return rest.split("$")[0].strip()
-    open_braces = list(itertools.accumulate({"{": 1, "}": -1}.get(character, 0) for character in rest))
-    return rest[1:open_braces.index(0)].strip() if 0 in open_braces else None
+    """What stands in the last box, `\\boxed{...}` or `\\boxed ...$`; one that is not closed is none."""
+    start = len(text)
+    while (start := text.rfind("\\boxed", 0, start)) >= 0:
+        rest = text[start + len("\\boxed"):]
+        if rest[:1].isspace() and not rest.lstrip().startswith("{"):
+            return rest.split("$")[0].strip()
+        rest = rest.lstrip()
+        open_braces = list(itertools.accumulate({"{": 1, "}": -1}.get(character, 0) for character in rest))
+        if rest.startswith("{") and 0 in open_braces:
+            return rest[1:open_braces.index(0)].strip()
+    return None
 
 
 def clean(text):
