@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use mempo_agent::{Agent, Environment, Generated, LimitOptions, Mempo, Start, Tool, Toolbox};
+use mempo_agent::{Agent, Environment, Generated, LimitOptions, Mempo, RewardKind, Start, Tool, Toolbox};
 use mempo_data::{Status, Task};
 use mempo_model::DeviceOptions;
 use mempo_text::Profile;
@@ -125,6 +125,7 @@ fn seconds(model: &Model, hosts: &[usize], hangs: bool) -> f64 {
             max_tool_calls: None,
             top_k: 1,
         },
+        reward: RewardKind::default(),
         policy: String::new(),
         seed: 1,
         seed_of: &|_, trajectory, step| (trajectory * 100 + step) as u64,
