@@ -9,7 +9,6 @@ those that are among the first three.
 """
 
 import json
-import shutil
 import subprocess
 import sys
 import urllib.request
@@ -124,8 +123,6 @@ def compare_retrievers(program, encoder, data):
 
 def main(programs, encoder, data):
     program = Path(programs) / "mempo-rollout"
-    for name in ("mixed", "index"):
-        shutil.rmtree(OUT / name, ignore_errors=True)
     OUT.mkdir(parents=True, exist_ok=True)
     check_vectors(program, Path(encoder), mixed(read_lines(Path(data) / "corpus.jsonl")))
     compare_retrievers(program, Path(encoder), Path(data))

@@ -204,7 +204,7 @@ fn build<E: From<Error>>(
 /// An index on its way into a folder.
 struct Writer {
     index: Index,
-    writer: IndexWriter,
+    segments: IndexWriter,
     fields: Fields,
     count: u64,
 }
@@ -214,9 +214,9 @@ impl Writer {
         let (schema, fields) = schema();
         let index = Index::create_in_dir(dir, schema)?;
         index.tokenizers().register(ANALYZER, analyzer());
-        let writer: IndexWriter = index.writer_with_num_threads(1, bytes)?;
-        writer.set_merge_policy(Box::new(NoMergePolicy));
-        Ok(Self { index, writer, fields, count: 0 })
+        let segments: IndexWriter = index.writer_with_num_threads(1, bytes)?;
+        segments.set_merge_policy(Box::new(NoMergePolicy));
+        Ok(Self { index, segments, fields, count: 0 })
     }
 
     fn add(&mut self, document: Document) -> tantivy::Result<()> {
@@ -226,19 +226,19 @@ impl Writer {
         row.add_text(self.fields.title, document.title);
         row.add_text(self.fields.text, document.text);
         row.add_u64(self.fields.position, self.count);
-        self.writer.add_document(row)?;
+        self.segments.add_document(row)?;
         self.count += 1;
         Ok(())
     }
 
     fn finish(mut self) -> tantivy::Result<u64> {
-        self.writer.commit()?;
+        self.segments.commit()?;
         let segments = segments_in_order(&self.index)?;
         if segments.len() > 1 {
-            self.writer.merge(&segments).wait()?;
-            self.writer.garbage_collect_files().wait()?;
+            self.segments.merge(&segments).wait()?;
+            self.segments.garbage_collect_files().wait()?;
         }
-        self.writer.wait_merging_threads()?;
+        self.segments.wait_merging_threads()?;
         Ok(self.count)
     }
 }
