@@ -139,7 +139,7 @@ mod tests {
     use mempo_agent::{Bm25Options, SearchIndex};
     use mempo_data::write_rows;
     use mempo_run::{StageArgs, exit_code};
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -170,7 +170,7 @@ mod tests {
         let paths = ["a.jsonl", "b.jsonl", "c.parquet"].map(|name| folder.join(name));
         let third =
             |which| documents.iter().rev().enumerate().filter(move |(i, _)| i * i % 3 == which).map(|(_, row)| row);
-        let rows = |rows: Vec<serde_json::Value>| rows.iter().map(|row| row.to_string()).collect::<Vec<_>>().join("\n");
+        let rows = |rows: Vec<Value>| rows.iter().map(Value::to_string).collect::<Vec<_>>().join("\n");
         let contents = |row: &Document| json!({"id": row.doc_id, "contents": crate::retrieval::contents(row)});
         fs_err::write(&paths[0], rows(third(1).map(contents).collect())).unwrap();
         let plain = |row: &Document| json!({"doc_id": row.doc_id, "title": row.title, "text": row.text, "more": 1});
