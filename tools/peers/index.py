@@ -1,9 +1,11 @@
-"""What `mempo-rollout index` takes: time, disk and memory for made-up passages, by words and by an encoder's vectors.
+"""What `mempo-rollout index` takes: time, memory and disk, by words for made-up passages and by vectors for real ones.
 
-    python index.py MEMPO_ROLLOUT PASSAGES ENCODED
+    python index.py MEMPO_ROLLOUT ENCODER CORPUS PASSAGES…
 
-Passages are 100 words, drawn by Zipf's law from 50,000. PASSAGES of them are indexed by BM25, ENCODED by an encoder of MiniLM's
-shape (6 layers, 384 numbers, random weights), too. Time and disk are extrapolated in proportion to the 21 million of wiki-18.
+Made-up passages are 100 words, drawn by Zipf's law from 50,000, in the order of the digits of their ids, which is not that of the table;
+each number of PASSAGES is indexed by BM25. CORPUS is encoded by ENCODER (the demo's by MiniLM). Time and disk are extrapolated in
+proportion to the 21 million of wiki-18. Memory is not: whether it grows is what several PASSAGES show. Of memory both are told, the
+process's own and all that is resident: that includes pages of mapped files, which the system takes back when it needs them.
 """
 
 import json
@@ -14,9 +16,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import BertConfig, BertModel
 
 WIKI = 21_000_000
 WORDS = 50_000
@@ -37,60 +36,74 @@ def write_corpus(path, vocabulary, count, random):
             drawn = random.choices(vocabulary, weights, k=100 * min(1000, count - start))
             for row in range(len(drawn) // 100):
                 text = " ".join(drawn[100 * row:100 * row + 100])
-                json.dump({"id": f"{start + row:08}", "title": text[:20], "text": text}, file)
+                json.dump({"id": str(start + row), "title": text[:20], "text": text}, file)
                 file.write("\n")
 
 
-def write_encoder(path, vocabulary):
-    control, letters = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"], "abcdefghijklmnopqrstuvwxyz"
-    pieces = control + list('",.') + list(letters) + ["##" + c for c in letters]
-    known = set(pieces)
-    pieces += [word for word in vocabulary if word not in known][:30_522 - len(pieces)]
-    made = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
-    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
-    made.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    BertModel(BertConfig(vocab_size=30_522, hidden_size=384, num_hidden_layers=6, num_attention_heads=12,
-                         intermediate_size=1536)).save_pretrained(path)
-    made.save(str(path / "tokenizer.json"))
-
-
-def run(*command):
-    """Seconds and peak memory in bytes."""
-    start = time.monotonic()
-    process = subprocess.Popen([str(word) for word in command])
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        sys.exit(f"{command[1]} ended with {process.returncode}")
-    return time.monotonic() - start, usage.ru_maxrss * 1024
+def own_memory(process):
+    """Bytes that no file backs; 0 once the process has ended."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except FileNotFoundError:
+        return 0
+    lines = [line.split() for line in status.splitlines()]
+    return sum(int(line[1]) * 1024 for line in lines if line[0] == "RssAnon:")
 
 
 def size(path):
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """Bytes of all files; those that go while they are looked at count nothing."""
+    total = 0
+    for folder, _, names in os.walk(path):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(folder, name)).st_size
+            except FileNotFoundError:
+                pass
+    return total
 
 
-def report(what, count, seconds, peak, disk):
-    """Memory is not extrapolated: part of it (the index's writer, a batch's activations) does not grow with the passages."""
+def index(program, corpus, out, *flags):
+    """Makes an index; wall and CPU seconds, peaks of own memory, of all that is resident, and of the folder, in bytes."""
+    start = time.monotonic()
+    command = [program, "index", "--corpus", corpus, "--out", out, "--quiet", *flags]
+    process = subprocess.Popen([str(word) for word in command])
+    own = folder = 0
+    while True:
+        ended, status, usage = os.wait4(process.pid, os.WNOHANG)
+        if ended:
+            break
+        own, folder = max(own, own_memory(process)), max(folder, size(out))
+        time.sleep(0.2)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"index ended with {process.returncode}")
+    return time.monotonic() - start, usage.ru_utime + usage.ru_stime, own, usage.ru_maxrss * 1024, folder
+
+
+def report(what, count, measured, disk):
+    wall, cpu, own, resident, folder = measured
     scale = WIKI / count
-    print(f"{what}: {count} passages in {seconds:.0f} s ({count / seconds:.0f} a second), peak {peak / 1e9:.2f} GB, "
-          f"disk {disk / 1e6:.0f} MB; at 21 million {seconds * scale / 3600:.1f} h, disk {disk * scale / 1e9:.1f} GB")
+    print(f"{what}: {count} passages, {wall:.0f} s ({count / wall:.0f} a second), {cpu:.0f} s of CPU; peak {own / 1e9:.2f} GB of own "
+          f"memory, {resident / 1e9:.2f} GB resident; disk {disk / 1e6:.0f} MB, {folder / 1e6:.0f} MB at most; at 21 million "
+          f"{wall * scale / 3600:.1f} h, {cpu * scale / 3600:.1f} h of CPU, disk {disk * scale / 1e9:.1f} GB", flush=True)
 
 
-def main(program, passages, encoded):
+def main(program, encoder, corpus, *passages):
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     draws = random.Random(1)
     vocabulary = words(draws)
-    write_corpus(OUT / "many.jsonl", vocabulary, passages, draws)
-    write_corpus(OUT / "few.jsonl", vocabulary, encoded, draws)
-    write_encoder(OUT / "encoder", vocabulary)
-    seconds, peak = run(program, "index", "--corpus", OUT / "many.jsonl", "--out", OUT / "many", "--quiet")
-    report("BM25", passages, seconds, peak, size(OUT / "many" / "index"))
-    print(f"  and the corpus table: {size(OUT / 'many' / 'corpus') / 1e6:.0f} MB")
-    seconds, peak = run(program, "index", "--corpus", OUT / "few.jsonl", "--out", OUT / "few", "--quiet", "--encoder",
-                        OUT / "encoder", "--dtype", "f32")
-    report("BM25 and vectors", encoded, seconds, peak, size(OUT / "few" / "vectors"))
+    for count in map(int, passages):
+        path, out = OUT / f"{count}.jsonl", OUT / str(count)
+        write_corpus(path, vocabulary, count, draws)
+        report("BM25", count, index(program, path, out), size(out / "index"))
+        print(f"  passages {path.stat().st_size / 1e6:.0f} MB, corpus table {size(out / 'corpus') / 1e6:.0f} MB", flush=True)
+        path.unlink()
+    with open(corpus, "rb") as file:
+        count = sum(1 for _ in file)
+    measured = index(program, corpus, OUT / "encoded", "--encoder", encoder, "--passage-prefix", "", "--dtype", "f32")
+    report("BM25 and vectors", count, measured, size(OUT / "encoded" / "vectors"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(*sys.argv[1:])

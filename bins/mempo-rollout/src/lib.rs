@@ -9,6 +9,7 @@
 
 mod compose;
 mod context;
+mod corpus;
 mod http;
 mod http_tool;
 mod index;

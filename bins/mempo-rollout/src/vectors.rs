@@ -1,5 +1,6 @@
 //! Vectors of documents beside a BM25 index: what an encoder made of them, and how.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
@@ -9,13 +10,14 @@ use mempo_model::{DeviceOptions, EmbedOptions, Encoder, EncoderConfig, Pooling, 
 use mempo_run::{Input, ResultExt, Stage};
 use mempo_text::EncoderTokenizer;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::retrieval::contents;
 
 /// The vectors' folder beside the table.
 const FOLDER: &str = "vectors";
 /// Documents in one file of vectors: what is encoded again after an interruption, at most.
-const PART_DOCUMENTS: usize = 10_000;
+const PART_DOCUMENTS: u64 = 10_000;
 /// Documents encoded between two looks for a signal, longest beside longest.
 const SLICE: usize = 512;
 
@@ -29,9 +31,10 @@ pub(crate) struct VectorOptions {
     /// Put before every document that is encoded: "passage: " for E5, "" for MiniLM and BGE
     #[arg(long, value_name = "TEXT", default_value = "passage: ")]
     passage_prefix: String,
-    /// What a vector is made of: the mean over all tokens (E5, MiniLM), or what stands at the first (BGE)
-    #[arg(long, value_enum, default_value = "mean")]
-    pooling: Pooling,
+    /// What a vector is made of: the mean over all tokens (E5, MiniLM), or what stands at the first (BGE) [default: as
+    /// DIR/1_Pooling/config.json says, else mean]
+    #[arg(long, value_enum)]
+    pooling: Option<Pooling>,
     /// Leave vectors as long as they are, instead of dividing them by their length
     #[arg(long)]
     unnormalised: bool,
@@ -54,9 +57,13 @@ impl VectorOptions {
     /// What makes the vectors, if they are wanted.
     pub(crate) fn open(&self) -> anyhow::Result<Option<Embedder>> {
         let Some(dir) = &self.encoder else { return Ok(None) };
+        let pooling = match self.pooling {
+            Some(pooling) => pooling,
+            None => own_pooling(dir).bad_input()?,
+        };
         let recipe = Recipe {
             passage_prefix: self.passage_prefix.clone(),
-            pooling: self.pooling,
+            pooling,
             normalised: !self.unnormalised,
             max_tokens: self.max_tokens,
             tokens_per_batch: self.tokens_per_batch,
@@ -68,6 +75,28 @@ impl VectorOptions {
             return Err(anyhow!("--deterministic: an encoder has no kernels of fixed shape; leave it out")).usage();
         }
         Embedder::open(dir, recipe).map(Some)
+    }
+}
+
+/// What a directory of sentence-transformers says of its vectors; the mean where it says nothing.
+fn own_pooling(dir: &Path) -> anyhow::Result<Pooling> {
+    let path = dir.join("1_Pooling/config.json");
+    if !path.is_file() {
+        return Ok(Pooling::Mean);
+    }
+    let told: BTreeMap<String, Value> =
+        serde_json::from_slice(&fs_err::read(&path)?).with_context(|| path.display().to_string())?;
+    let modes = told.iter().filter(|(name, on)| name.starts_with("pooling_mode_") && **on == Value::Bool(true));
+    let modes: Vec<&str> = modes.map(|(name, _)| name.trim_start_matches("pooling_mode_")).collect();
+    match modes[..] {
+        ["mean_tokens"] => Ok(Pooling::Mean),
+        ["cls_token"] => Ok(Pooling::Cls),
+        _ => {
+            let (path, modes) = (path.display(), modes.join(", "));
+            Err(anyhow!(
+                "{path}: pools by `{modes}`, expected `mean_tokens` or `cls_token`; --pooling chooses one of them"
+            ))
+        }
     }
 }
 
@@ -145,10 +174,17 @@ impl Embedder {
         EmbedOptions { pooling, normalise: normalised, tokens_per_batch }
     }
 
-    /// Writes the vectors of all documents, but for those that are there.
-    pub(crate) fn write(&self, stage: &Stage, documents: &[Document]) -> anyhow::Result<()> {
-        let progress = stage.progress("encode", documents.len() as u64, "documents");
-        for (unit, part) in documents.chunks(PART_DOCUMENTS).enumerate() {
+    /// Writes the vectors of all `documents`, but for those that are there; `count` is how many they are.
+    pub(crate) fn write(
+        &self,
+        stage: &Stage,
+        mut documents: impl Iterator<Item = anyhow::Result<Document>>,
+        count: u64,
+    ) -> anyhow::Result<()> {
+        let progress = stage.progress("encode", count, "documents");
+        for unit in 0..count.div_ceil(PART_DOCUMENTS) {
+            let part = documents.by_ref().take(PART_DOCUMENTS as usize);
+            let part = part.collect::<anyhow::Result<Vec<Document>>>()?;
             let path = format!("{FOLDER}/part-{unit:05}.safetensors");
             if stage.dir().join(&path).is_file() {
                 progress.skip(part.len() as u64);

@@ -89,12 +89,17 @@ fn index_error(path: &Path, source: TantivyError) -> Error {
 impl SearchIndex {
     /// Writes an index of `documents` into the empty folder `dir`; returns how many there were.
     pub fn build(documents: impl IntoIterator<Item = Document>, dir: &Path) -> Result<u64, Error> {
-        // Building reads nothing: what fails is the disk, though threads of the library tell it in words alone.
-        let at_dir = |source| match index_error(dir, source) {
-            Error::Index { path, source } => Error::IndexFile { path, source: std::io::Error::other(source) },
-            error => error,
-        };
-        build(documents, dir, WRITER_BYTES).map_err(at_dir)
+        Self::try_build(documents.into_iter().map(Ok), dir)
+    }
+
+    /// The same of documents that may fail to come, such as those of a table that is being read; the first error ends it.
+    ///
+    /// Memory holds the writer's buffer of 256 MiB, and at the end, when what did not fit is merged, some 20 bytes a document.
+    pub fn try_build<E: From<Error>>(
+        documents: impl IntoIterator<Item = Result<Document, E>>,
+        dir: &Path,
+    ) -> Result<u64, E> {
+        build(documents, dir, WRITER_BYTES)
     }
 
     /// Opens the index in `dir`, which is never written to.
@@ -179,31 +184,63 @@ fn pruned(searcher: &Searcher, terms: Vec<Term>, top_k: usize) -> tantivy::Resul
     searcher.search(&any, &TopDocs::with_limit(top_k).order_by_score())
 }
 
-fn build(documents: impl IntoIterator<Item = Document>, dir: &Path, writer_bytes: usize) -> tantivy::Result<u64> {
-    let (schema, fields) = schema();
-    let index = Index::create_in_dir(dir, schema)?;
-    index.tokenizers().register(ANALYZER, analyzer());
-    let mut writer: IndexWriter = index.writer_with_num_threads(1, writer_bytes)?;
-    writer.set_merge_policy(Box::new(NoMergePolicy));
-    let mut count = 0;
+fn build<E: From<Error>>(
+    documents: impl IntoIterator<Item = Result<Document, E>>,
+    dir: &Path,
+    writer_bytes: usize,
+) -> Result<u64, E> {
+    // Building reads nothing: what fails is the disk, though threads of the library tell it in words alone.
+    let at_dir = |source| match index_error(dir, source) {
+        Error::Index { path, source } => Error::IndexFile { path, source: std::io::Error::other(source) },
+        error => error,
+    };
+    let mut writer = Writer::create(dir, writer_bytes).map_err(at_dir)?;
     for document in documents {
+        writer.add(document?).map_err(at_dir)?;
+    }
+    Ok(writer.finish().map_err(at_dir)?)
+}
+
+/// An index on its way into a folder.
+struct Writer {
+    index: Index,
+    segments: IndexWriter,
+    fields: Fields,
+    count: u64,
+}
+
+impl Writer {
+    fn create(dir: &Path, bytes: usize) -> tantivy::Result<Self> {
+        let (schema, fields) = schema();
+        let index = Index::create_in_dir(dir, schema)?;
+        index.tokenizers().register(ANALYZER, analyzer());
+        let segments: IndexWriter = index.writer_with_num_threads(1, bytes)?;
+        segments.set_merge_policy(Box::new(NoMergePolicy));
+        Ok(Self { index, segments, fields, count: 0 })
+    }
+
+    fn add(&mut self, document: Document) -> tantivy::Result<()> {
         let mut row = TantivyDocument::default();
-        row.add_text(fields.contents, format!("{} {}", document.title, document.text));
-        row.add_text(fields.doc_id, document.doc_id);
-        row.add_text(fields.title, document.title);
-        row.add_text(fields.text, document.text);
-        row.add_u64(fields.position, count);
-        writer.add_document(row)?;
-        count += 1;
+        row.add_text(self.fields.contents, format!("{} {}", document.title, document.text));
+        row.add_text(self.fields.doc_id, document.doc_id);
+        row.add_text(self.fields.title, document.title);
+        row.add_text(self.fields.text, document.text);
+        row.add_u64(self.fields.position, self.count);
+        self.segments.add_document(row)?;
+        self.count += 1;
+        Ok(())
     }
-    writer.commit()?;
-    let segments = segments_in_order(&index)?;
-    if segments.len() > 1 {
-        writer.merge(&segments).wait()?;
-        writer.garbage_collect_files().wait()?;
+
+    fn finish(mut self) -> tantivy::Result<u64> {
+        self.segments.commit()?;
+        let segments = segments_in_order(&self.index)?;
+        if segments.len() > 1 {
+            self.segments.merge(&segments).wait()?;
+            self.segments.garbage_collect_files().wait()?;
+        }
+        self.segments.wait_merging_threads()?;
+        Ok(self.count)
     }
-    writer.wait_merging_threads()?;
-    Ok(count)
 }
 
 /// The segments by the position of their first document: merged in this order, document numbers are positions.
@@ -307,7 +344,7 @@ mod tests {
         let unique = |i: usize| (0..40).map(|j| format!("w{i}x{j}")).collect::<Vec<_>>().join(" ");
         let documents =
             (0..4_000).map(|i| document(&format!("{i:05}"), "same title", &format!("red fish {}", unique(i))));
-        build(documents, directory.path(), 15 << 20).unwrap();
+        build::<Error>(documents.map(Ok), directory.path(), 15 << 20).unwrap();
         let index = open(directory.path());
         assert_eq!(index.reader.searcher().segment_readers().len(), 1);
         let hits = index.search("the same red fish", 4).unwrap();

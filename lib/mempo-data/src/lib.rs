@@ -25,6 +25,7 @@ mod read;
 mod row;
 mod rows;
 mod schema;
+mod sort;
 mod tables;
 mod write;
 
@@ -40,6 +41,7 @@ pub use read::{RowReader, read_rows};
 pub use row::{Key, Row};
 pub use rows::*;
 pub use schema::{Column, SCHEMA_VERSION, arrow_schema, schema_markdown};
+pub use sort::{Sorted, Sorter};
 pub use tables::{TABLES, columns};
 pub use write::{TableWriter, write_rows};
 

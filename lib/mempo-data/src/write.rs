@@ -133,7 +133,8 @@ pub(crate) fn check_order<R: Row>(previous: Option<&Key>, key: &Key) -> Result<(
     }
 }
 
-fn failed<R: Row>(source: ParquetError) -> Error {
+/// An error from the sink of a table.
+pub(crate) fn failed<R: Row>(source: ParquetError) -> Error {
     Error::Write { table: R::TABLE, source }
 }
 

@@ -73,6 +73,28 @@ pub(crate) fn replace_folder(
     attempt().map_err(|error| failed(path, &temporary, error))
 }
 
+/// Lets `work` write into a folder that nothing is kept of.
+pub(crate) fn with_scratch<T>(
+    path: &Path,
+    run_id: &str,
+    work: impl FnOnce(&Path) -> anyhow::Result<T>,
+) -> anyhow::Result<T> {
+    let temporary = marked(path, TEMPORARY, run_id);
+    let attempt = || {
+        remove(&temporary)?;
+        create_folder(&temporary)?;
+        let result = work(&temporary)?;
+        remove(&temporary)?;
+        Ok(result)
+    };
+    attempt().map_err(|error| {
+        let failure = failed(path, &temporary, error);
+        // If the folder cannot be removed now, the next run does it.
+        let _ = remove(&temporary);
+        failure
+    })
+}
+
 /// Removes what earlier processes of this run left half done, and puts back a folder that was about to be replaced.
 pub(crate) fn clean(folder: &Path, run_id: &str) -> std::io::Result<()> {
     for entry in fs_err::read_dir(folder)? {

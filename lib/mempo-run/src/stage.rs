@@ -123,6 +123,11 @@ impl Stage {
         Ok(())
     }
 
+    /// Lets `work` put aside what does not fit into memory: in a folder on the disk of the output, which is removed behind it.
+    pub fn with_scratch<T>(&self, work: impl FnOnce(&Path) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        durable::with_scratch(&self.dir.join("scratch"), &self.run_id, work)
+    }
+
     /// The state to continue from that [`Self::save_resume`] left, if there is one.
     pub fn resume_dir(&self) -> Option<PathBuf> {
         Some(self.dir.join(manifest::RESUME)).filter(|dir| dir.is_dir())
@@ -155,6 +160,18 @@ impl Stage {
         if let Err(error) = append() {
             tracing::warn!("timing left out: {error:#}");
         }
+    }
+
+    /// Takes the stage back because an input is not what it must be, and gives `error` on: nothing is left to match, so that the
+    /// same command runs with the input that takes its place.
+    #[must_use]
+    pub fn withdraw(mut self, error: anyhow::Error) -> anyhow::Error {
+        // The one that tells of the run ends before its file goes.
+        self.status = Status::new(&self.dir, &self.run_id);
+        if let Err(kept) = self.clear() {
+            tracing::warn!("{}: not cleared, use --restart: {kept:#}", self.dir.display());
+        }
+        error
     }
 
     /// Commits the stage: `rows` of each table, and what it has to say about its result.

@@ -338,3 +338,41 @@ fn a_failure_inside_a_write_keeps_its_kind() {
     check_refused(result, 4, &["a line is broken"]);
     assert!(!stage.has_part("steps", 0));
 }
+
+#[test]
+fn what_is_put_aside_goes_with_the_work_or_with_the_next_start() {
+    let (_folder, out) = folder();
+    let stage = open(&args(&out), &settings()).unwrap().unwrap();
+    let put_aside = |folder: &Path| {
+        fs_err::write(folder.join("run"), "x")?;
+        assert_eq!(folder.parent(), Some(&*out));
+        Ok(folder.to_owned())
+    };
+    let scratch = stage.with_scratch(put_aside).unwrap();
+    assert!(!scratch.exists());
+    let failed = stage.with_scratch::<()>(|folder| {
+        put_aside(folder)?;
+        Err(anyhow::anyhow!("row 3")).bad_input()
+    });
+    check_refused(failed, 4, &["row 3"]);
+    assert!(!scratch.exists());
+    // As a process leaves it that is killed.
+    fs_err::create_dir(&scratch).unwrap();
+    put_aside(&scratch).unwrap();
+    drop(stage);
+    finish(&args(&out));
+    assert!(!scratch.exists());
+    verify(&out).unwrap();
+}
+
+#[test]
+fn a_stage_that_is_withdrawn_has_not_begun() {
+    let (_folder, out) = folder();
+    let stage = open(&args(&out), &settings()).unwrap().unwrap();
+    write(&stage, 0);
+    let error = stage.withdraw(anyhow::anyhow!("two rows are one"));
+    assert_eq!(error.to_string(), "two rows are one");
+    let left: Vec<_> = fs_err::read_dir(&out).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, [".lock"]);
+    open(&args(&out), &json!({})).unwrap().unwrap();
+}

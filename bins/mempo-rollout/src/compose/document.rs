@@ -21,7 +21,7 @@ use super::library::{Library, SEPARATOR, Shelf};
 use super::permutation::Permutation;
 use super::plan::{Plan, Wanted, heading};
 use super::{ComposeArguments, filler};
-use crate::index;
+use crate::corpus;
 use crate::rows::{self, Located};
 
 /// A document larger than this stands in a file of its own, beside the tasks.
@@ -158,9 +158,9 @@ impl Collection {
         let mut found: HashMap<String, Option<u32>> = ids.map(|id| (id.clone(), None)).collect();
         for path in paths {
             let before = self.shelf.len();
-            for row in rows::read(path, &index::COLUMNS)? {
+            for row in rows::read(path, &corpus::COLUMNS)? {
                 let row = row?;
-                let Document { doc_id, title, text } = index::document(&row)?;
+                let Document { doc_id, title, text } = corpus::document(&row)?;
                 let number = self.shelf.add(&title, &text)?;
                 let Some(known) = found.get_mut(&doc_id) else { continue };
                 if known.is_some() && *known != number {

@@ -166,3 +166,29 @@ fn what_does_not_fit_together_is_refused_by_name() {
         serde_json::from_slice(&fs_err::read(folder.path().join("words/manifest.json")).unwrap()).unwrap();
     assert!(manifest["arguments"].get("vectors").is_none(), "{manifest}");
 }
+
+#[test]
+fn pooling_is_what_the_encoder_s_directory_says_unless_told() {
+    let folder = corpus(5);
+    let other = folder.path().join("other");
+    fs_err::create_dir_all(other.join("1_Pooling")).unwrap();
+    for name in ["config.json", "model.safetensors", "tokenizer.json"] {
+        fs_err::copy(encoder().join(name), other.join(name)).unwrap();
+    }
+    let says = |modes: Value| fs_err::write(other.join("1_Pooling/config.json"), modes.to_string()).unwrap();
+    let used = |out: &str, flags: &str| {
+        let line = INDEX.replace("@encoder", "@other").replace("@index", &format!("@{out}"));
+        run(folder.path(), &format!("{line} {flags}"))?;
+        let manifest = fs_err::read(folder.path().join(out).join("manifest.json")).unwrap();
+        let manifest: Value = serde_json::from_slice(&manifest).unwrap();
+        anyhow::Ok(manifest["arguments"]["vectors"]["pooling"].clone())
+    };
+    says(json!({"word_embedding_dimension": 24, "pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}));
+    assert_eq!(used("first", "").unwrap(), "cls");
+    assert_eq!(used("second", "--pooling mean").unwrap(), "mean");
+    says(json!({"pooling_mode_cls_token": false, "pooling_mode_mean_tokens": true, "include_prompt": true}));
+    assert_eq!(used("third", "").unwrap(), "mean");
+    says(json!({"pooling_mode_mean_tokens": true, "pooling_mode_max_tokens": true}));
+    let error = used("fourth", "").unwrap_err();
+    assert!(exit_code(&error) == 4 && error.to_string().contains("`max_tokens, mean_tokens`"), "{error:#}");
+}
