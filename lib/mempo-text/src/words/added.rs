@@ -1,5 +1,6 @@
 //! Added tokens, found in text as the library finds them.
 
+use std::cmp::Reverse;
 use std::collections::HashSet;
 use std::ops::Range;
 
@@ -42,7 +43,9 @@ impl AddedTokens {
                 control: control.contains(&id),
             });
         }
-        by_first_byte.iter_mut().for_each(|tokens| tokens.sort_by_key(|token| std::cmp::Reverse(token.content.len())));
+        for tokens in &mut by_first_byte {
+            tokens.sort_by_key(|token| Reverse(token.content.len()));
+        }
         Some(Self { by_first_byte })
     }
 

@@ -36,11 +36,11 @@ impl Splitter {
             one => std::slice::from_ref(one),
         };
         let (expression, digits_alone) = match parts {
-            [ByteLevel(bytes)] if splits(bytes) == Some(true) => (Expression::Gpt2, false),
-            [Digits(digits), ByteLevel(bytes)] if splits(bytes) == Some(true) && digits.individual_digits => {
+            [ByteLevel(bytes)] if splits(*bytes) == Some(true) => (Expression::Gpt2, false),
+            [Digits(digits), ByteLevel(bytes)] if splits(*bytes) == Some(true) && digits.individual_digits => {
                 (Expression::Gpt2, true)
             }
-            [Split(split), ByteLevel(bytes)] if splits(bytes) == Some(false) => (expression_of(split)?, false),
+            [Split(split), ByteLevel(bytes)] if splits(*bytes) == Some(false) => (expression_of(split)?, false),
             _ => return None,
         };
         Some(Self { expression, classes: Classes::new(digits_alone)? })
@@ -127,7 +127,7 @@ impl Splitter {
 }
 
 /// Whether it cuts by its own expression; nothing where it adds to the text.
-fn splits(bytes: &ByteLevel) -> Option<bool> {
+fn splits(bytes: ByteLevel) -> Option<bool> {
     (!bytes.add_prefix_space).then_some(bytes.use_regex)
 }
 
