@@ -1,11 +1,12 @@
 //! `mempo-sft build`: trajectories, pairs or text -> table `sft_examples`.
 //!
 //! Inputs are cut into units of some hundred rows; the rows of a unit are encoded in parallel, filtered, written as one part
-//! and forgotten. Beside each part stands `counts/part-*.json` with what became of its rows. In memory are one unit, with
-//! `--tasks` each task's gold answers, and what [`crate::duplicates`] needs.
+//! and forgotten. Beside each part stands `counts/part-*.json` with what became of its rows. In memory are two units (one is
+//! written while the next is encoded), with `--tasks` each task's gold answers, and what [`crate::duplicates`] needs.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
+use std::thread::{self, ScopedJoinHandle};
 
 use anyhow::{Context, anyhow};
 use mempo_agent::{ContextOptions, ToolNames};
@@ -202,32 +203,42 @@ impl Builder<'_> {
         Ok(())
     }
 
-    /// Encodes and writes every unit of this shard that is not there yet; the books of all of them.
+    /// Encodes and writes every unit of this shard that is not there yet; the books of all of them. One unit is written while
+    /// the next is encoded.
     fn build(&self, max_bad: u64) -> anyhow::Result<Counts> {
         let mine = self.stage.shard_range(self.units.len());
         let rows = self.units[mine.clone()].iter().map(|unit| unit.rows).sum();
         let progress = self.stage.progress("encoding", rows, "rows");
         let mut reader = Reader::new(self.sources);
         let mut books = Counts::default();
-        for (index, unit) in self.units.iter().enumerate().take(mine.end) {
-            if index < mine.start {
-                reader.skip(*unit)?;
-                continue;
-            }
-            self.stage.check_interrupt()?;
-            if self.stage.has_part(TABLE, index) {
-                reader.skip(*unit)?;
-                books.add(&read_counts(self.stage, index)?);
-                progress.skip(unit.rows);
-            } else {
+        thread::scope(|scope| {
+            let mut writing = None;
+            for (index, unit) in self.units.iter().enumerate().take(mine.end) {
+                if index < mine.start {
+                    reader.skip(*unit)?;
+                    continue;
+                }
+                self.stage.check_interrupt()?;
+                if self.stage.has_part(TABLE, index) {
+                    reader.skip(*unit)?;
+                    books.add(&read_counts(self.stage, index)?);
+                    progress.skip(unit.rows);
+                    continue;
+                }
                 let bad_left = max_bad.saturating_sub(books.bad_rows);
                 let path = self.sources[unit.source].path();
                 let (examples, counts) = self.build_unit(path, &reader.read(*unit)?, bad_left)?;
-                write_unit(self.stage, index, &examples, &counts)?;
                 books.add(&counts);
-                progress.inc(unit.rows);
+                writing.take().map_or(Ok(()), written)?;
+                let progress = &progress;
+                writing = Some(scope.spawn(move || {
+                    write_unit(self.stage, index, &examples, &counts)?;
+                    progress.inc(unit.rows);
+                    Ok(())
+                }));
             }
-        }
+            writing.take().map_or(Ok(()), written)
+        })?;
         Ok(books)
     }
 
@@ -300,6 +311,11 @@ impl Builder<'_> {
         }
         Ok(encoded)
     }
+}
+
+/// Waits until a unit is written.
+fn written(writing: ScopedJoinHandle<'_, anyhow::Result<()>>) -> anyhow::Result<()> {
+    writing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
 }
 
 /// Counts first: a unit is done when its part is there.

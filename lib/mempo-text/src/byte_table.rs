@@ -57,8 +57,15 @@ impl ByteTable {
 
 /// Undoes GPT-2's spelling of bytes as printable characters.
 fn byte_of_character() -> HashMap<char, u8> {
+    character_of_byte().into_iter().zip(0..=255).collect()
+}
+
+/// GPT-2's spelling of each byte as a printable character.
+pub(crate) fn character_of_byte() -> [char; 256] {
     let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    let others = (0..=255u8).filter(|byte| !printable(*byte)).zip('\u{100}'..);
-    let same = (0..=255u8).filter(|byte| printable(*byte)).map(|byte| (char::from(byte), byte));
-    others.map(|(byte, character)| (character, byte)).chain(same).collect()
+    let mut others = '\u{100}'..;
+    std::array::from_fn(|byte| {
+        let byte = byte as u8;
+        if printable(byte) { Some(char::from(byte)) } else { others.next() }.unwrap_or_default()
+    })
 }

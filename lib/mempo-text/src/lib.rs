@@ -19,6 +19,7 @@ mod template;
 mod tokenizer;
 mod tool;
 mod train;
+mod words;
 
 pub use encoder::EncoderTokenizer;
 pub use error::Error;

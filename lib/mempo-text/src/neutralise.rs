@@ -17,6 +17,15 @@ const OPENING_BRACKETS: &str = "<‹〈〈⟨＜﹤❮❬ᐸ˂≺⧼";
 const CLOSING_BRACKETS: &str = ">›〉〉⟩＞﹥❯❭ᐳ˃≻⧽";
 const SLASHES: &str = "/／⁄∕⧸╱";
 
+/// Bytes that an opening bracket begins with: most texts have none of them.
+static OPENING_BYTES: LazyLock<[bool; 256]> = LazyLock::new(|| {
+    let mut opens = [false; 256];
+    for bracket in OPENING_BRACKETS.chars() {
+        opens[usize::from(bracket.encode_utf8(&mut [0; 4]).as_bytes()[0])] = true;
+    }
+    opens
+});
+
 static TAG: LazyLock<Regex> =
     LazyLock::new(|| Regex::new(&tag_pattern()).expect("the pattern is made of constants and compiles"));
 
@@ -51,6 +60,9 @@ fn name_pattern(name: &str) -> String {
 /// assert_eq!(mempo_text::neutralise("a <b> </ Mem >"), "a <b> ‹/ Mem ›");
 /// ```
 pub fn neutralise(text: &str) -> Cow<'_, str> {
+    if !text.bytes().any(|byte| OPENING_BYTES[usize::from(byte)]) {
+        return Cow::Borrowed(text);
+    }
     TAG.replace_all(text, |found: &Captures| format!("‹{}›", &found[2]))
 }
 

@@ -1,18 +1,20 @@
 //! A Hugging Face byte-level BPE tokenizer that keeps trusted and outside text apart.
 //!
 //! Three views of one vocabulary: *trusted* recognises every added token (chat templates), *plain* all but control
-//! tokens (what a policy writes), *untrusted* none (everything from outside). Ids are `i32`, as in the tables.
+//! tokens (what a policy writes), *untrusted* none (everything from outside). Ids are `i32`, as in the tables. Tokenizers of a
+//! published form are encoded with word by word ([`WordEncoder`]: long texts, too, in bounded memory), others by the library.
 
 use std::collections::HashSet;
 use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::Value;
-use tokenizers::{AddedVocabulary, DecoderWrapper, ModelWrapper, NormalizerWrapper};
+use tokenizers::{AddedToken, AddedVocabulary, DecoderWrapper, ModelWrapper, NormalizerWrapper};
 
 use crate::byte_table::ByteTable;
 use crate::error::Error;
 use crate::neutralise::neutralise;
+use crate::words::{Recognise, WordEncoder};
 
 /// Bytes of a document that are encoded at a time, where lines are no longer.
 const PIECE_BYTES: usize = 1 << 15;
@@ -22,12 +24,24 @@ const LARGEST_ID: u32 = 1 << 24;
 /// Ids of text, text of ids, and which ids are special.
 pub struct Tokenizer {
     trusted: tokenizers::Tokenizer,
-    plain: tokenizers::Tokenizer,
-    untrusted: tokenizers::Tokenizer,
+    encoder: Encoder,
     bytes: ByteTable,
     added_ids: HashSet<i32>,
     control_ids: Vec<i32>,
     end_of_turn_ids: Vec<i32>,
+}
+
+/// Who makes ids of text.
+enum Encoder {
+    /// For tokenizers of a published form.
+    Words(Box<WordEncoder>),
+    /// The library: the trusted tokenizer, or one of its copies that recognise less.
+    Library(Box<Copies>),
+}
+
+struct Copies {
+    plain: tokenizers::Tokenizer,
+    untrusted: tokenizers::Tokenizer,
 }
 
 impl Tokenizer {
@@ -43,14 +57,15 @@ impl Tokenizer {
         check_kind(&trusted).map_err(error)?;
         check_added_ids(&json, &trusted).map_err(error)?;
 
-        let (plain, control_ids) = without_control_tokens(&trusted).map_err(|cause| error(cause.to_string()))?;
-        let mut untrusted = trusted.clone();
-        untrusted.with_added_vocabulary(AddedVocabulary::new());
-
+        let control_ids = control_ids(&trusted);
+        let encoder = match WordEncoder::like(&trusted, &control_ids) {
+            Some(encoder) => Encoder::Words(Box::new(encoder)),
+            None => Encoder::Library(Box::new(Copies::of(&trusted).map_err(|cause| error(cause.to_string()))?)),
+        };
         let bytes = ByteTable::new(&trusted);
         let end_of_turn_ids = end_of_turn_ids(dir, &trusted, bytes.len())?;
         let added_ids = trusted.get_added_tokens_decoder().into_keys().map(|id| id as i32).collect();
-        let tokenizer = Self { trusted, plain, untrusted, bytes, added_ids, control_ids, end_of_turn_ids };
+        let tokenizer = Self { trusted, encoder, bytes, added_ids, control_ids, end_of_turn_ids };
         let probe = "a b";
         let found = tokenizer.decode(&tokenizer.encode_untrusted(probe));
         if found != probe {
@@ -62,14 +77,14 @@ impl Tokenizer {
     /// Ids of text that we wrote ourselves (templates, profiles): added tokens are recognised, nothing is put before
     /// or after.
     pub fn encode_trusted(&self, text: &str) -> Vec<i32> {
-        self.encode(&self.trusted, text)
+        self.encode(text, Recognise::All)
     }
 
     /// Ids of text from outside. No added token, control or other, can come out, and protocol tags are made harmless
     /// first (see [`neutralise`]). Bytes that the vocabulary lacks (SmolLM2 has none for planes nobody uses and some
     /// control characters) are left out, as the library does.
     pub fn encode_untrusted(&self, text: &str) -> Vec<i32> {
-        let ids = self.encode(&self.untrusted, &neutralise(text));
+        let ids = self.encode(&neutralise(text), Recognise::Nothing);
         self.spell_out(ids, |id| self.added_ids.contains(&id))
     }
 
@@ -77,14 +92,14 @@ impl Tokenizer {
     /// by the document.
     pub fn encode_document(&self, text: &str) -> Vec<i32> {
         let text = neutralise(text);
-        let ids = pieces(&text).flat_map(|piece| self.encode(&self.untrusted, piece)).collect();
+        let ids = pieces(&text).flat_map(|piece| self.encode(piece, Recognise::Nothing)).collect();
         self.spell_out(ids, |id| self.added_ids.contains(&id))
     }
 
     /// Ids of text as a policy writes it: protocol tags are ordinary, added tokens such as Qwen's `<tool_call>` are
     /// recognised, control tokens never come out.
     pub fn encode_plain(&self, text: &str) -> Vec<i32> {
-        let ids = self.encode(&self.plain, text);
+        let ids = self.encode(text, Recognise::NoControl);
         self.spell_out(ids, |id| self.is_control(id))
     }
 
@@ -153,15 +168,16 @@ impl Tokenizer {
 
     /// The text as the tokenizer's own normaliser leaves it (Qwen: NFC), which is what its ids decode to.
     pub(crate) fn normalise(&self, text: &str) -> String {
-        self.decode(&self.encode(&self.untrusted, text))
+        self.decode(&self.encode(text, Recognise::Nothing))
     }
 
-    fn encode(&self, tokenizer: &tokenizers::Tokenizer, text: &str) -> Vec<i32> {
-        match tokenizer.encode_fast(text, false) {
-            Ok(encoding) => encoding.get_ids().iter().map(|id| *id as i32).collect(),
-            // The splitting expression gave up on hostile text: bytes always work.
-            Err(_) => self.byte_ids_of(text.as_bytes()).collect(),
-        }
+    fn encode(&self, text: &str, recognise: Recognise) -> Vec<i32> {
+        let ids = match &self.encoder {
+            Encoder::Words(words) => words.encode(self.trusted.get_model(), text, recognise),
+            Encoder::Library(copies) => library_ids(copies.that(&self.trusted, recognise), text),
+        };
+        // The splitting expression gave up on hostile text: bytes always work.
+        ids.unwrap_or_else(|_| self.byte_ids_of(text.as_bytes()).collect())
     }
 
     /// Merges learnt from text that held a control token can rebuild it: such ids are written out byte by byte.
@@ -199,16 +215,37 @@ fn pieces(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// A copy that takes control tokens for ordinary text, and their ids in ascending order.
-fn without_control_tokens(tokenizer: &tokenizers::Tokenizer) -> tokenizers::Result<(tokenizers::Tokenizer, Vec<i32>)> {
-    let added = tokenizer.get_added_tokens_decoder().into_iter();
-    let control = added.filter(|(_, token)| token.special || looks_like_control(&token.content));
-    let (mut ids, tokens): (Vec<i32>, Vec<_>) = control.map(|(id, token)| (id as i32, token.special(true))).unzip();
+impl Copies {
+    fn of(trusted: &tokenizers::Tokenizer) -> tokenizers::Result<Self> {
+        let (mut plain, mut untrusted) = (trusted.clone(), trusted.clone());
+        plain.add_special_tokens(control_tokens(trusted).map(|(_, token)| token.special(true)))?;
+        plain.set_encode_special_tokens(true);
+        untrusted.with_added_vocabulary(AddedVocabulary::new());
+        Ok(Self { plain, untrusted })
+    }
+
+    fn that<'a>(&'a self, trusted: &'a tokenizers::Tokenizer, recognise: Recognise) -> &'a tokenizers::Tokenizer {
+        match recognise {
+            Recognise::All => trusted,
+            Recognise::NoControl => &self.plain,
+            Recognise::Nothing => &self.untrusted,
+        }
+    }
+}
+
+fn library_ids(tokenizer: &tokenizers::Tokenizer, text: &str) -> tokenizers::Result<Vec<i32>> {
+    Ok(tokenizer.encode_fast(text, false)?.get_ids().iter().map(|id| *id as i32).collect())
+}
+
+fn control_ids(tokenizer: &tokenizers::Tokenizer) -> Vec<i32> {
+    let mut ids: Vec<i32> = control_tokens(tokenizer).map(|(id, _)| id as i32).collect();
     ids.sort_unstable();
-    let mut plain = tokenizer.clone();
-    plain.add_special_tokens(tokens)?;
-    plain.set_encode_special_tokens(true);
-    Ok((plain, ids))
+    ids
+}
+
+fn control_tokens(tokenizer: &tokenizers::Tokenizer) -> impl Iterator<Item = (u32, AddedToken)> {
+    let added = tokenizer.get_added_tokens_decoder().into_iter();
+    added.filter(|(_, token)| token.special || looks_like_control(&token.content))
 }
 
 /// Some control tokens are not marked special, as Qwen's `<|fim_prefix|>`.

@@ -6,6 +6,7 @@ use std::sync::{Arc, LazyLock};
 
 use mempo_text::{ChatTemplate, NewTokenizer, Profile, PromptBuilder, Tokenizer, ToolSpec, train_tokenizer};
 use proptest::prelude::*;
+use serde_json::{Value, json};
 use tokenizers::AddedToken;
 
 /// A tokenizer to test, with what the library itself says of it.
@@ -63,6 +64,37 @@ static FAMILIES: LazyLock<Vec<Fixture>> = LazyLock::new(|| {
 fn report_skip() {
     eprintln!("SKIPPED with published tokenizers: `./just tokenizers` fetches them and runs these tests again");
 }
+
+/// The tiny tokenizer with the pre-tokenizer (and normaliser) of each published form, and of one that is not known.
+pub(crate) static FORMS: LazyLock<Vec<Fixture>> = LazyLock::new(|| {
+    let bytes = |use_regex| json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex});
+    let sequence = |parts: [Value; 2]| json!({"type": "Sequence", "pretokenizers": parts});
+    let split = |digits: &str| {
+        let expression = format!(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+        );
+        json!({"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": false})
+    };
+    let digits = |alone: bool| json!({"type": "Digits", "individual_digits": alone});
+    let forms = [
+        ("gpt2", Value::Null, bytes(true)),
+        ("smollm2", Value::Null, sequence([digits(true), bytes(true)])),
+        ("qwen2", json!({"type": "NFC"}), sequence([split(""), bytes(false)])),
+        ("llama3", Value::Null, sequence([split("{1,3}"), bytes(false)])),
+        ("unknown", json!({"type": "NFC"}), sequence([digits(false), bytes(true)])),
+    ];
+    let made = forms.into_iter().map(|(name, normalizer, pre_tokenizer)| {
+        let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("mempo-text-{name}"));
+        fs_err::create_dir_all(&dir).unwrap();
+        let mut json: Value = serde_json::from_slice(&fs_err::read(TINY.dir.join("tokenizer.json")).unwrap()).unwrap();
+        (json["normalizer"], json["pre_tokenizer"]) = (normalizer, pre_tokenizer);
+        json["model"]["ignore_merges"] = (name == "llama3").into();
+        fs_err::write(dir.join("tokenizer.json"), json.to_string()).unwrap();
+        fs_err::copy(TINY.dir.join("tokenizer_config.json"), dir.join("tokenizer_config.json")).unwrap();
+        Fixture::load(name, &dir)
+    });
+    made.collect()
+});
 
 /// Every tokenizer at hand.
 pub(crate) fn families() -> impl Iterator<Item = &'static Fixture> {

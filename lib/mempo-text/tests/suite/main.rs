@@ -9,3 +9,4 @@ mod prompts;
 mod segments;
 mod tokenizers;
 mod training;
+mod words;
