@@ -75,24 +75,20 @@ impl Calls {
         while line.under_way < MOST_UNDER_WAY {
             let Some((trajectory, arguments)) = line.queue.pop_front() else { return };
             line.under_way += 1;
+            let failed = |problem: String| Err(ToolFailure::Failed(problem));
             let (tool, done, caller) = (Arc::clone(&line.tool), self.done.clone(), self.caller.clone());
-            let of = |answer| Done { tool: name.to_owned(), trajectory, answer };
-            let unanswered = of(Err(ToolFailure::Failed("calling it panicked".to_owned())));
+            let tool_name = name.to_owned();
             let call = move || {
                 let answer = catch_unwind(AssertUnwindSafe(|| tool.call(&arguments)));
-                let done_is_wanted = done.send(match answer {
-                    Ok(answer) => Done { answer, ..unanswered },
-                    Err(_) => unanswered,
-                });
-                if done_is_wanted.is_ok() {
+                let answer = answer.unwrap_or_else(|_| failed("calling it panicked".to_owned()));
+                if done.send(Done { tool: tool_name, trajectory, answer }).is_ok() {
                     caller.unpark();
                 }
             };
             if let Err(error) = std::thread::Builder::new().spawn(call) {
-                let failed = Err(ToolFailure::Failed(format!("no thread is left to call it on: {error}")));
-                if self.done.send(of(failed)).is_err() {
-                    return;
-                }
+                let answer = failed(format!("no thread is left to call it on: {error}"));
+                let unmade = Done { tool: name.to_owned(), trajectory, answer };
+                self.done.send(unmade).expect("the receiver is kept beside the sender");
             }
         }
     }
