@@ -239,7 +239,8 @@ mod tests {
     fn filler_and_then_repetition_are_the_last_resort() {
         let directory = tempfile::tempdir().unwrap();
         let mut library = small(directory.path());
-        let all: u64 = (0..100).map(|passage| library.tokens(passage).unwrap() + 11).sum();
+        let every = Plan { passages: (0..100).collect(), filler: 40, repeated: 0 };
+        let all = tokens(&mut library, &every);
         let few = Plan::new(&mut library, &WANTED).unwrap();
         assert_eq!((few.filler, few.repeated), (0, 0));
         let more = Plan::new(&mut library, &Wanted { tokens: all * 9 / 10, ..WANTED }).unwrap();
