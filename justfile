@@ -4,6 +4,8 @@ mod demo 'pipelines/demo.just'
 mod smollm2 'pipelines/smollm2.just'
 mod study 'pipelines/study.just'
 mod mempo-qwen2-5-7b 'pipelines/mempo-qwen2.5-7b.just'
+mod memagent-demo 'pipelines/memagent-demo.just'
+mod memagent-qwen2-5-7b 'pipelines/memagent-qwen2.5-7b.just'
 
 _list:
     @{{ just_executable() }} --list --list-submodules

@@ -14,7 +14,7 @@ pub struct DeviceOptions {
     /// Where to compute: cpu, cuda, cuda:N, or auto (the first GPU, or else the CPU)
     #[arg(long, value_name = "DEVICE", default_value = "auto")]
     pub device: String,
-    /// Number format of weights and activations: bf16, f32, or auto (bf16)
+    /// Number format of weights and activations: bf16, f32, or auto (bf16; f32 on a processor that does not multiply bf16 itself)
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     pub dtype: String,
     /// CPU threads inside an operation; all cores when not given. Results on the CPU may differ in their last bits
@@ -108,18 +108,27 @@ impl Runtime {
     }
 }
 
+/// Whether this processor multiplies bf16 itself. Where it does not, bf16 takes several times as long as f32.
+fn multiplies_bf16() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return std::arch::is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    return false;
+}
+
 impl DeviceOptions {
     /// Loads the GPU libraries if they may be needed, sets the thread count, and settles device and number format.
     /// Must come before anything else that touches libtorch.
     pub fn resolve(&self) -> Result<Runtime, Error> {
+        let device = self.resolve_device()?;
         let kind = match self.dtype.as_str() {
+            "auto" if device == Device::Cpu && !multiplies_bf16() => Kind::Float,
             "auto" | "bf16" => Kind::BFloat16,
             "f32" => Kind::Float,
             other => {
                 return Err(Error::Device(format!("--dtype {other}: expected bf16, f32 or auto")));
             }
         };
-        let device = self.resolve_device()?;
         let threads = match self.threads {
             Some(0) => return Err(Error::Device("--threads 0: expected at least 1".to_owned())),
             Some(threads) => threads,
@@ -169,7 +178,9 @@ mod tests {
     #[test]
     fn names_resolve_or_are_refused() {
         assert_eq!(options("cpu", "f32").resolve().unwrap(), Runtime::cpu(Kind::Float));
-        assert_eq!(options("cpu", "auto").resolve().unwrap().kind, Kind::BFloat16);
+        let usual = if multiplies_bf16() { Kind::BFloat16 } else { Kind::Float };
+        assert_eq!(options("cpu", "auto").resolve().unwrap().kind, usual);
+        assert_eq!(options("cpu", "bf16").resolve().unwrap().kind, Kind::BFloat16);
         assert_eq!(tch::get_num_threads(), 2);
         for (device, dtype, word) in
             [("gpu", "f32", "--device gpu"), ("cuda:x", "f32", "cuda:x"), ("cpu", "int8", "int8")]
