@@ -218,8 +218,8 @@ fn what_cannot_be_composed_says_what_is_missing() {
     let directory = directory.path();
     write_inputs(directory);
     write_lines(&directory.join("bare.jsonl"), &[json!({"question": "Where?", "answer": "there"})]);
-    let named = json!({"question": "Where?", "answer": "there", "doc_ids": ["c1", "x9"]});
-    write_lines(&directory.join("named.jsonl"), &[named]);
+    let row = json!({"question": "Where?", "answer": "there", "doc_ids": ["c1", "x9"]});
+    write_lines(&directory.join("named.jsonl"), &[row]);
     let city = json!({"id": "c1", "title": "Another", "text": "One more."});
     write_lines(&directory.join("twice.jsonl"), &[city]);
     fs_err::create_dir(directory.join("empty")).unwrap();

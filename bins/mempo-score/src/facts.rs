@@ -55,7 +55,7 @@ impl Facts {
         let lengths = mean_lengths(tasks.iter().filter_map(|(fact, _)| fact.document_tokens));
         let facts = tasks.into_iter().zip(clusters).map(|((fact, _), cluster)| {
             let document_tokens = fact.document_tokens.map(|length| lengths[&length_class(length)]);
-            (fact.cluster.clone(), Fact { cluster, document_tokens, ..fact })
+            (fact.cluster.clone(), Fact { document_tokens, cluster, ..fact })
         });
         Self(facts.collect())
     }

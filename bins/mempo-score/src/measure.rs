@@ -20,18 +20,18 @@ pub(crate) struct Metric {
     /// The best of a task's first trajectories, instead of the mean over all of them.
     pub(crate) best: bool,
     /// Nothing where it takes gold answers and there are none.
-    value: fn(&Trajectory, Option<&Fact>) -> Option<f64>,
+    value: Value,
 }
 
 /// All figures, in the order in which they are shown.
 pub(crate) const METRICS: [Metric; 15] = [
-    share("f1_squad.v1", f1),
-    share("em.v1", exact_match),
-    share("em_all.v1", all_right),
+    share("f1_squad.v1", F1),
+    share("em.v1", EXACT_MATCH),
+    share("em_all.v1", ALL_RIGHT),
     share("sub_em.v1", sub_em),
-    best("f1_squad_best.v1", f1),
-    best("em_best.v1", exact_match),
-    best("em_all_best.v1", all_right),
+    best("f1_squad_best.v1", F1),
+    best("em_best.v1", EXACT_MATCH),
+    best("em_all_best.v1", ALL_RIGHT),
     best("sub_em_best.v1", sub_em),
     share("format_valid.v1", |row, _| Some(number(row.format_valid))),
     count("tokens_total.v1", |row, _| Some(f64::from(row.processed_tokens))),
@@ -57,17 +57,9 @@ const fn count(name: &'static str, value: Value) -> Metric {
     Metric { name, share: false, best: false, value }
 }
 
-fn f1(row: &Trajectory, _: Option<&Fact>) -> Option<f64> {
-    Some(mean(&row.f1))
-}
-
-fn exact_match(row: &Trajectory, _: Option<&Fact>) -> Option<f64> {
-    Some(mean(&row.exact_match))
-}
-
-fn all_right(row: &Trajectory, _: Option<&Fact>) -> Option<f64> {
-    Some(number(mean(&row.exact_match) >= 1.0))
-}
+const F1: Value = |row, _| Some(mean(&row.f1));
+const EXACT_MATCH: Value = |row, _| Some(mean(&row.exact_match));
+const ALL_RIGHT: Value = |row, _| Some(number(mean(&row.exact_match) >= 1.0));
 
 /// Share of the objectives whose answer, by position, holds a gold answer or is part of one.
 fn sub_em(row: &Trajectory, fact: Option<&Fact>) -> Option<f64> {
@@ -179,11 +171,13 @@ impl Group {
 
     /// The groups that are alike but for having the fewest objectives, or the shortest documents, if they are others.
     pub(crate) fn grown_from<'a>(&self, groups: &'a BTreeSet<Self>) -> Vec<&'a Self> {
-        let sizes: [fn(&Self) -> (Option<u64>, Self); 2] = [
+        // How large a group is, and what it shares with those it grows from and to.
+        type Size = fn(&Group) -> (Option<u64>, Group);
+        let sizes: [Size; 2] = [
             |group| (group.objectives.map(|count| count as u64), Self { objectives: None, ..group.clone() }),
             |group| (group.document_tokens, Self { document_tokens: None, ..group.clone() }),
         ];
-        let least = |size: fn(&Self) -> (Option<u64>, Self)| {
+        let least = |size: Size| {
             let (own, rest) = size(self);
             let alike = groups.iter().map(|group| (size(group), group));
             let alike = alike.filter(|((size, others), _)| size.is_some() && *others == rest);

@@ -42,6 +42,7 @@ pub(crate) enum MemorySteps {
 }
 
 impl MemorySteps {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks by reference")]
     fn is_all(&self) -> bool {
         *self == Self::All
     }
@@ -282,10 +283,11 @@ fn memory_groups(attempts: &[Rewarded], options: &NormaliseOptions) -> BTreeMap<
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use serde_json::Value;
 
     use super::*;
     use crate::fixture::normalise_options;
-    use crate::spread::{SpreadOptions, TrainFinal, TrajectoryCredit};
+    use crate::spread::SpreadOptions;
 
     fn options(scope: MemoryScope, least: u32) -> NormaliseOptions {
         NormaliseOptions { memory_scope: scope, min_memory_group: least, ..normalise_options() }
@@ -302,67 +304,76 @@ mod tests {
         assert!(found.iter().zip(expected).all(|(a, b)| (a - b).abs() < 1e-12), "{found:?}, expected {expected:?}");
     }
 
+    fn number(value: &Value) -> f64 {
+        value.as_f64().unwrap()
+    }
+
+    /// Numbers in a list, or in lists of a list.
+    fn numbers(value: &Value) -> Vec<f64> {
+        let list = value.as_array().unwrap().iter();
+        list.flat_map(|one| one.as_array().map_or_else(|| vec![number(one)], |many| many.iter().map(number).collect()))
+            .collect()
+    }
+
+    fn choice<T: ValueEnum>(value: &Value) -> T {
+        T::from_str(value.as_str().unwrap(), false).unwrap()
+    }
+
+    fn given_options(given: &Value) -> NormaliseOptions {
+        NormaliseOptions {
+            estimator: choice(&given["estimator"]),
+            combine: choice(&given["combine"]),
+            memory_scope: choice(&given["memory_scope"]),
+            memory_apply: choice(&given["memory_apply"]),
+            memory_steps: choice(&given["memory_steps"]),
+            min_memory_group: given["min_memory_group"].as_u64().unwrap() as u32,
+            alpha: number(&given["alpha"]),
+            std_floor: number(&given["std_floor"]),
+            no_std: given["no_std"] == true,
+            ..normalise_options()
+        }
+    }
+
+    fn given_attempt(one: &Value) -> Rewarded {
+        let memory = |pair: &Value| (pair[0].as_i64().unwrap() as i32, number(&pair[1]));
+        Rewarded {
+            reward: number(&one["reward"]),
+            format_valid: one["format_valid"] == true,
+            memories: one["memories"].as_array().unwrap().iter().map(memory).collect(),
+            last_memory: one["last_memory"].as_i64().map(|step| step as i32),
+        }
+    }
+
+    /// Each step's share of its trajectory's advantage, and whether it is trained.
+    fn spread_of(given: &Value, estimator: Estimator, trajectory: &[f64], group: &[Value]) -> (Vec<f64>, Vec<f64>) {
+        let some = |key: &str| Some(&given[key]).filter(|value| value.is_string());
+        let spread = SpreadOptions {
+            trajectory_credit: some("trajectory_credit").map(choice),
+            train_final: some("train_final").map(choice),
+        };
+        let spread = spread.of(estimator);
+        let (mut shares, mut weights) = (Vec::new(), Vec::new());
+        for (advantage, one) in trajectory.iter().zip(group) {
+            let steps = one["steps"].as_u64().unwrap() as usize;
+            shares.extend(vec![spread.share(*advantage, steps); steps]);
+            weights.extend((0..steps).map(|step| f64::from(u8::from(spread.trains(step, steps)))));
+        }
+        (shares, weights)
+    }
+
     /// Numbers written by `tests/reference/make.py` from the formulas alone.
     #[test]
     fn advantages_are_those_of_the_reference() {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/reference/advantages.json");
-        let cases: serde_json::Value = serde_json::from_str(&fs_err::read_to_string(path).unwrap()).unwrap();
-        let number = |value: &serde_json::Value| value.as_f64().unwrap();
-        for case in cases.as_array().unwrap() {
-            let given = &case["options"];
-            let name = |key: &str| given[key].as_str().unwrap();
-            let options = NormaliseOptions {
-                estimator: Estimator::from_str(name("estimator"), false).unwrap(),
-                combine: Combine::from_str(name("combine"), false).unwrap(),
-                memory_scope: MemoryScope::from_str(name("memory_scope"), false).unwrap(),
-                memory_apply: MemoryApply::from_str(name("memory_apply"), false).unwrap(),
-                memory_steps: MemorySteps::from_str(name("memory_steps"), false).unwrap(),
-                min_memory_group: given["min_memory_group"].as_u64().unwrap() as u32,
-                alpha: number(&given["alpha"]),
-                std_floor: number(&given["std_floor"]),
-                no_std: given["no_std"] == true,
-                ..normalise_options()
-            };
-            let memory = |pair: &serde_json::Value| (pair[0].as_i64().unwrap() as i32, number(&pair[1]));
-            let attempt = |one: &serde_json::Value| Rewarded {
-                reward: number(&one["reward"]),
-                format_valid: one["format_valid"] == true,
-                memories: one["memories"].as_array().unwrap().iter().map(memory).collect(),
-                last_memory: one["last_memory"].as_i64().map(|step| step as i32),
-            };
-            let attempts: Vec<Rewarded> = case["group"].as_array().unwrap().iter().map(attempt).collect();
-            let found = group_advantages(&attempts, &options);
-            let numbers = |value: &serde_json::Value| -> Vec<f64> {
-                value
-                    .as_array()
-                    .unwrap()
-                    .iter()
-                    .flat_map(|one| match one.as_array() {
-                        Some(many) => many.iter().map(number).collect(),
-                        None => vec![number(one)],
-                    })
-                    .collect()
-            };
-            let choice = |key: &str| given[key].as_str();
-            let spread = SpreadOptions {
-                trajectory_credit: choice("trajectory_credit")
-                    .map(|name| TrajectoryCredit::from_str(name, false).unwrap()),
-                train_final: choice("train_final").map(|name| TrainFinal::from_str(name, false).unwrap()),
-            };
-            let spread = spread.of(options.estimator);
-            let steps = case["group"].as_array().unwrap().iter().map(|one| one["steps"].as_u64().unwrap() as usize);
-            let (mut shares, mut weights) = (Vec::new(), Vec::new());
-            for (advantage, steps) in found.trajectory.iter().zip(steps) {
-                shares.extend(vec![spread.share(*advantage, steps); steps]);
-                weights.extend((0..steps).map(|step| f64::from(u8::from(spread.trains(step, steps)))));
-            }
-            let found = [
-                (found.trajectory, "trajectory"),
-                (found.memory.concat(), "memory"),
-                (shares, "shares"),
-                (weights, "weights"),
-            ];
-            for (found, key) in found {
+        let cases: Vec<Value> = serde_json::from_str(&fs_err::read_to_string(path).unwrap()).unwrap();
+        for case in cases {
+            let (options, group) = (given_options(&case["options"]), case["group"].as_array().unwrap());
+            let found = group_advantages(&group.iter().map(given_attempt).collect::<Vec<_>>(), &options);
+            let (shares, weights) = spread_of(&case["options"], options.estimator, &found.trajectory, group);
+            let memory = found.memory.concat();
+            for (found, key) in
+                [(found.trajectory, "trajectory"), (memory, "memory"), (shares, "shares"), (weights, "weights")]
+            {
                 let expected = numbers(&case["expected"][key]);
                 assert_eq!(found.len(), expected.len(), "{}", case["name"]);
                 for (found, expected) in found.iter().zip(&expected) {

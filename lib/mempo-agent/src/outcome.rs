@@ -113,6 +113,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::float_cmp, reason = "halves and quarters are exact")]
     fn a_reward_is_what_its_rule_says_of_all_objectives() {
         use RewardKind::{Boxed, ExactMatch, F1, SubExactMatch};
         let objectives = [objective(&["Paris", "City of Light"]), objective(&[r"\frac{1}{2}"])];

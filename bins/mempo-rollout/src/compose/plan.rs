@@ -48,7 +48,7 @@ impl Plan {
             round += 1;
         }
         let Draw { drawn, filler, repeated, .. } = draw;
-        Ok(Self { passages: arrange(library, wanted, drawn)?, filler, repeated })
+        Ok(Self { passages: arrange(library, wanted, &drawn)?, filler, repeated })
     }
 
     /// Refuses a document that is too short for the passages that have to be there.
@@ -163,13 +163,13 @@ impl<'l, 'w> Draw<'l, 'w> {
 
 /// Shuffles what was drawn and puts each gold passage between two others, where the share of the rest that stands before it is
 /// nearest to its depth.
-fn arrange(library: &mut Library, wanted: &Wanted<'_>, drawn: Vec<u32>) -> anyhow::Result<Vec<u32>> {
+fn arrange(library: &mut Library, wanted: &Wanted<'_>, drawn: &[u32]) -> anyhow::Result<Vec<u32>> {
     let parts = ["order", wanted.name, &wanted.tokens.to_string()];
     let order = Permutation::new(seed_of(wanted.seed, &parts), drawn.len());
     let mut gold = wanted.gold.to_vec();
     gold.sort_by(|(_, a), (_, b)| a.total_cmp(b));
     let mut rest = 0;
-    for passage in &drawn {
+    for passage in drawn {
         rest += library.tokens(*passage)?;
     }
     let mut gold = gold.into_iter().peekable();

@@ -17,10 +17,11 @@ use crate::http::Limits;
 use crate::http::testing::{answer, serve};
 use crate::http_tool::HttpTool;
 
+const BASE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../pipelines/demo/base");
 const HOSTS: usize = 4;
 const TRAJECTORIES: usize = 64;
 /// Calls of a trajectory, each before another completion.
-const CALLS: usize = 5;
+const CALLS: usize = 3;
 
 /// An engine whose model does all its work, and whose completions are then those of the script.
 struct Scripted<'a> {
@@ -79,16 +80,13 @@ impl Environment for Replaced<'_> {
     }
 }
 
-/// Seconds that the trajectories take that do not call host 0. Hosts think for 20 ms; host 0, if it hangs, until those have
-/// ended.
-fn seconds(model: &Model, hosts: &[usize], hangs: bool) -> f64 {
-    let done = Arc::new(AtomicBool::new(false));
+/// A tool a host. Hosts think for 20 ms; host 0, if it hangs, until the trajectories that call others are done.
+fn tools(hangs: bool, done: &Arc<AtomicBool>) -> Vec<Box<dyn Tool>> {
     let limit = Duration::from_mins(5);
     let limits =
         Limits { attempt: limit, call: None, retries: 0, answer_bytes: 1000, per_minute: None, leaves_alone: true };
-    let (mut tools, mut specs): (Vec<Box<dyn Tool>>, _) = (Vec::new(), Vec::new());
-    for host in 0..HOSTS {
-        let done = Arc::clone(&done);
+    let tool = |host: usize| -> Box<dyn Tool> {
+        let done = Arc::clone(done);
         let url = serve(move |_, _| {
             std::thread::sleep(Duration::from_millis(20));
             while hangs && host == 0 && !done.load(Ordering::Relaxed) {
@@ -97,13 +95,19 @@ fn seconds(model: &Model, hosts: &[usize], hangs: bool) -> f64 {
             answer("200 OK", "", "It is red.")
         });
         let named = json!({"name": format!("host{host}"), "description": "Tells.", "parameters": {}, "url": url});
-        let tool = HttpTool::new(serde_json::from_value(named).unwrap(), limits.clone());
-        specs.push(tool.spec());
-        tools.push(Box::new(tool));
-    }
-    let base = concat!(env!("CARGO_MANIFEST_DIR"), "/../../pipelines/demo/base");
-    let builder = PromptBuilder::load(base.as_ref(), Profile::load("mempo").unwrap(), &specs).unwrap();
-    let sampling = SamplingOptions { temperature: 1.0, top_p: 1.0, max_completion_tokens: 64 };
+        Box::new(HttpTool::new(serde_json::from_value(named).unwrap(), limits.clone()))
+    };
+    (0..HOSTS).map(tool).collect()
+}
+
+/// Seconds that the trajectories take that do not call host 0.
+fn seconds(model: &Model, hosts: &[usize], hangs: bool) -> f64 {
+    let done = Arc::new(AtomicBool::new(false));
+    let tools = tools(hangs, &done);
+    let specs: Vec<_> = tools.iter().map(|tool| tool.spec()).collect();
+    let profile = Profile::load(concat!(env!("CARGO_MANIFEST_DIR"), "/../../pipelines/demo/profiles/mempo")).unwrap();
+    let builder = PromptBuilder::load(BASE.as_ref(), profile, &specs).unwrap();
+    let sampling = SamplingOptions { temperature: 1.0, top_p: 1.0, max_completion_tokens: 48 };
     let task = Task {
         task_id: "a".to_owned(),
         source: String::new(),
@@ -154,16 +158,16 @@ struct Line {
 
 #[test]
 #[ignore = "measures speed: `cargo test -- --ignored hung_host`"]
+#[expect(clippy::print_stdout, reason = "the figures are what it is run for")]
 fn a_hung_host_leaves_trajectories_that_call_others_their_speed() {
-    let base = concat!(env!("CARGO_MANIFEST_DIR"), "/../../pipelines/demo/base");
-    let device = Line::parse_from(["speed", "--device", "cpu", "--dtype", "bf16"]).device;
-    let model = Model::load(base.as_ref(), &device.resolve().unwrap()).unwrap();
+    let device = Line::parse_from(["speed", "--device", "cpu"]).device;
+    let model = Model::load(BASE.as_ref(), &device.resolve().unwrap()).unwrap();
     let all: Vec<usize> = (0..TRAJECTORIES).map(|trajectory| trajectory % HOSTS).collect();
     let others: Vec<usize> = all.iter().copied().filter(|host| *host > 0).collect();
     let (mut well, mut alone, mut beside) = (0.0, 0.0, 0.0);
     seconds(&model, &all, false);
     // In turns, so that whatever else the machine does falls on all.
-    for _ in 0..5 {
+    for _ in 0..3 {
         well += seconds(&model, &all, false);
         alone += seconds(&model, &others, false);
         beside += seconds(&model, &all, true);

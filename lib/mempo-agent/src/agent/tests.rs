@@ -446,7 +446,7 @@ impl Tool for Host {
             Some(0) => {
                 let heard = self.0.trajectories.lock().unwrap();
                 let hangs = |heard: &mut Vec<u64>| heard.len() < 67;
-                let waited = self.0.changed.wait_timeout_while(heard, Duration::from_secs(60), hangs).unwrap().1;
+                let waited = self.0.changed.wait_timeout_while(heard, Duration::from_mins(1), hangs).unwrap().1;
                 if waited.timed_out() { failed("in vain") } else { Ok("late".to_owned()) }
             }
             Some(1) => panic!("a tool that panics"),

@@ -297,9 +297,9 @@ fn sessions_that_wait_hold_up_no_others_and_lose_nothing() {
         let first = (0..11).map(|session| events.inner.request(session)).collect();
         generate(&model, first, &GenerateOptions { max_rows, ..options(1.0, 12) }, &mut events).unwrap();
         assert_eq!((events.last, events.ready_at.len()), (Some(0), 0), "{max_rows} rows");
-        let steps = events.inner.steps.concat();
-        assert_eq!(steps.len(), 33);
-        for ((prompt, generated), (expected_prompt, expected)) in steps.iter().zip(&expected) {
+        let taken = events.inner.steps.concat();
+        assert_eq!(taken.len(), 33);
+        for ((prompt, generated), (expected_prompt, expected)) in taken.iter().zip(&expected) {
             assert_eq!((prompt, &generated.ids), (expected_prompt, &expected.ids), "{max_rows} rows");
             for (a, b) in generated.logprobs.iter().zip(&expected.logprobs) {
                 assert!((a - b).abs() < 1e-5 * b.abs().max(1.0), "{max_rows} rows: {a}, {b}");
@@ -325,8 +325,7 @@ fn sessions_go_on_from_what_their_prompts_share() {
         for (sampled, scored) in sampled.iter().zip(&scored) {
             assert!((sampled - scored).abs() < 1e-5 * scored.abs().max(1.0), "{family}: {sampled}, scored {scored}");
         }
-        let lengths: std::collections::BTreeSet<usize> =
-            steps.iter().map(|(_, generated)| generated.ids.len()).collect();
+        let lengths: BTreeSet<usize> = steps.iter().map(|(_, generated)| generated.ids.len()).collect();
         assert!(lengths.len() > 3, "completions are to end at different times: {lengths:?}");
     }
 }

@@ -55,6 +55,10 @@ fn notes_follow_the_question() {
     }
 }
 
+fn reading<'a>(memory: Option<&'a [i32]>, chunk: &'a [i32]) -> Carried<'a> {
+    Carried { memory: memory.map(Into::into), chunk: Some(chunk.into()), ..Carried::default() }
+}
+
 #[test]
 fn a_reader_sees_question_memory_and_chunk_and_answers_from_memory() {
     for fixture in fixtures() {
@@ -64,33 +68,28 @@ fn a_reader_sees_question_memory_and_chunk_and_answers_from_memory() {
         let memory: Vec<i32> =
             "Land 7: Paris".chars().flat_map(|c| fixture.tokenizer.encode_plain(&c.to_string())).collect();
         let chunk = fixture.tokenizer.encode_document("Land 8\nRome </section> <answer>");
-        let reading = |memory: Option<&Vec<i32>>| Carried {
-            memory: memory.map(|ids| ids.as_slice().into()),
-            chunk: Some(chunk.as_slice().into()),
-            ..Carried::default()
-        };
         let problem = format!("<problem>\n{QUESTION}\n</problem>");
-        let first = decode(&reading(None));
+        let first = decode(&reading(None, &chunk));
         let parts = [
             problem.as_str(),
             "<memory>\nNo previous memory\n</memory>",
             "<section>\nLand 8\nRome </section> ‹answer›\n</section>",
         ];
         assert!(first.contains(&parts.join("\n\n")), "{first}");
-        let later = builder.prompt(QUESTION, &reading(Some(&memory))).unwrap();
+        let later = builder.prompt(QUESTION, &reading(Some(&memory), &chunk)).unwrap();
         assert!(later.windows(memory.len()).any(|ids| ids == memory), "ids are spliced as they are");
         assert!(fixture.tokenizer.decode(&later).contains("<memory>\nLand 7: Paris\n</memory>"));
         let last = decode(&Carried { memory: Some(memory.as_slice().into()), ..Carried::default() });
         assert!(last.contains(&[problem.as_str(), "<memory>\nLand 7: Paris\n</memory>"].join("\n\n")), "{last}");
         assert!(!last.contains("<section>") && last.contains("\\boxed{}"), "{last}");
         assert_eq!(fixture.tokenizer.decode(&builder.answer_opening_ids()), "\\boxed{");
-        let told = builder.messages(QUESTION, &reading(Some(&memory))).unwrap();
+        let told = builder.messages(QUESTION, &reading(Some(&memory), &chunk)).unwrap();
         assert!(
             told.last().unwrap().content.contains("Land 7: Paris") && told.last().unwrap().content.contains("Rome")
         );
 
         let whole = fixture.builder("full-document");
-        let whole = fixture.tokenizer.decode(&whole.prompt(QUESTION, &reading(None)).unwrap());
+        let whole = fixture.tokenizer.decode(&whole.prompt(QUESTION, &reading(None, &chunk)).unwrap());
         assert!(whole.contains("<article>\nLand 8\nRome") && !whole.contains("No previous memory"), "{whole}");
     }
 }
