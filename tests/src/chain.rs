@@ -56,8 +56,10 @@ fn demonstration(first: usize, second: usize) -> Value {
 pub fn write_inputs(directory: &Path, people: usize) {
     let document =
         |p| json!({"id": format!("doc-{p:02}"), "title": name(p), "text": format!("{} likes {}.", name(p), colour(p))});
-    let question =
-        |p| json!({"id": format!("q{p}"), "question": question(p), "golden_answers": [colour(p)], "source": "colours"});
+    let question = |p| {
+        json!({"id": format!("q{p}"), "question": question(p), "golden_answers": [colour(p)], "source": "colours",
+            "doc_ids": [format!("doc-{p:02}")]})
+    };
     let pairs = (0..people).flat_map(|a| (1..=132 / people).map(move |b| (a, (a + b) % people)));
     let config = json!({
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 160,
@@ -89,6 +91,23 @@ pub const STAGES: &[&str] = &[
     "mempo-score advantages --rollouts rollouts --scores scores --out advantages",
     "mempo-rl train --rollouts rollouts --advantages advantages --logprobs logprobs --model sft --dtype f32 \
      --device cpu --trajectories-per-step 12 --out policy",
+];
+
+/// What else there is where documents are read chunk by chunk: by a model that has learnt nothing, since what is passed on is
+/// the same.
+pub const READING: &[&str] = &[
+    "mempo-sft init --config config.json --corpus expert.jsonl corpus.jsonl --vocabulary-size 600 --out base",
+    "mempo-rollout compose --document --questions questions.jsonl --documents corpus.jsonl --tokenizer base --objectives 2 \
+     --document-tokens 120 240 --max-tasks 6 --out tasks",
+    "mempo-rollout sample --tasks tasks --model base --context memagent --chunk-tokens 60 --group-size 4 \
+     --max-completion-tokens 10 --reward sub-exact-match --dtype f32 --device cpu --out rollouts",
+    "mempo-score segments --rollouts rollouts --tasks tasks --model base --bias previous-memory --dtype f32 --device cpu \
+     --out scores",
+    "mempo-score logprobs --rollouts rollouts --model base --reference base --dtype f32 --device cpu --out logprobs",
+    "mempo-score advantages --rollouts rollouts --scores scores --estimator memagent-slime --out advantages",
+    "mempo-rl train --rollouts rollouts --advantages advantages --logprobs logprobs --model base --dtype f32 \
+     --device cpu --aggregation token-mean --trajectories-per-step 24 --out policy",
+    "mempo-sft build --trajectories rollouts --tokenizer base --context memagent --keep all --out examples",
 ];
 
 /// The same stages in many small units, about 40 people: quick, and with much between start and end that can go wrong.

@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use mempo_tests::chain::{STAGES, stages, write_inputs};
+use mempo_tests::chain::{READING, STAGES, stages, write_inputs};
 use mempo_tests::run;
 use serde_json::Value;
 
@@ -45,6 +45,39 @@ fn every_stage_runs_and_hands_on_what_the_next_one_needs() {
     run(directory, &stages[5].line, 0);
     assert_eq!(before, manifest(directory, "rollouts"), "a finished stage is left as it is");
     run(directory, &format!("{} --seed 7", stages[5].line), 2);
+}
+
+#[test]
+fn documents_are_read_by_the_same_programs() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    write_inputs(directory, 40);
+    for stage in &stages(READING) {
+        run(directory, &stage.line, 0);
+        run(directory, &format!("mempo-score verify {}", stage.out), 0);
+    }
+    // Each task at two lengths, four trajectories each: two chunks or four, and the step that answers.
+    let rows = &manifest(directory, "rollouts")["rows"];
+    assert_eq!((&rows["trajectories"], &rows["steps"]), (&48.into(), &(24 * 3 + 24 * 5).into()));
+    assert_eq!(manifest(directory, "scores")["rows"]["scores"], 24 * 2 + 24 * 4, "a score a memory");
+    assert_eq!(manifest(directory, "advantages")["rows"]["advantages"], rows["steps"]);
+    let update = metrics(directory, "policy");
+    assert_eq!(update.len(), 2);
+    assert!((update[0]["ratio_mean"].as_f64().unwrap() - 1.0).abs() < 1e-4, "{}", update[0]);
+    assert!(update[0]["gradient_norm"].as_f64().unwrap() > 0.0, "memories are paid for: {}", update[0]);
+    let by_length =
+        "mempo-score evaluate --rollouts rollouts --tasks tasks --by document-tokens --best-of 4 --table sub_em.v1";
+    let table = String::from_utf8(run(directory, by_length, 0).stdout).unwrap();
+    assert!(table.contains("120") && table.contains("240"), "{table}");
+    let refused =
+        run(directory, "mempo-score segments --rollouts rollouts --tasks tasks --model base --out refused", 2);
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("--bias prefix"), "the paper's bias has no window");
+    for (line, told) in [
+        ("mempo-rollout sample --tasks tasks --model base --context memagent --search index --out refused", "--search"),
+        ("mempo-rollout sample --tasks tasks --model base --context memagent --from rollouts --out refused", "--from"),
+    ] {
+        assert!(String::from_utf8_lossy(&run(directory, line, 2).stderr).contains(told), "{line}");
+    }
 }
 
 #[test]
