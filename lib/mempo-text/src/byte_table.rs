@@ -12,14 +12,14 @@ pub(crate) struct ByteTable {
 }
 
 impl ByteTable {
-    pub(crate) fn new(tokenizer: &tokenizers::Tokenizer) -> Self {
+    /// Of a tokenizer with this vocabulary, added tokens included.
+    pub(crate) fn new(tokenizer: &tokenizers::Tokenizer, vocabulary: HashMap<String, u32>) -> Self {
         let byte_of = byte_of_character();
-        let vocabulary = tokenizer.get_vocab(true);
         let size = vocabulary.values().max().map_or(0, |id| *id as usize + 1);
         let mut contents: Vec<Vec<u8>> = vec![Vec::new(); size];
         let mut byte_ids = [None; 256];
         for (token, id) in vocabulary {
-            let bytes: Option<Vec<u8>> = token.chars().map(|character| byte_of.get(&character).copied()).collect();
+            let bytes: Option<Vec<u8>> = token.chars().map(|character| *byte_of.get(character as usize)?).collect();
             let bytes = bytes.unwrap_or_else(|| token.into_bytes());
             if let [byte] = bytes[..] {
                 byte_ids[usize::from(byte)] = Some(id as i32);
@@ -55,9 +55,13 @@ impl ByteTable {
     }
 }
 
-/// Undoes GPT-2's spelling of bytes as printable characters.
-fn byte_of_character() -> HashMap<char, u8> {
-    character_of_byte().into_iter().zip(0..=255).collect()
+/// Undoes GPT-2's spelling of bytes as printable characters, all of which are below U+0144.
+fn byte_of_character() -> [Option<u8>; 0x144] {
+    let mut bytes = [None; 0x144];
+    for (character, byte) in character_of_byte().into_iter().zip(0..=255) {
+        bytes[character as usize] = Some(byte);
+    }
+    bytes
 }
 
 /// GPT-2's spelling of each byte as a printable character.

@@ -4,7 +4,7 @@
 //! tokens (what a policy writes), *untrusted* none (everything from outside). Ids are `i32`, as in the tables. Tokenizers of a
 //! published form are encoded with word by word ([`WordEncoder`]: long texts, too, in bounded memory), others by the library.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
 use serde::Deserialize;
@@ -55,14 +55,15 @@ impl Tokenizer {
         trusted.with_truncation(None).map_err(|cause| error(cause.to_string()))?;
         trusted.with_padding(None);
         check_kind(&trusted).map_err(error)?;
-        check_added_ids(&json, &trusted).map_err(error)?;
+        let vocabulary = trusted.get_vocab(true);
+        check_added_ids(&json, &trusted, &vocabulary).map_err(error)?;
 
         let control_ids = control_ids(&trusted);
         let encoder = match WordEncoder::like(&trusted, &control_ids) {
             Some(encoder) => Encoder::Words(Box::new(encoder)),
             None => Encoder::Library(Box::new(Copies::of(&trusted).map_err(|cause| error(cause.to_string()))?)),
         };
-        let bytes = ByteTable::new(&trusted);
+        let bytes = ByteTable::new(&trusted, vocabulary);
         let end_of_turn_ids = end_of_turn_ids(dir, &trusted, bytes.len())?;
         let added_ids = trusted.get_added_tokens_decoder().into_keys().map(|id| id as i32).collect();
         let tokenizer = Self { trusted, encoder, bytes, added_ids, control_ids, end_of_turn_ids };
@@ -275,7 +276,11 @@ fn check_kind(tokenizer: &tokenizers::Tokenizer) -> Result<(), String> {
 }
 
 /// The library numbers added tokens itself and only warns where the file says otherwise.
-fn check_added_ids(json: &[u8], tokenizer: &tokenizers::Tokenizer) -> Result<(), String> {
+fn check_added_ids(
+    json: &[u8],
+    tokenizer: &tokenizers::Tokenizer,
+    vocabulary: &HashMap<String, u32>,
+) -> Result<(), String> {
     #[derive(Deserialize)]
     struct File {
         #[serde(default)]
@@ -287,7 +292,7 @@ fn check_added_ids(json: &[u8], tokenizer: &tokenizers::Tokenizer) -> Result<(),
         content: String,
     }
     let file: File = serde_json::from_slice(json).map_err(|error| error.to_string())?;
-    if let Some(id) = tokenizer.get_vocab(true).into_values().max().filter(|id| *id > LARGEST_ID) {
+    if let Some(id) = vocabulary.values().max().filter(|id| **id > LARGEST_ID) {
         return Err(format!("id {id} is larger than {LARGEST_ID}, which no vocabulary has need of"));
     }
     for Token { id, content } in file.added_tokens {
