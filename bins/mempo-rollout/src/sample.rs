@@ -226,10 +226,10 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     arguments.stage.stage().check_free()?;
     let context = context_policy(&arguments.context).usage()?;
     arguments.check_from(&*context)?;
+    let table = arguments.tools.table(context.reads_documents())?;
     let inputs = Inputs::open(&arguments)?;
     let task_files = inputs.tasks.table("tasks")?;
     let task_count = count_tasks(&task_files, arguments.max_tasks)?;
-    let table = arguments.tools.table(context.reads_documents())?;
     let recorded_tools = arguments.tools.recorded(&table);
     let builder = prompt_builder(&arguments, &table)?;
     fit_to_model(&mut arguments, &builder)?;
