@@ -17,10 +17,11 @@ use crate::http::Limits;
 use crate::http::testing::{answer, serve};
 use crate::http_tool::HttpTool;
 
+const BASE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../pipelines/demo/base");
 const HOSTS: usize = 4;
 const TRAJECTORIES: usize = 64;
 /// Calls of a trajectory, each before another completion.
-const CALLS: usize = 5;
+const CALLS: usize = 3;
 
 /// An engine whose model does all its work, and whose completions are then those of the script.
 struct Scripted<'a> {
@@ -101,9 +102,9 @@ fn seconds(model: &Model, hosts: &[usize], hangs: bool) -> f64 {
         specs.push(tool.spec());
         tools.push(Box::new(tool));
     }
-    let base = concat!(env!("CARGO_MANIFEST_DIR"), "/../../pipelines/demo/base");
-    let builder = PromptBuilder::load(base.as_ref(), Profile::load("mempo").unwrap(), &specs).unwrap();
-    let sampling = SamplingOptions { temperature: 1.0, top_p: 1.0, max_completion_tokens: 64 };
+    let profile = Profile::load(concat!(env!("CARGO_MANIFEST_DIR"), "/../../pipelines/demo/profiles/mempo")).unwrap();
+    let builder = PromptBuilder::load(BASE.as_ref(), profile, &specs).unwrap();
+    let sampling = SamplingOptions { temperature: 1.0, top_p: 1.0, max_completion_tokens: 48 };
     let task = Task {
         task_id: "a".to_owned(),
         source: String::new(),
@@ -155,15 +156,14 @@ struct Line {
 #[test]
 #[ignore = "measures speed: `cargo test -- --ignored hung_host`"]
 fn a_hung_host_leaves_trajectories_that_call_others_their_speed() {
-    let base = concat!(env!("CARGO_MANIFEST_DIR"), "/../../pipelines/demo/base");
     let device = Line::parse_from(["speed", "--device", "cpu", "--dtype", "bf16"]).device;
-    let model = Model::load(base.as_ref(), &device.resolve().unwrap()).unwrap();
+    let model = Model::load(BASE.as_ref(), &device.resolve().unwrap()).unwrap();
     let all: Vec<usize> = (0..TRAJECTORIES).map(|trajectory| trajectory % HOSTS).collect();
     let others: Vec<usize> = all.iter().copied().filter(|host| *host > 0).collect();
     let (mut well, mut alone, mut beside) = (0.0, 0.0, 0.0);
     seconds(&model, &all, false);
     // In turns, so that whatever else the machine does falls on all.
-    for _ in 0..5 {
+    for _ in 0..3 {
         well += seconds(&model, &all, false);
         alone += seconds(&model, &others, false);
         beside += seconds(&model, &all, true);
