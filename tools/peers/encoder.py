@@ -26,7 +26,7 @@ TOP_K = 3
 # Questions asked: 500 of 2,497, evenly.
 EVERY = 5
 # The server answers a request within 30 s, or says that it is busy.
-BATCH, ATTEMPTS = 16, 20
+BATCH, ATTEMPTS = 4, 100
 
 
 def read_lines(path):

@@ -18,8 +18,8 @@ pub(crate) const INDEX_FOLDER: &str = "index";
 ///
 /// Reads JSON Lines or Parquet rows: doc_id (or id), title, text; or Search-R1's id and contents, whose first line is the
 /// title in quotes. Words are lower-cased, title and text are searched together. With --encoder documents can be found by
-/// vectors, too. Memory does not grow with the documents but for some 20 bytes each; while they are sorted by id, OUT takes
-/// once more what the corpus table will.
+/// vectors, too. Memory does not grow with the documents but for some 20 bytes each; while it works, OUT takes about twice
+/// what it will.
 #[derive(Debug, Args, Serialize)]
 pub(crate) struct IndexArguments {
     /// Files of documents, `.parquet` or JSON Lines (also `.gz`, `.zst`)
