@@ -126,9 +126,11 @@ def compare_retrievers(program, encoder, data):
     for name in ("bm25", "dense", "hybrid"):
         vectors = [] if name == "bm25" else ["--encoder", encoder, "--query-prefix", ""]
         server = Server(program, "--retriever", name, *vectors)
-        of = [recall(server.ids([row["question"] for row in rows]), needed(rows)) for rows in hops.values()]
-        of.append(recall(server.ids([hop["query"] for hop in each]), [{hop["doc_id"]} for hop in each]))
-        server.close()
+        try:
+            of = [recall(server.ids([row["question"] for row in rows]), needed(rows)) for rows in hops.values()]
+            of.append(recall(server.ids([hop["query"] for hop in each]), [{hop["doc_id"]} for hop in each]))
+        finally:
+            server.close()
         print(f"  {name:6} one hop {of[0]:.3f}, two hops {of[1]:.3f}, single hops' queries {of[2]:.3f}", flush=True)
 
 
