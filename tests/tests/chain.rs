@@ -75,6 +75,10 @@ fn documents_are_read_by_the_same_programs() {
     for (line, told) in [
         ("mempo-rollout sample --tasks tasks --model base --context memagent --search index --out refused", "--search"),
         ("mempo-rollout sample --tasks tasks --model base --context memagent --from rollouts --out refused", "--from"),
+        (
+            "mempo-rollout sample --tasks tasks --model base --context memagent --max-completion-tokens 9 --out refused",
+            "5000",
+        ),
     ] {
         assert!(String::from_utf8_lossy(&run(directory, line, 2).stderr).contains(told), "{line}");
     }

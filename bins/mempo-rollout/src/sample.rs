@@ -13,7 +13,7 @@ use mempo_agent::{
 use mempo_data::{AnsweredQuery, Task, Trajectory, read_document, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage, print_data, seed_of};
-use mempo_text::{Profile, PromptBuilder};
+use mempo_text::{Carried, Profile, PromptBuilder};
 use rayon::prelude::*;
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -194,6 +194,22 @@ impl SampleArguments {
         Ok(())
     }
 
+    /// Refuses chunks that, with the longest memory, no prompt has room for: every trajectory would end at once.
+    fn check_chunks(&self, context: &dyn ContextPolicy, builder: &PromptBuilder) -> anyhow::Result<()> {
+        let Some(chunk) = context.chunk_tokens() else { return Ok(()) };
+        let empty = Carried { chunk: Some((&[][..]).into()), memory: Some((&[][..]).into()), ..Carried::default() };
+        let words = builder.prompt("", &empty).bad_input()?.len();
+        let (memory, most) = (self.sampling.max_completion_tokens, self.limits.max_prompt_tokens);
+        if words + memory + chunk > most {
+            return Err(anyhow!(
+                "--chunk-tokens {chunk}, a memory of --max-completion-tokens {memory} and {words} tokens of the profile around them \
+                 are more than the {most} that a prompt may have"
+            ))
+            .usage();
+        }
+        Ok(())
+    }
+
     /// Who generates in this process's place, if anyone: a teacher, or a server of the checkpoint with this digest.
     fn open_remote(&self, digest: &str, builder: &PromptBuilder) -> anyhow::Result<Option<Remote>> {
         if let Some(teacher) = self.teacher.open(&self.server, builder, &self.sampling) {
@@ -233,6 +249,7 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     let recorded_tools = arguments.tools.recorded(&table);
     let builder = prompt_builder(&arguments, &table)?;
     fit_to_model(&mut arguments, &builder)?;
+    arguments.check_chunks(&*context, &builder)?;
     arguments.teacher.check(builder.profile(), context.answers_at_once())?;
     let searched = (inputs.search.as_ref(), inputs.encoder.as_ref());
     let tools = arguments.tools.open(table, searched, builder.profile(), arguments.limits.top_k)?;
@@ -416,7 +433,7 @@ impl Sampling<'_> {
                 let (id, name) = (&task.task_id, context.name());
                 anyhow!("task `{id}` has no document, which --context {name} is to read: see `compose --document`")
             });
-            Ok(context.prepare(builder.tokenizer().encode_document(&text.bad_input()?)))
+            Ok(context.prepare(builder.tokenizer().encode_untrusted(&text.bad_input()?)))
         };
         tasks.par_iter().map(read).collect()
     }

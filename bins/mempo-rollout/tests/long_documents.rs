@@ -2,26 +2,15 @@
 
 #![allow(clippy::unwrap_used, reason = "helpers of tests are tests, too")]
 
+mod program;
+
 use std::path::{Path, PathBuf};
 
-use clap::Parser;
 use mempo_data::{Task, read_document, read_rows};
-use mempo_rollout::Arguments;
 use mempo_text::{NewTokenizer, Tokenizer, train_tokenizer};
 use serde_json::{Value, json};
 
-fn run(directory: &Path, line: &str) -> anyhow::Result<()> {
-    let path =
-        |word: &str| word.strip_prefix('@').map_or(word.to_owned(), |name| directory.join(name).display().to_string());
-    let words = std::iter::once("mempo-rollout".to_owned()).chain(line.split_whitespace().map(path));
-    mempo_rollout::run(Arguments::try_parse_from(words)?)
-}
-
-/// Runs a command line that must fail; gives the exit code and the message.
-fn fails(directory: &Path, line: &str) -> (u8, String) {
-    let error = run(directory, line).expect_err(line);
-    (mempo_run::exit_code(&error), format!("{error:#}"))
-}
+use program::{fails, run, write_lines};
 
 fn tasks(stage: &Path) -> Vec<Task> {
     let mut files = files(stage);
@@ -45,11 +34,6 @@ fn bytes(stage: &Path) -> Vec<(PathBuf, Vec<u8>)> {
 
 fn metadata(task: &Task) -> Value {
     serde_json::from_str(task.metadata.as_ref().unwrap()).unwrap()
-}
-
-fn write_lines(path: &Path, rows: &[Value]) {
-    let lines: Vec<String> = rows.iter().map(Value::to_string).collect();
-    fs_err::write(path, lines.join("\n")).unwrap();
 }
 
 /// A hundred cities, 41 questions about some of them, each naming the documents of two, some prose, a tokenizer.

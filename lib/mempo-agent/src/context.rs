@@ -60,6 +60,10 @@ pub trait ContextPolicy: Send + Sync {
     fn prepare(&self, document: Vec<i32>) -> Vec<i32> {
         document
     }
+    /// Tokens of a document that a prompt holds beside a memory, where it holds no more however long the document is.
+    fn chunk_tokens(&self) -> Option<usize> {
+        None
+    }
     /// Steps that write a memory each and nothing else; the one after them answers.
     fn reading_steps(&self, _document: &[i32]) -> usize {
         0

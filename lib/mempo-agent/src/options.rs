@@ -20,7 +20,7 @@ pub struct SamplingOptions {
 /// Where a trajectory ends at the latest.
 #[derive(Debug, Clone, PartialEq, Eq, Args, Serialize)]
 pub struct LimitOptions {
-    /// Most steps (model calls) of a trajectory that searches; one that reads takes as many as the document has chunks, and one
+    /// Most steps (model calls) of a trajectory that searches; one that reads takes one for each chunk of its document, and one more
     #[arg(long, default_value_t = 16, value_parser = at_least_one)]
     pub max_steps: usize,
     /// Longest prompt of one step, in tokens; a longer one ends the trajectory as truncated

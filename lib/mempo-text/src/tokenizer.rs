@@ -16,8 +16,6 @@ use crate::error::Error;
 use crate::neutralise::neutralise;
 use crate::words::{Recognise, WordEncoder};
 
-/// Bytes of a document that are encoded at a time, where lines are no longer.
-const PIECE_BYTES: usize = 1 << 15;
 /// The largest id that is believed: tables of tokens are as long as the largest.
 const LARGEST_ID: u32 = 1 << 24;
 
@@ -86,14 +84,6 @@ impl Tokenizer {
     /// control characters) are left out, as the library does.
     pub fn encode_untrusted(&self, text: &str) -> Vec<i32> {
         let ids = self.encode(&neutralise(text), Recognise::Nothing);
-        self.spell_out(ids, |id| self.added_ids.contains(&id))
-    }
-
-    /// The same for a long document, in pieces of whole lines: what encoding takes of memory is bounded by the piece, not
-    /// by the document.
-    pub fn encode_document(&self, text: &str) -> Vec<i32> {
-        let text = neutralise(text);
-        let ids = pieces(&text).flat_map(|piece| self.encode(piece, Recognise::Nothing)).collect();
         self.spell_out(ids, |id| self.added_ids.contains(&id))
     }
 
@@ -196,24 +186,6 @@ impl Tokenizer {
         let ids = bytes.iter().filter_map(|byte| self.bytes.id_of_byte(*byte));
         ids.filter(|id| !self.added_ids.contains(id))
     }
-}
-
-/// The text in pieces of about [`PIECE_BYTES`] that end with a line, or with a character where a line is longer than two
-/// of them.
-fn pieces(text: &str) -> impl Iterator<Item = &str> {
-    let mut rest = text;
-    std::iter::from_fn(move || {
-        let window = rest.floor_char_boundary(2 * PIECE_BYTES);
-        let from = rest.floor_char_boundary(PIECE_BYTES);
-        let end = if window == rest.len() {
-            window
-        } else {
-            rest[from..window].find('\n').map_or(window, |at| from + at + 1)
-        };
-        let (piece, after) = rest.split_at(end);
-        rest = after;
-        (!piece.is_empty()).then_some(piece)
-    })
 }
 
 impl Copies {

@@ -138,7 +138,7 @@ impl Work<'_> {
     fn document(&self, task: &Task) -> anyhow::Result<Vec<i32>> {
         let text = read_document(&self.arguments.tasks, task).bad_input()?;
         let text = text.with_context(|| format!("task `{}` has no document", task.task_id)).bad_input()?;
-        Ok(self.context.prepare(self.builder.tokenizer().encode_document(&text)))
+        Ok(self.context.prepare(self.builder.tokenizer().encode_untrusted(&text)))
     }
 
     fn reading<'d>(&self, task: &Task, document: &'d [i32]) -> anyhow::Result<Reading<'d>> {

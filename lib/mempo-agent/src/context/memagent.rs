@@ -42,6 +42,10 @@ impl ContextPolicy for MemAgent {
         document
     }
 
+    fn chunk_tokens(&self) -> Option<usize> {
+        Some(self.chunk_tokens)
+    }
+
     fn reading_steps(&self, document: &[i32]) -> usize {
         document.len().div_ceil(self.chunk_tokens)
     }

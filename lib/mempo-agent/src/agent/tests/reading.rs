@@ -6,7 +6,7 @@ use super::*;
 fn a_reader_writes_a_memory_for_each_chunk_and_answers_from_the_last() {
     let builder = builder("memagent");
     let context = MemAgent { chunk_tokens: 4, max_chunks: None };
-    let document = builder.tokenizer().encode_document("one two three four five six");
+    let document = builder.tokenizer().encode_untrusted("one two three four five six");
     let chunks = document.len().div_ceil(4);
     assert!(chunks >= 3);
     let play = |script: &dyn Fn(usize) -> (&'static str, StopReason)| {
