@@ -16,6 +16,7 @@ mod index;
 mod local_engine;
 mod query_log;
 mod question;
+mod reading;
 mod retrieval;
 mod retriever;
 mod rows;

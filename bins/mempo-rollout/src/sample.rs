@@ -10,15 +10,15 @@ use mempo_agent::{
     Agent, ContextOptions, ContextPolicy, Engine, LimitOptions, RewardOptions, SamplingOptions, Start, ToolTable, Unit,
     context_policy,
 };
-use mempo_data::{AnsweredQuery, Task, Trajectory, read_document, read_rows, write_rows};
+use mempo_data::{AnsweredQuery, Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage, print_data, seed_of};
-use mempo_text::{Carried, Profile, PromptBuilder};
-use rayon::prelude::*;
+use mempo_text::{Profile, PromptBuilder};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::local_engine::LocalEngine;
+use crate::reading;
 use crate::server::{self, Remote, ServerOptions, TeacherOptions, served_name};
 use crate::stored::{FromOptions, MemoryControl, Stored};
 use crate::tally::Tally;
@@ -194,22 +194,6 @@ impl SampleArguments {
         Ok(())
     }
 
-    /// Refuses chunks that, with the longest memory, no prompt has room for: every trajectory would end at once.
-    fn check_chunks(&self, context: &dyn ContextPolicy, builder: &PromptBuilder) -> anyhow::Result<()> {
-        let Some(chunk) = context.chunk_tokens() else { return Ok(()) };
-        let empty = Carried { chunk: Some((&[][..]).into()), memory: Some((&[][..]).into()), ..Carried::default() };
-        let words = builder.prompt("", &empty).bad_input()?.len();
-        let (memory, most) = (self.sampling.max_completion_tokens, self.limits.max_prompt_tokens);
-        if words + memory + chunk > most {
-            return Err(anyhow!(
-                "--chunk-tokens {chunk}, a memory of --max-completion-tokens {memory} and {words} tokens of the profile around them \
-                 are more than the {most} that a prompt may have"
-            ))
-            .usage();
-        }
-        Ok(())
-    }
-
     /// Who generates in this process's place, if anyone: a teacher, or a server of the checkpoint with this digest.
     fn open_remote(&self, digest: &str, builder: &PromptBuilder) -> anyhow::Result<Option<Remote>> {
         if let Some(teacher) = self.teacher.open(&self.server, builder, &self.sampling) {
@@ -249,7 +233,7 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     let recorded_tools = arguments.tools.recorded(&table);
     let builder = prompt_builder(&arguments, &table)?;
     fit_to_model(&mut arguments, &builder)?;
-    arguments.check_chunks(&*context, &builder)?;
+    reading::check_chunks(&*context, &builder, &arguments.sampling, &arguments.limits)?;
     arguments.teacher.check(builder.profile(), context.answers_at_once())?;
     let searched = (inputs.search.as_ref(), inputs.encoder.as_ref());
     let tools = arguments.tools.open(table, searched, builder.profile(), arguments.limits.top_k)?;
@@ -421,23 +405,6 @@ impl Sampling<'_> {
         (self.starts(task).len() + self.earlier.as_ref().map_or(0, |earlier| earlier.kept(task))) as u64
     }
 
-    /// What there is to read, task by task.
-    fn documents(&self, tasks: &[Task]) -> anyhow::Result<Vec<Vec<i32>>> {
-        let Agent { context, builder, .. } = self.agent;
-        if !context.reads_documents() {
-            return Ok(vec![Vec::new(); tasks.len()]);
-        }
-        let read = |task: &Task| {
-            let text = read_document(self.tasks, task).bad_input()?;
-            let text = text.filter(|text| !text.is_empty()).ok_or_else(|| {
-                let (id, name) = (&task.task_id, context.name());
-                anyhow!("task `{id}` has no document, which --context {name} is to read: see `compose --document`")
-            });
-            Ok(context.prepare(builder.tokenizer().encode_untrusted(&text.bad_input()?)))
-        };
-        tasks.par_iter().map(read).collect()
-    }
-
     fn starts<'t>(&'t self, task: &'t Task) -> Vec<Start<'t>> {
         let anew = |index| Start { task, trajectory_index: index, steps: &[], document: &[] };
         match (&self.stored, &self.earlier) {
@@ -456,7 +423,7 @@ impl Sampling<'_> {
         planned: u64,
     ) -> anyhow::Result<()> {
         let start = Instant::now();
-        let documents = self.documents(tasks)?;
+        let documents = reading::documents(self.agent.context, self.agent.builder, self.tasks, tasks)?;
         let of_task = tasks.iter().zip(&documents);
         let starts = of_task
             .flat_map(|(task, document)| self.starts(task).into_iter().map(move |start| Start { document, ..start }));

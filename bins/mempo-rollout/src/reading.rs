@@ -1,0 +1,52 @@
+//! What `sample` needs where tasks come with a document to read.
+
+use std::path::Path;
+
+use anyhow::anyhow;
+use mempo_agent::{ContextPolicy, LimitOptions, SamplingOptions};
+use mempo_data::{Task, read_document};
+use mempo_run::ResultExt;
+use mempo_text::{Carried, PromptBuilder};
+use rayon::prelude::*;
+
+/// Refuses chunks that, with the longest memory, no prompt has room for: every trajectory would end at once.
+pub(crate) fn check_chunks(
+    context: &dyn ContextPolicy,
+    builder: &PromptBuilder,
+    sampling: &SamplingOptions,
+    limits: &LimitOptions,
+) -> anyhow::Result<()> {
+    let Some(chunk) = context.chunk_tokens() else { return Ok(()) };
+    let empty = Carried { chunk: Some((&[][..]).into()), memory: Some((&[][..]).into()), ..Carried::default() };
+    let words = builder.prompt("", &empty).bad_input()?.len();
+    let (memory, most) = (sampling.max_completion_tokens, limits.max_prompt_tokens);
+    if words + memory + chunk > most {
+        return Err(anyhow!(
+            "--chunk-tokens {chunk}, a memory of --max-completion-tokens {memory} and {words} tokens of the profile around them \
+             are more than the {most} that a prompt may have"
+        ))
+        .usage();
+    }
+    Ok(())
+}
+
+/// What there is to read, task by task; nothing for a policy that searches.
+pub(crate) fn documents(
+    context: &dyn ContextPolicy,
+    builder: &PromptBuilder,
+    tasks_dir: &Path,
+    tasks: &[Task],
+) -> anyhow::Result<Vec<Vec<i32>>> {
+    if !context.reads_documents() {
+        return Ok(vec![Vec::new(); tasks.len()]);
+    }
+    let read = |task: &Task| {
+        let text = read_document(tasks_dir, task).bad_input()?;
+        let text = text.filter(|text| !text.is_empty()).ok_or_else(|| {
+            let (id, name) = (&task.task_id, context.name());
+            anyhow!("task `{id}` has no document, which --context {name} is to read: see `compose --document`")
+        });
+        Ok(context.prepare(builder.tokenizer().encode_untrusted(&text.bad_input()?)))
+    };
+    tasks.par_iter().map(read).collect()
+}
