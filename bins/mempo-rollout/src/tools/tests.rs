@@ -291,17 +291,18 @@ fn a_tool_that_hangs_holds_up_no_trajectory_that_calls_another() {
     let url = serve(move |path, _| {
         let start = Instant::now();
         // Three of four tasks, with two trajectories each, call the other tool.
-        while path == "/slow" && answers.load(Ordering::Relaxed) < 6 && start.elapsed() < Duration::from_secs(20) {
+        let others_answered = || answers.load(Ordering::Relaxed) >= 6;
+        while path == "/slow" && !others_answered() && start.elapsed() < Duration::from_secs(20) {
             std::thread::sleep(Duration::from_millis(10));
         }
-        crate::http::testing::answer("200 OK", "", &format!("{} answers", answers.load(Ordering::Relaxed)))
+        crate::http::testing::answer("200 OK", "", if others_answered() { "after the others" } else { "before them" })
     });
     let tool = |name: &str| json!({"name": name, "description": "", "parameters": {}, "url": format!("{url}/{name}")});
     fs_err::write(setting.folder.path().join("tools.json"), json!([tool("slow"), tool("quick")]).to_string()).unwrap();
     setting.sample("out", "--tools calculator --tools-file @tools.json --max-tasks 4 --tool-timeout 60").unwrap();
     let steps: Vec<Step> = setting.rows("out");
     let slow = steps.iter().filter(|step| step.completion.contains("slow")).filter_map(|step| step.observation.clone());
-    assert_eq!(slow.collect::<Vec<_>>(), vec!["<information>6 answers</information>"; 2]);
+    assert_eq!(slow.collect::<Vec<_>>(), vec!["<information>after the others</information>"; 2]);
     assert!(setting.rows::<Trajectory>("out").iter().all(|row| (row.status, row.tool_calls) == (Status::Ok, 1)));
 }
 
