@@ -55,17 +55,14 @@ impl Cache {
 
     /// Puts what lies in row `from` of each pair into row `to`, all at once.
     pub(crate) fn move_rows(&mut self, moves: &[(usize, usize)]) {
-        let columns = moves.iter().map(|(from, _)| self.lengths[*from]).max().unwrap_or(0);
-        if columns == 0 {
-            return;
-        }
-        let used = self.data.narrow(2, 0, columns);
-        let rows = |rows: Vec<i64>| Tensor::from_slice(&rows).to_device(used.device());
-        let sources = rows(moves.iter().map(|(from, _)| *from as i64).collect());
-        let targets = rows(moves.iter().map(|(_, to)| *to as i64).collect());
-        let _ = used.shallow_clone().index_copy_(1, &targets, &used.index_select(1, &sources));
-        let lengths: Vec<i64> = moves.iter().map(|(from, _)| self.lengths[*from]).collect();
-        for ((_, to), length) in moves.iter().zip(lengths) {
+        // Row by row: an operator that selects several would first copy the whole cache to have it without gaps.
+        let held = |data: &Tensor, row: usize, length: i64| data.narrow(1, row as i64, 1).narrow(2, 0, length);
+        let taken: Vec<(Tensor, i64)> = moves
+            .iter()
+            .map(|(from, _)| (held(&self.data, *from, self.lengths[*from]).copy(), self.lengths[*from]))
+            .collect();
+        for ((_, to), (row, length)) in moves.iter().zip(taken) {
+            held(&self.data, *to, length).copy_(&row);
             self.lengths[*to] = length;
         }
     }
