@@ -1,6 +1,6 @@
 //! `base`: what the small base model learns from, before any demonstration.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use mempo_data::Document;
@@ -62,7 +62,7 @@ pub(crate) fn run(arguments: &BaseArguments) -> anyhow::Result<()> {
         return Ok(());
     };
     let questions: Vec<Question> = read_lines(&arguments.data.join("questions-train.jsonl")).bad_input()?;
-    let documents = training_documents(arguments, &questions).bad_input()?;
+    let documents = training_documents(&arguments.data, &questions).bad_input()?;
     let inventor = Inventor::new(&questions, &documents).bad_input()?;
 
     let lines = (0..arguments.copies).map(|index| {
@@ -85,9 +85,9 @@ pub(crate) fn run(arguments: &BaseArguments) -> anyhow::Result<()> {
     stage.finish(&rows, json!({}))
 }
 
-/// Documents of the entities that training questions are about.
-fn training_documents(arguments: &BaseArguments, questions: &[Question]) -> anyhow::Result<Vec<Document>> {
-    let mut documents: Vec<Document> = read_lines(&arguments.data.join("corpus.jsonl"))?;
+/// Documents of the entities that training questions are about; `data` is what `mempo-demo data` wrote.
+pub(crate) fn training_documents(data: &Path, questions: &[Question]) -> anyhow::Result<Vec<Document>> {
+    let mut documents: Vec<Document> = read_lines(&data.join("corpus.jsonl"))?;
     let codes: std::collections::HashSet<&str> =
         questions.iter().flat_map(|question| question.entities.iter().map(String::as_str)).collect();
     documents.retain(|document| document.doc_id.split('/').next().is_some_and(|code| codes.contains(code)));

