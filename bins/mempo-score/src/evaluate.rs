@@ -15,7 +15,7 @@ use crate::bootstrap::{LEVEL, RESAMPLES};
 use crate::contrast::{group_figures, interaction_figures, paired_figures};
 use crate::facts::Facts;
 use crate::measure::{By, METRICS, Measure, TaskFigures, groups_of, task_figures};
-use crate::report::{Difference, Intervals, Report, Run, Table};
+use crate::report::{Cost, Difference, Intervals, Report, Run, Table};
 use crate::rollouts::{Rollouts, Settings};
 
 /// Report F1, exact match and token counts with intervals, several rollouts side by side
@@ -99,6 +99,7 @@ fn print((header, rows): Table) {
 struct Measured {
     label: String,
     settings: Option<Settings>,
+    cost: Cost,
     policies: Vec<String>,
     tasks: Vec<TaskFigures>,
 }
@@ -127,7 +128,8 @@ fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<Report> {
         let facts = facts.as_ref().expect("clap requires --tasks with --answers");
         let rows = read_answers(&file.path, facts)?;
         let tasks = rows.iter().map(|row| task_figures(std::slice::from_ref(row), &measure));
-        measured.push(Measured { label: label.clone(), settings: None, policies: vec![], tasks: tasks.collect() });
+        let (label, tasks) = (label.clone(), tasks.collect());
+        measured.push(Measured { label, settings: None, cost: Cost::default(), policies: vec![], tasks });
     }
     Ok(Report { best_of, ..report(measured, baseline, facts.is_some(), arguments.seed) })
 }
@@ -175,6 +177,7 @@ impl Measured {
         let new = run.policies.into_iter().filter(|policy| !self.policies.contains(policy)).collect::<Vec<_>>();
         self.policies.extend(new);
         self.tasks.extend(run.tasks);
+        self.cost.add(&run.cost);
         Ok(())
     }
 }
@@ -222,7 +225,8 @@ fn measure_rollouts(path: &Path, label: String, measure: &Measure<'_>) -> anyhow
         policies.extend(new);
         tasks.push(task_figures(&group, measure));
     }
-    Ok(Measured { label, settings: Some(rollouts.settings), policies, tasks })
+    let cost = rollouts.input.manifest().map(Cost::of).unwrap_or_default();
+    Ok(Measured { label, settings: Some(rollouts.settings), cost, policies, tasks })
 }
 
 fn report(measured: Vec<Measured>, baseline: &str, with_tasks: bool, seed: u64) -> Report {
@@ -242,6 +246,7 @@ fn report(measured: Vec<Measured>, baseline: &str, with_tasks: bool, seed: u64) 
         groups: found.iter().map(|group| group_figures(&run.tasks, group, seed)).collect(),
         label: run.label,
         settings: run.settings,
+        cost: run.cost,
         policies: run.policies,
         seeds: run.tasks.iter().map(|task| task.seed).collect::<BTreeSet<_>>().into_iter().collect(),
     });

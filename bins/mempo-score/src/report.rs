@@ -1,5 +1,6 @@
 //! An evaluation as tables for the terminal and as JSON.
 
+use mempo_run::Manifest;
 use serde::Serialize;
 
 use crate::bootstrap::Estimate;
@@ -34,10 +35,33 @@ pub(crate) struct Run {
     pub(crate) label: String,
     /// How it was sampled; nothing for answers from a file.
     pub(crate) settings: Option<Settings>,
+    pub(crate) cost: Cost,
     /// Digests of the checkpoints that sampled.
     pub(crate) policies: Vec<String>,
     pub(crate) seeds: Vec<u64>,
     pub(crate) groups: Vec<GroupFigures>,
+}
+
+/// What sampling took, of all runs of a name.
+#[derive(Debug, Default, Serialize)]
+pub(crate) struct Cost {
+    /// Seconds; of a run that was interrupted, those of its last process.
+    pub(crate) seconds: f64,
+    /// The most memory that a process had in RAM at a time.
+    pub(crate) peak_memory_bytes: Option<u64>,
+}
+
+impl Cost {
+    /// What a stage's manifest says.
+    pub(crate) fn of(manifest: &Manifest) -> Self {
+        Self { seconds: manifest.wall_seconds, peak_memory_bytes: manifest.peak_memory_bytes }
+    }
+
+    /// Takes in that of another run.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.seconds += other.seconds;
+        self.peak_memory_bytes = self.peak_memory_bytes.max(other.peak_memory_bytes);
+    }
 }
 
 /// `label - baseline` over the tasks and seeds that both have.
@@ -55,7 +79,7 @@ pub(crate) struct Difference {
 pub(crate) type Table = (Vec<String>, Vec<Vec<String>>);
 
 impl Report {
-    /// How each run was sampled, one column a run.
+    /// How each run was sampled and what that took, one column a run.
     pub(crate) fn settings_table(&self) -> Table {
         let row = |name: &str, value: &dyn Fn(&Run) -> Option<String>| {
             let cells = self.runs.iter().map(|run| value(run).unwrap_or_else(|| "-".to_owned()));
@@ -80,6 +104,8 @@ impl Report {
             row("group_size", &setting(|settings| settings.group_size.to_string())),
             row("policy", &policies),
             row("seed", &seeds),
+            row("seconds", &|run| run.settings.as_ref().map(|_| format!("{:.0}", run.cost.seconds))),
+            row("peak memory, MiB", &|run| run.cost.peak_memory_bytes.map(|bytes| (bytes >> 20).to_string())),
         ];
         let labels = self.runs.iter().map(|run| run.label.clone());
         (std::iter::once("setting".to_owned()).chain(labels).collect(), rows)
@@ -199,7 +225,14 @@ mod tests {
         let run = |label: &str, values: [f64; 2]| {
             let long = Group { document_tokens: Some(14_000), ..Group::default() };
             let groups = vec![figures(Group::default(), values[0]), figures(long, values[1])];
-            Run { label: label.to_owned(), settings: None, policies: vec![], seeds: vec![], groups }
+            Run {
+                label: label.to_owned(),
+                settings: None,
+                cost: Cost::default(),
+                policies: vec![],
+                seeds: vec![],
+                groups,
+            }
         };
         let intervals = Intervals { method: "", clusters: "task", level: LEVEL, resamples: 0, seed: 0 };
         let runs = vec![run("before", [0.5, 0.25]), run("after", [0.75, 0.7])];

@@ -28,6 +28,15 @@ pub(crate) struct Settings {
     /// Most tokens of a memory that the next step saw.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) max_memory_tokens: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) chunk_tokens: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) max_chunks: Option<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) last_tokens: Option<usize>,
+    /// Most tokens of a completion: of a reader's memory.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) max_completion_tokens: Option<usize>,
     pub(crate) temperature: f64,
     pub(crate) top_p: f64,
     pub(crate) group_size: u64,
@@ -53,15 +62,30 @@ impl Settings {
         serde_json::json!(self.reward).as_str().unwrap_or_default().to_owned()
     }
 
+    /// Without the options that say nothing under this context policy.
+    fn that_matter(mut self) -> Self {
+        if self.context != "memagent" {
+            (self.chunk_tokens, self.max_chunks, self.max_completion_tokens) = (None, None, None);
+        }
+        if self.context != "full-document" {
+            self.last_tokens = None;
+        }
+        self
+    }
+
     /// The context policy with its options.
     pub(crate) fn context(&self) -> String {
         let Self { context, carry, carry_steps, retrieved_steps, max_tool_calls, max_memory_tokens, .. } = self;
         let is_mempo = context == "mempo";
+        let memory_tokens = max_memory_tokens.or(self.max_completion_tokens);
         let named = |name: &str, value: Option<usize>| value.map(|value| format!("{name} {value}"));
         let options = [
             carry.clone().filter(|carry| is_mempo && carry != "step"),
             named("steps", carry_steps.filter(|steps| is_mempo && *steps != 1)),
-            named("memory tokens", *max_memory_tokens),
+            named("memory tokens", memory_tokens),
+            named("chunk tokens", self.chunk_tokens),
+            named("chunks", self.max_chunks),
+            named("last tokens", self.last_tokens),
             named("retrieved", retrieved_steps.filter(|_| ["rag-memory", "a-mem"].contains(&context.as_str()))),
             named("calls", *max_tool_calls),
         ];
@@ -87,13 +111,13 @@ impl Rollouts {
     pub(crate) fn open(directory: &Path) -> anyhow::Result<Self> {
         let input = Input::stage("rollouts", directory)?;
         let manifest = input.manifest().ok_or_else(|| anyhow!("{}: no manifest", directory.display())).bad_input()?;
-        let settings = serde_json::from_value(manifest.arguments.clone())
+        let settings: Settings = serde_json::from_value(manifest.arguments.clone())
             .with_context(|| format!("{}: the manifest's arguments are not those of a rollout", directory.display()))
             .bad_input()?;
         for table in ["trajectories", "steps"] {
             input.table(table)?;
         }
-        Ok(Self { input, settings })
+        Ok(Self { input, settings: settings.that_matter() })
     }
 
     /// The temperature of log-probabilities: what was sampled greedily is scored at 1.

@@ -62,8 +62,18 @@ pub fn bounded<T: Send + 'static>(bounds: &Bounds, work: impl FnOnce() -> T + Se
 
 /// Memory of this process that is in RAM, where the system tells.
 pub fn resident_bytes() -> Option<u64> {
+    status("VmRSS:")
+}
+
+/// The most memory of this process that was in RAM at a time so far, where the system tells.
+pub fn peak_resident_bytes() -> Option<u64> {
+    status("VmHWM:")
+}
+
+/// A size of /proc/self/status.
+fn status(name: &str) -> Option<u64> {
     let text = fs_err::read_to_string("/proc/self/status").ok()?;
-    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let line = text.lines().find_map(|line| line.strip_prefix(name))?;
     Some(1024 * line.trim().strip_suffix(" kB")?.parse::<u64>().ok()?)
 }
 
@@ -75,6 +85,12 @@ mod tests {
 
     fn depth(left: u32) -> u32 {
         if left == 0 { 0 } else { 1 + depth(std::hint::black_box(left - 1)) }
+    }
+
+    #[test]
+    fn the_peak_is_no_less_than_what_is_held() {
+        let held = resident_bytes().unwrap();
+        assert!(held > 1 << 20 && peak_resident_bytes().unwrap() >= held);
     }
 
     #[test]

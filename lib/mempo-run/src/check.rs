@@ -112,6 +112,7 @@ fn join(manifests: Vec<(Shard, Manifest)>) -> Option<Manifest> {
             *all.rows.entry(table).or_default() += rows;
         }
         all.wall_seconds += manifest.wall_seconds;
+        all.peak_memory_bytes = all.peak_memory_bytes.max(manifest.peak_memory_bytes);
         summaries.push(manifest.summary);
     }
     all.summary = Value::Array(summaries);

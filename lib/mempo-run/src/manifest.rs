@@ -65,6 +65,9 @@ pub struct Manifest {
     pub summary: Value,
     /// Seconds that the last process worked on it.
     pub wall_seconds: f64,
+    /// The most memory it had in RAM at a time (of shards, the largest); not known of what older versions wrote.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub peak_memory_bytes: Option<u64>,
 }
 
 /// One file of a finished stage.
@@ -236,7 +239,14 @@ pub(crate) mod tests {
 
     #[test]
     fn summaries_of_shards_are_put_together() {
-        let of = |summary| Manifest { run: run(), files: vec![], rows: BTreeMap::new(), summary, wall_seconds: 0.0 };
+        let of = |summary| Manifest {
+            run: run(),
+            files: vec![],
+            rows: BTreeMap::new(),
+            summary,
+            wall_seconds: 0.0,
+            peak_memory_bytes: None,
+        };
         let (one, other) = (json!({"mean": 0.5, "bins": [1, 2]}), json!({"mean": 1.5, "bins": [3, 0]}));
         let whole = of(one.clone());
         assert_eq!((whole.summary_number("mean"), whole.summary_counts("bins")), (Some(0.5), Some(vec![1, 2])));
@@ -249,8 +259,14 @@ pub(crate) mod tests {
     fn every_flipped_bit_and_every_truncation_is_noticed() {
         let folder = tempfile::tempdir().unwrap();
         let rows = BTreeMap::from([("steps".to_owned(), 3)]);
-        let manifest =
-            Manifest { run: run(), files: vec![], rows, summary: json!({ "mean": 0.3 }), wall_seconds: 0.25 };
+        let manifest = Manifest {
+            run: run(),
+            files: vec![],
+            rows,
+            summary: json!({ "mean": 0.3 }),
+            wall_seconds: 0.25,
+            peak_memory_bytes: Some(1 << 30),
+        };
         manifest.write(folder.path()).unwrap();
         assert_eq!(Manifest::read(folder.path()).unwrap(), Some(manifest));
         let path = folder.path().join(MANIFEST);

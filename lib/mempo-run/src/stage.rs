@@ -186,6 +186,7 @@ impl Stage {
             rows: rows.iter().map(|(table, count)| ((*table).to_owned(), *count)).collect(),
             summary,
             wall_seconds,
+            peak_memory_bytes: mempo_guard::peak_resident_bytes(),
         };
         manifest.write(&self.dir)?;
         self.forget_resume()?;
