@@ -199,7 +199,7 @@ impl<'a> Estimation<'a> {
     fn task(&mut self, rows: &[JoinedRow]) -> anyhow::Result<Vec<Advantage>> {
         let (mut attempts, mut chunks) = (Vec::new(), Vec::new());
         for chunk in rows.chunk_by(|a, b| a.trajectory_index == b.trajectory_index) {
-            check_steps(chunk, self.with_scores()).bad_input()?;
+            check_steps(chunk, self.with_scores().then_some(self.arguments.normalise.memory_steps)).bad_input()?;
             self.explain(chunk);
             let first = &chunk[0];
             self.sums.add("trajectories", 1.0);
@@ -256,11 +256,14 @@ impl<'a> Estimation<'a> {
     /// The rows of a trajectory's steps, in a task of that loss weight.
     fn steps(&self, chunk: &[JoinedRow], trajectory: f64, memory: &[f64], loss_weight: f32) -> Vec<Advantage> {
         let mut memory = memory.iter();
-        let count = chunk[0].step_count as usize;
-        let share = self.spread.share(trajectory, count) as f32;
-        let steps = chunk.iter().filter(|row| row.step_index.is_some()).enumerate();
+        let steps: Vec<&JoinedRow> = chunk.iter().filter(|row| row.step_index.is_some()).collect();
+        let trains = |place: usize| self.spread.trains(place + 1 == steps.len() && steps[place].may_answer());
+        let trained = (0..steps.len()).filter(|place| trains(*place)).count();
+        let share = self.spread.share(trajectory, trained) as f32;
         steps
-            .map(|(step, row)| {
+            .iter()
+            .enumerate()
+            .map(|(place, row)| {
                 let segment = row.memory().filter(|_| self.with_scores());
                 let advantage = segment.and(row.memory_reward).and_then(|_| memory.next()).copied().unwrap_or(0.0);
                 let range = segment.map(|segment| self.credited(row, segment));
@@ -272,7 +275,7 @@ impl<'a> Estimation<'a> {
                     memory_advantage: segment.map(|_| advantage as f32),
                     memory_start: range.as_ref().map(|range| range.start),
                     memory_end: range.as_ref().map(|range| range.end),
-                    loss_weight: if self.spread.trains(step, count) { loss_weight } else { 0.0 },
+                    loss_weight: if trains(place) { loss_weight } else { 0.0 },
                 }
             })
             .collect()

@@ -43,7 +43,7 @@ pub(crate) enum MemorySteps {
 
 impl MemorySteps {
     #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks by reference")]
-    fn is_all(&self) -> bool {
+    pub(crate) fn is_all(&self) -> bool {
         *self == Self::All
     }
 }
@@ -77,8 +77,9 @@ pub(crate) enum Combine {
     Rewards,
     /// What a trajectory's memories gained counts in its own reward: `A = norm(R^T + alpha r)` for all its tokens. `r` is the mean
     /// reward of its memories that count, standardised over the trajectories that have one, whatever --memory-scope says; the
-    /// others have 0. InfoMem (arXiv 2606.03329) is this with `--estimator grpo --memory-apply success --memory-steps final`,
-    /// alpha its lambda, and scores by `segments --bias null --difference logprob`
+    /// others have 0. With it --memory-apply is `success`, --memory-steps `final` and --min-memory-group 2 unless they are
+    /// given: InfoMem (arXiv 2606.03329), with `--estimator grpo`, alpha its lambda, and scores by `segments --bias null
+    /// --difference logprob`
     Infomem,
 }
 
@@ -95,14 +96,19 @@ pub(crate) struct NormaliseOptions {
     #[arg(long, value_enum, default_value = "per-step")]
     pub(crate) memory_scope: MemoryScope,
     /// Trajectories whose memories get a memory advantage
-    #[arg(long, value_enum, default_value = "all")]
+    #[arg(long, value_enum, default_value = "all", default_value_if("combine", "infomem", "success"))]
     pub(crate) memory_apply: MemoryApply,
     /// Memories of a trajectory that get a memory advantage
-    #[arg(long, value_enum, default_value = "all")]
+    #[arg(long, value_enum, default_value = "all", default_value_if("combine", "infomem", "final"))]
     #[serde(skip_serializing_if = "MemorySteps::is_all")]
     pub(crate) memory_steps: MemorySteps,
     /// Memories a group must have; smaller groups have memory advantage 0
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(
+        long,
+        default_value_t = 4,
+        default_value_if("combine", "infomem", "2"),
+        value_parser = clap::value_parser!(u32).range(2..)
+    )]
     pub(crate) min_memory_group: u32,
     /// Weight of the memory beside the trajectory
     #[arg(long, default_value_t = 1.0)]
@@ -355,8 +361,11 @@ mod tests {
         let (mut shares, mut weights) = (Vec::new(), Vec::new());
         for (advantage, one) in trajectory.iter().zip(group) {
             let steps = one["steps"].as_u64().unwrap() as usize;
-            shares.extend(vec![spread.share(*advantage, steps); steps]);
-            weights.extend((0..steps).map(|step| f64::from(u8::from(spread.trains(step, steps)))));
+            // All of them end with an answer.
+            let trains: Vec<bool> = (1..=steps).map(|step| spread.trains(step == steps)).collect();
+            let trained = trains.iter().filter(|trains| **trains).count();
+            shares.extend(vec![spread.share(*advantage, trained); steps]);
+            weights.extend(trains.into_iter().map(|trains| f64::from(u8::from(trains))));
         }
         (shares, weights)
     }

@@ -14,6 +14,7 @@ use mempo_run::ResultExt;
 use mempo_text::{Carried, MemoryRule, Profile, PromptBuilder};
 use serde::Serialize;
 
+use crate::normalise::MemorySteps;
 use crate::rollouts::Attempt;
 
 /// What the bias conditions on.
@@ -110,6 +111,10 @@ pub(crate) struct ProbeOptions {
     /// Which gold answer of an objective is scored, where it has several
     #[arg(long, value_enum, default_value = "first")]
     pub(crate) alias: Alias,
+    /// Memories of a trajectory that are scored: for `advantages --memory-steps final` the last is enough
+    #[arg(long, value_enum, default_value = "all")]
+    #[serde(skip_serializing_if = "MemorySteps::is_all")]
+    pub(crate) memory_steps: MemorySteps,
     /// Most tokens of a memory, as the rollout's steps saw it.
     #[arg(skip)]
     #[serde(skip)]
@@ -172,7 +177,11 @@ pub(crate) fn task_probes(
     let mut memories = Vec::new();
     for attempt in attempts {
         layout.check_first_prompt(&attempt.steps)?;
-        for index in 0..attempt.steps.len() {
+        let first = match options.memory_steps {
+            MemorySteps::All => 0,
+            MemorySteps::Final => attempt.steps.iter().rposition(has_memory).unwrap_or(0),
+        };
+        for index in first..attempt.steps.len() {
             memories.extend(layout.memory_probes(&attempt.steps, index)?);
         }
     }
@@ -307,6 +316,10 @@ impl<'a> Layout<'a> {
 
 pub(crate) fn key(step: &Step) -> Key {
     Key::of_step(&step.task_id, step.trajectory_index, step.step_index)
+}
+
+fn has_memory(step: &Step) -> bool {
+    step.segments.iter().any(|segment| segment.kind == SegmentKind::Memory)
 }
 
 /// The step's memory: the first segment of that kind.

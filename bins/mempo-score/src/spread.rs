@@ -15,7 +15,7 @@ pub(crate) enum TrajectoryCredit {
     Divide,
 }
 
-/// What becomes of a trajectory's last step, which answers.
+/// What becomes of the step that answers: a trajectory's last one, unless it calls a tool or only remembers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum TrainFinal {
@@ -32,7 +32,8 @@ pub(crate) struct SpreadOptions {
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) trajectory_credit: Option<TrajectoryCredit>,
-    /// The last step of a trajectory, which answers [default: keep; mask for memagent-slime]
+    /// The step that answers: a trajectory's last one, unless it calls a tool or only remembers
+    /// [default: keep; mask for memagent-slime]
     #[arg(long, value_enum)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) train_final: Option<TrainFinal>,
@@ -60,14 +61,13 @@ impl SpreadOptions {
 }
 
 impl Spread {
-    /// Whether a step is trained, of `steps` in all.
-    pub(crate) fn trains(self, step: usize, steps: usize) -> bool {
-        self.train_final == TrainFinal::Keep || step + 1 < steps
+    /// Whether a step is trained that is the answering one or not.
+    pub(crate) fn trains(self, answers: bool) -> bool {
+        self.train_final == TrainFinal::Keep || !answers
     }
 
-    /// What each of a trajectory's `steps` gets of its advantage.
-    pub(crate) fn share(self, advantage: f64, steps: usize) -> f64 {
-        let trained = (0..steps).filter(|step| self.trains(*step, steps)).count();
+    /// What each of a trajectory's steps gets of its advantage, `trained` of them being trained.
+    pub(crate) fn share(self, advantage: f64, trained: usize) -> f64 {
         match self.credit {
             TrajectoryCredit::Divide if trained > 0 => advantage / trained as f64,
             _ => advantage,
@@ -117,7 +117,8 @@ mod tests {
             for (advantage, (_, steps)) in found.into_iter().zip(attempts) {
                 let trained = |credit| {
                     let spread = spread(credit, train_final);
-                    (0..steps).filter(|step| spread.trains(*step, steps)).map(|_| spread.share(advantage, steps)).collect()
+                    let count = (1..=steps).filter(|step| spread.trains(*step == steps)).count();
+                    vec![spread.share(advantage, count); count]
                 };
                 let (divided, copied): (Vec<f64>, Vec<f64>) = (trained(TrajectoryCredit::Divide), trained(TrajectoryCredit::Copy));
                 prop_assert_eq!(divided.len(), steps - usize::from(mask));

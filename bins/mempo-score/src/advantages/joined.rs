@@ -5,6 +5,7 @@ use mempo_data::Key;
 use mempo_run::Input;
 use serde::Deserialize;
 
+use crate::normalise::MemorySteps;
 use crate::query::Session;
 use crate::rollouts::Rollouts;
 
@@ -34,6 +35,12 @@ pub(super) struct SegmentCells {
 }
 
 impl JoinedRow {
+    /// Whether the step is of those that end a trajectory: it calls no tool, and does more than remember.
+    pub(super) fn may_answer(&self) -> bool {
+        let has = |kind: &str| self.segments.iter().flatten().any(|segment| segment.kind == kind);
+        !has("tool_call") && (has("answer") || !has("memory"))
+    }
+
     pub(super) fn memory(&self) -> Option<&SegmentCells> {
         self.segments.iter().flatten().find(|segment| segment.kind == "memory")
     }
@@ -102,7 +109,7 @@ pub(super) fn check_finite(chunk: &[JoinedRow]) -> anyhow::Result<()> {
     })
 }
 
-pub(super) fn check_steps(chunk: &[JoinedRow], with_scores: bool) -> anyhow::Result<()> {
+pub(super) fn check_steps(chunk: &[JoinedRow], scored: Option<MemorySteps>) -> anyhow::Result<()> {
     let first = &chunk[0];
     let found = chunk.iter().filter(|row| row.step_index.is_some()).count();
     if found != first.step_count as usize {
@@ -111,8 +118,51 @@ pub(super) fn check_steps(chunk: &[JoinedRow], with_scores: bool) -> anyhow::Res
             "{key}: `steps` has {found} rows of the trajectory, which counts {expected}: sample again"
         ));
     }
-    let unscored = chunk.iter().find(|row| with_scores && row.memory().is_some() && !row.scored);
+    let mut memories = chunk.iter().filter(|row| row.memory().is_some());
+    let unscored = match scored {
+        None => None,
+        Some(MemorySteps::All) => memories.find(|row| !row.scored),
+        Some(MemorySteps::Final) => memories.next_back().filter(|row| !row.scored),
+    };
     unscored.map_or(Ok(()), |row| {
-        Err(anyhow!("{}: `scores` has no row for this memory: run `segments` on this rollout again", row.key()))
+        Err(anyhow!(
+            "{}: `scores` has no row for this memory: run `segments` on this rollout again, unless only --memory-steps final \
+             was scored and is to be paid",
+            row.key()
+        ))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_step_answers_unless_it_calls_a_tool_or_only_remembers() {
+        for (kinds, answers) in [
+            (&["memory", "think", "answer"][..], true),
+            (&["answer"], true),
+            (&["memory", "think", "tool_call"], false),
+            (&["tool_call"], false),
+            (&["memory"], false),
+            (&[], true),
+        ] {
+            let cells = |kind: &&str| SegmentCells { kind: (*kind).to_owned(), start: 0, end: 1 };
+            let row = JoinedRow {
+                task_id: "a".to_owned(),
+                trajectory_index: 0,
+                step_count: 1,
+                reward: None,
+                format_valid: true,
+                step_index: Some(0),
+                segments: Some(kinds.iter().map(cells).collect()),
+                scored: false,
+                memory_reward: None,
+                answer_probability: None,
+                observation_length: 0,
+                completion_ids: None,
+            };
+            assert_eq!(row.may_answer(), answers, "{kinds:?}");
+        }
+    }
 }

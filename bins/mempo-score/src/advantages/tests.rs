@@ -1,5 +1,5 @@
 use clap::FromArgMatches;
-use mempo_data::{Key, Row, Score, Step, Trajectory};
+use mempo_data::{Key, Row, Score, Status, Step, Trajectory};
 use mempo_run::Failure;
 
 use super::*;
@@ -113,6 +113,37 @@ fn scores_pay_memories_under_every_estimator() {
         let error = chain.run(&format!("advantages --rollouts @rollouts {line} --out @none")).unwrap_err();
         assert!(matches!(failure(&error), (Failure::Usage(..), text) if text.contains("--scores")), "{error:#}");
     }
+}
+
+#[test]
+fn infomem_pays_successes_for_what_their_last_memory_gained() {
+    let mut chain = Chain::new();
+    for row in &mut chain.trajectories {
+        (row.reward, row.status) = (Some(1.0), Status::Ok);
+    }
+    chain.write();
+    let segments = SEGMENTS.replace("@scores", "@gains");
+    chain.run(&format!("{segments} --bias null --difference logprob --memory-steps final")).unwrap();
+    let gains: Vec<Score> = chain.rows("gains");
+    assert_eq!(gains.len(), chain.trajectories.len(), "one memory a trajectory");
+    let line = COMMAND.replace("@scores", "@gains");
+    chain.run(&format!("{line} --estimator grpo --combine infomem --alpha 0.5 --out @infomem")).unwrap();
+    let rows = chain.rows::<Advantage>("infomem");
+    assert_eq!(rows.len(), chain.steps.len());
+    // Of two that are right, the one whose memory gained more has +1/√2 once normalised, whatever alpha.
+    for (gains, rows) in gains.chunks(2).zip(rows.chunks(6)) {
+        let more = gains[0].memory_reward > gains[1].memory_reward;
+        let expected = 0.5_f32.sqrt() * if more { 1.0 } else { -1.0 };
+        for row in rows {
+            let expected = if row.trajectory_index == 0 { expected } else { -expected };
+            assert!((row.trajectory_advantage - expected).abs() < 1e-4, "{row:?}");
+        }
+    }
+    let error = chain.run(&format!("{line} --out @none")).unwrap_err();
+    assert!(
+        matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("--memory-steps final")),
+        "{error:#}"
+    );
 }
 
 #[test]
