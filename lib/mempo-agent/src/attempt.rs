@@ -22,6 +22,8 @@ pub(crate) struct Attempt<'t> {
     tags_valid: bool,
     tool_calls: i32,
     unique_tokens: usize,
+    /// Steps in the order of their ids.
+    sorted: Vec<usize>,
 }
 
 struct End {
@@ -37,10 +39,10 @@ impl<'t> Attempt<'t> {
         for step in &mut steps {
             step.trajectory_index = trajectory_index;
         }
-        Self {
+        let mut attempt = Self {
             task,
             trajectory_index,
-            steps,
+            steps: Vec::new(),
             document,
             prompt_ids: Vec::new(),
             open_call: None,
@@ -48,7 +50,28 @@ impl<'t> Attempt<'t> {
             tags_valid: true,
             tool_calls: 0,
             unique_tokens: 0,
-        }
+            sorted: Vec::new(),
+        };
+        steps.into_iter().for_each(|step| attempt.push(step));
+        attempt
+    }
+
+    fn push(&mut self, step: Step) {
+        let place = self.sorted.partition_point(|other| ids(&self.steps[*other]).lt(ids(&step)));
+        self.sorted.insert(place, self.steps.len());
+        self.steps.push(step);
+    }
+
+    /// How many of the prompt's tokens a perfect prefix cache of this trajectory has not seen.
+    fn new_tokens(&self, prompt_ids: &[i32]) -> usize {
+        // What begins most like the prompt stands next to it.
+        let place = self.sorted.partition_point(|step| ids(&self.steps[*step]).lt(prompt_ids));
+        let neighbours = &self.sorted[place.saturating_sub(1)..self.sorted.len().min(place + 1)];
+        let shared = neighbours.iter().map(|step| {
+            let seen = ids(&self.steps[*step]);
+            seen.zip(prompt_ids).take_while(|(a, b)| a == b).count()
+        });
+        prompt_ids.len() - shared.max().unwrap_or(0)
     }
 
     pub(crate) fn is_active(&self) -> bool {
@@ -86,12 +109,12 @@ impl<'t> Attempt<'t> {
         };
         let readable = !matches!(parsed.tool_call, Some(Err(_)));
         self.tags_valid &= readable && format_problem(profile.memory, self.steps.len(), &parsed).is_none();
-        self.unique_tokens += new_tokens(&self.steps, &prompt_ids) + generation.ids.len();
+        self.unique_tokens += self.new_tokens(&prompt_ids) + generation.ids.len();
         let mut step = self.step(prompt_ids, generation, &parsed);
         if !reads {
             self.act(agent, parsed, &mut step);
         }
-        self.steps.push(step);
+        self.push(step);
     }
 
     /// Takes in what the open call came to: the last step's observation, or an end.
@@ -171,7 +194,10 @@ impl<'t> Attempt<'t> {
     pub(crate) fn finish(self, agent: &Agent<'_>) -> (Trajectory, Vec<Step>) {
         let unfinished = || End { status: Status::MaxSteps, answer: None, error: None };
         let End { status, answer, error } = self.end.unwrap_or_else(unfinished);
-        let judged = outcome(&self.task.objectives, answer.as_deref(), self.tags_valid, status, agent.reward);
+        let mut judged = outcome(&self.task.objectives, answer.as_deref(), self.tags_valid, status, agent.reward);
+        if self.steps.last().is_some_and(|step| !agent.reward.sees(&step.completion)) {
+            judged.reward = judged.reward.map(|_| 0.0);
+        }
         let sizes = self.steps.iter().map(|step| step.prompt_ids.len() + step.completion_ids.len());
         let trajectory = Trajectory {
             task_id: self.task.task_id.clone(),
@@ -205,11 +231,55 @@ fn observe(agent: &Agent<'_>, results: String, step: &mut Step) {
     step.observation_ids = Some(ids);
 }
 
-/// How many of the prompt's tokens a perfect prefix cache of this trajectory has not seen.
-fn new_tokens(steps: &[Step], prompt_ids: &[i32]) -> usize {
-    let shared = steps.iter().map(|step| {
-        let seen = step.prompt_ids.iter().chain(&step.completion_ids);
-        seen.zip(prompt_ids).take_while(|(a, b)| a == b).count()
-    });
-    prompt_ids.len() - shared.max().unwrap_or(0)
+/// What the model saw and wrote.
+fn ids(step: &Step) -> impl Iterator<Item = &i32> {
+    step.prompt_ids.iter().chain(&step.completion_ids)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn step(prompt_ids: Vec<i32>, completion_ids: Vec<i32>) -> Step {
+        Step {
+            task_id: "a".to_owned(),
+            trajectory_index: 0,
+            step_index: 0,
+            sampling_logprobs: vec![0.0; completion_ids.len()],
+            prompt_ids,
+            completion_ids,
+            segments: vec![],
+            completion: String::new(),
+            observation: None,
+            observation_ids: None,
+            stop_reason: StopReason::Eos,
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_any_earlier_step_began_with_is_not_new(
+            steps in proptest::collection::vec(proptest::collection::vec(0..3, 1..8), 0..12),
+            prompt in proptest::collection::vec(0..3, 1..8),
+            cut in 0..8_usize,
+        ) {
+            let task = Task {
+                task_id: "a".to_owned(), source: String::new(), split: String::new(), question: String::new(),
+                objectives: vec![], document: None, document_ref: None, metadata: None,
+            };
+            let rows: Vec<Step> = steps
+                .iter()
+                .map(|ids: &Vec<i32>| {
+                    let (prompt, completion) = ids.split_at(cut.min(ids.len()));
+                    step(prompt.to_vec(), completion.to_vec())
+                })
+                .collect();
+            let attempt = Attempt::new(Start { task: &task, trajectory_index: 0, steps: &rows, document: &[] });
+            let shared = |ids: &Vec<i32>| ids.iter().zip(&prompt).take_while(|(a, b)| a == b).count();
+            let expected = prompt.len() - steps.iter().map(shared).max().unwrap_or(0);
+            prop_assert_eq!(attempt.new_tokens(&prompt), expected);
+        }
+    }
 }

@@ -132,6 +132,9 @@ mod tests {
         assert_eq!(rewards(right, false, Status::Ok), [0.0; 4]);
         assert_eq!(rewards(Some(r"paris; \frac{1}{2}; x"), true, Status::Ok), [0.0; 4]);
         assert_eq!(rewards(None, true, Status::MaxSteps), [0.0; 4]);
+        let far = format!("\\boxed{{paris}}{}", " and so on".repeat(30));
+        assert_eq!([ExactMatch, Boxed, SubExactMatch, F1].map(|kind| kind.sees(&far)), [true, false, true, true]);
+        assert!(Boxed.sees(&far[10..]) && Boxed.sees(r"\boxed{paris}"), "no box, or one near the end");
         for kind in [ExactMatch, Boxed, SubExactMatch, F1] {
             assert_eq!(outcome(&objectives, right, true, Status::ToolError, kind).reward, None);
             assert_eq!(outcome(&[], Some("anything"), true, Status::Ok, kind).reward, Some(0.0));

@@ -2,7 +2,7 @@
 
 use clap::{Args, ValueEnum};
 use mempo_data::Objective;
-use mempo_text::answer::{boxed_answer, equal_when_cleaned, exact_match, f1, sub_exact_match};
+use mempo_text::answer::{box_is_in_sight, boxed_answer, equal_when_cleaned, exact_match, f1, sub_exact_match};
 use serde::{Deserialize, Serialize};
 
 /// A rule for the reward of a trajectory whose format is valid; without a valid format it is 0. A rule that is changed gets
@@ -13,7 +13,8 @@ pub enum RewardKind {
     #[default]
     #[serde(rename = "exact-match.v1")]
     ExactMatch,
-    /// 1 if every answer equals an accepted one once both are cleaned as in MATH, else 0 (MemAgent's)
+    /// 1 if every answer equals an accepted one once both are cleaned as in MATH, else 0; a box that begins before the last
+    /// 300 characters is not seen (MemAgent's)
     #[serde(rename = "boxed.v1")]
     Boxed,
     /// 1 if every answer holds an accepted one, or is part of it, once both are normalised, else 0 (RULER-HQA's sub_em)
@@ -43,6 +44,11 @@ impl RewardKind {
             Self::F1 => (worths.sum::<f64>() / objectives.len() as f64) as f32,
             Self::ExactMatch | Self::Boxed | Self::SubExactMatch => least() as f32,
         }
+    }
+
+    /// Whether the rule sees the answer of a completion.
+    pub(crate) fn sees(self, completion: &str) -> bool {
+        self != Self::Boxed || box_is_in_sight(completion)
     }
 
     /// What one answer is worth, in [0, 1].

@@ -7,7 +7,7 @@
 mod boxed;
 
 pub(crate) use boxed::last_box;
-pub use boxed::{boxed_answer, boxed_match, equal_when_cleaned};
+pub use boxed::{box_is_in_sight, boxed_answer, equal_when_cleaned};
 
 use std::collections::HashMap;
 use std::sync::LazyLock;

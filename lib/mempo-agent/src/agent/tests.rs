@@ -10,7 +10,9 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::toolbox::tests::scripted;
-use crate::{Carry, ClosedBook, Environment, Generated, Generation, MemAgent, Mempo, React, Tool, ToolFailure};
+use crate::{
+    Carry, ClosedBook, Environment, FullDocument, Generated, Generation, MemAgent, Mempo, React, Tool, ToolFailure,
+};
 
 const SEARCH: &str =
     r#"<mem>none yet</mem><think>look</think><tool_call>{"name": "search", "arguments": {"query": "red"}}</tool_call>"#;

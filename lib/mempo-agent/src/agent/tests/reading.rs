@@ -42,3 +42,24 @@ fn a_reader_writes_a_memory_for_each_chunk_and_answers_from_the_last() {
     let (trajectory, _) = play(&|call| (if call == 1 { "" } else { "\\boxed{red; blue}" }, StopReason::Eos));
     assert_eq!((trajectory.format_valid, trajectory.reward), (false, Some(0.0)), "an empty memory");
 }
+
+#[test]
+fn a_document_is_read_at_once_or_its_end() {
+    let builder = builder("full-document");
+    let document = builder.tokenizer().encode_untrusted("one two three four five six");
+    for last_tokens in [None, Some(3)] {
+        let context = FullDocument { last_tokens };
+        let read = context.prepare(document.clone());
+        assert_eq!(read, document[document.len() - last_tokens.unwrap_or(document.len())..]);
+        let said = |_, _, _| Ok(("\\boxed{red; blue}".to_owned(), StopReason::Eos));
+        let mut engine = Scripted { builder: &builder, calls: Vec::new(), bytewise: false, script: said };
+        let setting = Setting { context: &context, ..Setting::new(&builder) };
+        let task = task("a");
+        let start = Start { task: &task, trajectory_index: 0, steps: &[], document: &read };
+        let unit = setting.with_agent(|agent| agent.run(&mut engine, vec![start]).unwrap());
+        let (trajectory, steps) = (&unit.trajectories[0], &unit.steps);
+        assert_eq!((trajectory.status, trajectory.reward, steps.len()), (Status::Ok, Some(1.0), 1), "{trajectory:?}");
+        assert!(contains(&steps[0].prompt_ids, &read));
+        assert_eq!(contains(&steps[0].prompt_ids, &document), last_tokens.is_none());
+    }
+}
