@@ -69,6 +69,7 @@ fn documents_are_read_by_the_same_programs() {
         "mempo-score evaluate --rollouts rollouts --tasks tasks --by document-tokens --best-of 4 --table sub_em.v1";
     let table = String::from_utf8(run(directory, by_length, 0).stdout).unwrap();
     assert!(table.contains("120") && table.contains("240"), "{table}");
+    check_other_readers(directory);
     let refused =
         run(directory, "mempo-score segments --rollouts rollouts --tasks tasks --model base --out refused", 2);
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--bias prefix"), "the paper's bias has no window");
@@ -82,6 +83,32 @@ fn documents_are_read_by_the_same_programs() {
     ] {
         assert!(String::from_utf8_lossy(&run(directory, line, 2).stderr).contains(told), "{line}");
     }
+}
+
+/// The same documents without their middle, at once and as their ends; what was read otherwise is not counted together.
+fn check_other_readers(directory: &Path) {
+    let sample = "mempo-rollout sample --tasks tasks --model base --group-size 1 --max-completion-tokens 10 --dtype f32 --device cpu";
+    run(directory, &format!("{sample} --context memagent --chunk-tokens 60 --max-chunks 2 --seed 1 --out middle"), 0);
+    assert_eq!(manifest(directory, "middle")["rows"]["steps"], 12 * 3, "two chunks of each, and the step that answers");
+    run(directory, &format!("{sample} --context full-document --out whole"), 0);
+    run(directory, &format!("{sample} --context full-document --last-tokens 60 --seed 1 --out end"), 0);
+    for name in ["whole", "end"] {
+        assert_eq!(manifest(directory, name)["rows"]["steps"], 12);
+    }
+    let peak = |name: &str| manifest(directory, name)["summary"]["peak_tokens"].as_u64().unwrap();
+    assert!(peak("end") + 150 < peak("whole"), "{} {}", peak("end"), peak("whole"));
+    for (one, other, differs) in [("rollouts", "middle", "max_chunks"), ("whole", "end", "last_tokens")] {
+        let line = format!("mempo-score evaluate --rollouts {one} {other} --name a a");
+        let told = run(directory, &line, 4).stderr;
+        assert!(String::from_utf8_lossy(&told).contains(differs), "{line}");
+    }
+    // A question takes room, too: the first task's fills what is left but for one token.
+    let chunks = "mempo-rollout sample --tasks tasks --model base --context memagent --chunk-tokens 60 --max-completion-tokens 10";
+    let told = run(directory, &format!("{chunks} --max-prompt-tokens 1 --out none"), 2).stderr;
+    let told = String::from_utf8_lossy(&told).into_owned();
+    let words = told.split(" tokens of question").next().and_then(|before| before.split(' ').next_back());
+    let words: usize = words.and_then(|words| words.parse().ok()).unwrap_or_else(|| panic!("{told}"));
+    run(directory, &format!("{chunks} --max-prompt-tokens {} --out none", words + 60 + 10 - 1), 2);
 }
 
 #[test]

@@ -9,21 +9,24 @@ use mempo_run::ResultExt;
 use mempo_text::{Carried, PromptBuilder};
 use rayon::prelude::*;
 
-/// Refuses chunks that, with the longest memory, no prompt has room for: every trajectory would end at once.
+/// Refuses chunks that, with the longest memory and a task's question, no prompt has room for: its trajectories would end at
+/// once.
 pub(crate) fn check_chunks(
     context: &dyn ContextPolicy,
     builder: &PromptBuilder,
     sampling: &SamplingOptions,
     limits: &LimitOptions,
+    task: &Task,
 ) -> anyhow::Result<()> {
     let Some(chunk) = context.chunk_tokens() else { return Ok(()) };
     let empty = Carried { chunk: Some((&[][..]).into()), memory: Some((&[][..]).into()), ..Carried::default() };
-    let words = builder.prompt("", &empty).bad_input()?.len();
+    let words = builder.prompt(&task.question, &empty).bad_input()?.len();
     let (memory, most) = (sampling.max_completion_tokens, limits.max_prompt_tokens);
     if words + memory + chunk > most {
         return Err(anyhow!(
-            "--chunk-tokens {chunk}, a memory of --max-completion-tokens {memory} and {words} tokens of the profile around them \
-             are more than the {most} that a prompt may have"
+            "task `{}`: --chunk-tokens {chunk}, a memory of --max-completion-tokens {memory} and {words} tokens of question and \
+             profile around them are more than the {most} that a prompt may have",
+            task.task_id
         ))
         .usage();
     }

@@ -229,11 +229,12 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     let table = arguments.tools.table(context.reads_documents())?;
     let inputs = Inputs::open(&arguments)?;
     let task_files = inputs.tasks.table("tasks")?;
-    let task_count = count_tasks(&task_files, arguments.max_tasks)?;
     let recorded_tools = arguments.tools.recorded(&table);
     let builder = prompt_builder(&arguments, &table)?;
     fit_to_model(&mut arguments, &builder)?;
-    reading::check_chunks(&*context, &builder, &arguments.sampling, &arguments.limits)?;
+    let task_count = count_tasks(&task_files, arguments.max_tasks, |task| {
+        reading::check_chunks(&*context, &builder, &arguments.sampling, &arguments.limits, task)
+    })?;
     arguments.teacher.check(builder.profile(), context.answers_at_once())?;
     let searched = (inputs.search.as_ref(), inputs.encoder.as_ref());
     let tools = arguments.tools.open(table, searched, builder.profile(), arguments.limits.top_k)?;
@@ -321,7 +322,12 @@ fn share(text: &str) -> Result<f64, String> {
     if (0.0..=1.0).contains(&share) { Ok(share) } else { Err("must be between 0 and 1".to_owned()) }
 }
 
-fn count_tasks(files: &[PathBuf], most: Option<NonZeroUsize>) -> anyhow::Result<usize> {
+/// How many tasks there are, after a look at each.
+fn count_tasks(
+    files: &[PathBuf],
+    most: Option<NonZeroUsize>,
+    check: impl Fn(&Task) -> anyhow::Result<()>,
+) -> anyhow::Result<usize> {
     let most = most.map_or(usize::MAX, NonZeroUsize::get);
     let mut count = 0;
     for task in read_rows::<Task>(files).bad_input()?.take(most) {
@@ -329,6 +335,7 @@ fn count_tasks(files: &[PathBuf], most: Option<NonZeroUsize>) -> anyhow::Result<
         if task.objectives.is_empty() {
             return Err(anyhow!("task `{}` has no objectives: there is nothing to answer", task.task_id)).bad_input();
         }
+        check(&task)?;
         count += 1;
     }
     if count == 0 {
