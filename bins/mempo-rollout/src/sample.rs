@@ -232,9 +232,7 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     let recorded_tools = arguments.tools.recorded(&table);
     let builder = prompt_builder(&arguments, &table)?;
     fit_to_model(&mut arguments, &builder)?;
-    let task_count = count_tasks(&task_files, arguments.max_tasks, |task| {
-        reading::check_chunks(&*context, &builder, &arguments.sampling, &arguments.limits, task)
-    })?;
+    let task_count = count_tasks(&task_files, &arguments, &*context, &builder)?;
     arguments.teacher.check(builder.profile(), context.answers_at_once())?;
     let searched = (inputs.search.as_ref(), inputs.encoder.as_ref());
     let tools = arguments.tools.open(table, searched, builder.profile(), arguments.limits.top_k)?;
@@ -325,17 +323,18 @@ fn share(text: &str) -> Result<f64, String> {
 /// How many tasks there are, after a look at each.
 fn count_tasks(
     files: &[PathBuf],
-    most: Option<NonZeroUsize>,
-    check: impl Fn(&Task) -> anyhow::Result<()>,
+    arguments: &SampleArguments,
+    context: &dyn ContextPolicy,
+    builder: &PromptBuilder,
 ) -> anyhow::Result<usize> {
-    let most = most.map_or(usize::MAX, NonZeroUsize::get);
+    let most = arguments.max_tasks.map_or(usize::MAX, NonZeroUsize::get);
     let mut count = 0;
     for task in read_rows::<Task>(files).bad_input()?.take(most) {
         let task = task.bad_input()?;
         if task.objectives.is_empty() {
             return Err(anyhow!("task `{}` has no objectives: there is nothing to answer", task.task_id)).bad_input();
         }
-        check(&task)?;
+        reading::check_chunks(context, builder, &arguments.sampling, &arguments.limits, &task)?;
         count += 1;
     }
     if count == 0 {

@@ -52,7 +52,9 @@ impl<'t> Attempt<'t> {
             unique_tokens: 0,
             sorted: Vec::new(),
         };
-        steps.into_iter().for_each(|step| attempt.push(step));
+        for step in steps {
+            attempt.push(step);
+        }
         attempt
     }
 

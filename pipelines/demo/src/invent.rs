@@ -75,13 +75,15 @@ fn entity(
 
 /// The question with ids of this entity instead of the real one's.
 fn numbered_question(mut question: Question, index: usize) -> Question {
-    question.id = format!("{index:04}/{}", question.metadata.attribute);
-    question.source = "invented".to_owned();
-    question.entities = vec![format!("{index:04}")];
     for hop in &mut question.metadata.hops {
         hop.doc_id = numbered(&hop.doc_id, index);
     }
-    question
+    Question {
+        id: format!("{index:04}/{}", question.metadata.attribute),
+        source: "invented".to_owned(),
+        entities: vec![format!("{index:04}")],
+        ..question
+    }
 }
 
 fn numbered_document(mut document: Document, index: usize) -> Document {
