@@ -93,6 +93,14 @@ bench-advantages profile="release":
     target/{{ if profile == 'dev' { 'debug' } else { profile } }}/examples/rows target/tmp/rows
     time target/{{ if profile == 'dev' { 'debug' } else { profile } }}/mempo-score advantages --rollouts target/tmp/rows/rollouts --scores target/tmp/rows/scores --restart --out target/tmp/rows/advantages
 
+# time of a chunk and peak memory of reading documents of 7,000 to 448,000 tokens chunk by chunk, by a random model of the demo's size
+bench-reading *lengths="7000 112000 448000": build
+    python3 tools/setup.py prose
+    python3 tools/setup.py novels
+    {{ just_executable() }} memagent-demo questions
+    target/debug/mempo-sft init --config pipelines/demo/base-config.json --corpus runs/demo-1/data/corpus.jsonl --added-tokens pipelines/demo/added-tokens.json --out runs/bench-reading-model
+    python3 tools/peers/reading.py target/debug runs/bench-reading-model pipelines/demo/profiles/memagent runs/demo-1/data/corpus.jsonl runs/memagent-demo/questions-test.jsonl 160 {{ env('MEMPO_TRAJECTORIES', '4') }} {{ lengths }}
+
 # time, memory and disk of `mempo-rollout index` for made-up passages, by words, of the demo's documents by MiniLM's vectors, and time of a search among a million vectors
 bench-index profile="release" *passages="100000 1000000": (setup "minilm") (setup "factbook")
     cargo build --locked --profile {{ profile }} --package mempo-rollout --package mempo-demo --bins
