@@ -105,6 +105,7 @@ impl Encoder {
             RowContent::Json(text) => {
                 let record = parse_record(text, self.settings.format)?;
                 let labels = self.labels(row.number, &record)?;
+                record.ignored.iter().for_each(|(name, number)| count(&mut encoded.counts.notes, name, *number));
                 match &record.form {
                     Form::Chat(demonstration) => self.encode_chat(&labels, demonstration, &mut encoded)?,
                     Form::Pair { prompt, completion } => self.encode_pair(&labels, prompt, completion, &mut encoded)?,
@@ -120,7 +121,7 @@ impl Encoder {
 
     /// What its examples share, some of it from the row's task.
     fn labels(&self, row: u64, record: &Record) -> Result<Labels<'_>, String> {
-        let Record { id, task_id, split, source, gold, form } = record;
+        let Record { id, task_id, split, source, gold, form, .. } = record;
         let question = match form {
             Form::Chat(demonstration) => Some(&demonstration.question),
             Form::Pair { prompt, .. } => Some(prompt),
@@ -171,9 +172,7 @@ impl Encoder {
             ));
         }
         count(&mut encoded.counts.rows, "chat", 1);
-        if demonstration.system_messages > 0 {
-            count(&mut encoded.counts.notes, "system messages ignored", demonstration.system_messages);
-        }
+        demonstration.ignored.iter().for_each(|(name, number)| count(&mut encoded.counts.notes, name, *number));
         if !demonstration.turns.iter().any(|turn| turn.trained) {
             return Err(
                 "no assistant turn is to be learnt (loss_mask 0, weight 0 or train false): the row has no targets"

@@ -7,8 +7,8 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-pub use crate::chat::{Demonstration, Turn};
-use crate::chat::{Message, demonstration};
+pub use crate::chat::{Demonstration, Ignored, Turn};
+use crate::chat::{Message, SYSTEM_MESSAGES, demonstration, says_something};
 use crate::{mem1, transcript};
 
 /// What a row is read from; other columns do not matter. (Those of MEM1, which are numbered, are not among them: it has
@@ -31,6 +31,8 @@ pub const COLUMNS: [&str; 17] = [
     "transcript",
     "trajectory",
     "text",
+    "system",
+    "tools",
 ];
 
 /// A row with its labels.
@@ -46,6 +48,8 @@ pub struct Record {
     pub source: Option<String>,
     /// The row's own gold answers: those accepted for each objective.
     pub gold: Option<Vec<Vec<String>>>,
+    /// What was left out of its columns.
+    pub ignored: Ignored,
     /// What it holds.
     pub form: Form,
 }
@@ -95,6 +99,7 @@ pub fn parse_record(json: &[u8], format: InputFormat) -> Result<Record, String> 
         id: label(&row, "id")?,
         task_id: label(&row, "task_id")?,
         split: label(&row, "split")?,
+        ignored: ignored(&row),
         source: label(&row, "source")?.map_or_else(|| label(&row, "data_source"), |source| Ok(Some(source)))?,
         gold: gold(&row)?,
         form: parse_form(&mut row, format)?,
@@ -192,6 +197,13 @@ fn accepted(value: &Value) -> Option<Vec<String>> {
 
 fn messages(list: Value, name: &str) -> Result<Vec<Message>, String> {
     Vec::<Message>::deserialize(list).map_err(|error| format!("`{name}` is not a list of chat messages: {error}"))
+/// What beside messages would say something, were it not the profile that does: ShareGPT's system message, tools.
+fn ignored(row: &Map<String, Value>) -> Ignored {
+    let names = [("system", SYSTEM_MESSAGES), ("tools", "tools of rows ignored")];
+    let told = |(column, _): &(&str, _)| row.get(*column).is_some_and(says_something);
+    names.into_iter().filter(told).map(|(_, name)| (name, 1)).collect()
+}
+
 }
 
 /// Two texts, or what was said before and what follows, as messages: of those only what follows is learnt.
@@ -344,6 +356,21 @@ mod tests {
         let row = br#"{"text": "x", "data_source": "nq", "golden_answers": null}"#;
         let record = parse_record(row, InputFormat::Auto).unwrap();
         assert_eq!((record.source.as_deref(), record.gold), (Some("nq"), None));
+    #[test]
+    fn columns_that_the_profile_speaks_for_are_counted() {
+        let ignored = |columns: &str| {
+            let row = format!(
+                r#"{{"conversations": [{{"from": "human", "value": "q"}}, {{"from": "gpt", "value": "a"}}], {columns}}}"#
+            );
+            parse_record(row.as_bytes(), InputFormat::Auto).unwrap().ignored
+        };
+        let both = Ignored::from([(SYSTEM_MESSAGES, 1), ("tools of rows ignored", 1)]);
+        assert_eq!(ignored(r#""system": "Be good.", "tools": "[{\"name\": \"search\"}]""#), both);
+        assert_eq!(ignored(r#""tools": [{"type": "function"}], "system": "x""#), both);
+        assert_eq!(ignored(r#""system": "", "tools": "[]""#), Ignored::new());
+        assert_eq!(ignored(r#""system": null, "tools": []"#), Ignored::new());
+    }
+
     }
 
     #[test]

@@ -42,7 +42,7 @@ fn chat_row(calls: bool) -> Value {
             messages.push(json!({"role": "tool", "content": format!("<information>{result}</information>")}));
         }
     }
-    json!({"id": "row", "task_id": "task-1", "messages": messages})
+    json!({"id": "row", "task_id": "task-1", "messages": messages, "tools": [{"type": "function"}]})
 }
 
 /// A finished stage directory with one part of each table.
@@ -133,6 +133,7 @@ fn steps_are_the_prompts_of_the_rollout_function_under_both_contexts() {
         let summary = &manifest(&out)["summary"];
         assert_eq!((&summary["rows"]["chat"], &summary["steps"]), (&json!(2), &json!(6)));
         assert_eq!(summary["notes"]["system messages ignored"], 2);
+        assert_eq!(summary["notes"]["tools of rows ignored"], 2);
         assert_eq!(summary["targets"]["end of turn"], 6);
         for kind in ["memory", "think", "tool call", "answer"] {
             assert!(summary["targets"][kind].as_u64().unwrap() > 0, "{kind}: {summary}");
