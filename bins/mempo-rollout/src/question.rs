@@ -31,8 +31,9 @@ pub(crate) struct Defaults<'a> {
 }
 
 /// What a question is read from, beside the column that [`Question::distinct`] is.
-pub(crate) const COLUMNS: [&str; 13] = [
+pub(crate) const COLUMNS: [&str; 14] = [
     "id",
+    "_id",
     "question",
     "query",
     "golden_answers",
@@ -65,7 +66,7 @@ impl Question {
             return Ok((None, rejected));
         }
         let question = Self {
-            id: row.optional_text(&["id"])?.unwrap_or_else(|| file_name(place).to_owned()),
+            id: row.optional_text(&["id", "_id"])?.unwrap_or_else(|| file_name(place).to_owned()),
             source: row.optional_text(&["source", "data_source"])?.unwrap_or_else(|| defaults.source.to_owned()),
             split: row.optional_text(&["split"])?.unwrap_or_else(|| defaults.split.to_owned()),
             objectives,
@@ -170,6 +171,8 @@ mod tests {
                 ("nq.jsonl:7", "nq", "train")
             );
         }
+        let hotpot = json!({"_id": "5a7a", "question": "When?", "answer": "1889", "supporting_facts": [["A", 0]]});
+        assert_eq!(parse(&hotpot, None).unwrap().0.unwrap().id, "5a7a");
         let full = json!({"id": 3, "question": "When?", "answer": 1889, "data_source": "web", "split": "dev", "entities": ["E"]});
         let question = parse(&full, Some("entities")).unwrap().0.unwrap();
         assert_eq!((question.id.as_str(), question.source.as_str(), question.split.as_str()), ("3", "web", "dev"));

@@ -12,8 +12,8 @@ use crate::chat::{Message, SYSTEM_MESSAGES, demonstration, says_something};
 use crate::{mem1, transcript};
 
 /// What a row is read from; other columns do not matter. (Those of MEM1, which are numbered, are not among them: it has
-/// JSON lines only.)
-pub const COLUMNS: [&str; 17] = [
+/// JSON only.)
+pub const COLUMNS: [&str; 19] = [
     "id",
     "task_id",
     "source",
@@ -90,18 +90,16 @@ pub enum Form {
 
 /// Reads one JSON row.
 pub fn parse_record(json: &[u8], format: InputFormat) -> Result<Record, String> {
-    let mut row: Map<String, Value> = serde_json::from_slice(json).map_err(|error| {
-        let found = if json.trim_ascii_start().starts_with(b"[") { " (this looks like a JSON array)" } else { "" };
-        format!("not a JSON object: {error}{found}; expected one object a line")
-    })?;
+    let mut row: Map<String, Value> = serde_json::from_slice(json)
+        .map_err(|error| format!("not a JSON object: {error}; expected one object a line, or one array of objects"))?;
     let format = if format == InputFormat::Auto { format_of(&row)? } else { format };
     Ok(Record {
         id: label(&row, "id")?,
         task_id: label(&row, "task_id")?,
         split: label(&row, "split")?,
-        ignored: ignored(&row),
         source: label(&row, "source")?.map_or_else(|| label(&row, "data_source"), |source| Ok(Some(source)))?,
         gold: gold(&row)?,
+        ignored: ignored(&row),
         form: parse_form(&mut row, format)?,
     })
 }
@@ -197,13 +195,13 @@ fn accepted(value: &Value) -> Option<Vec<String>> {
 
 fn messages(list: Value, name: &str) -> Result<Vec<Message>, String> {
     Vec::<Message>::deserialize(list).map_err(|error| format!("`{name}` is not a list of chat messages: {error}"))
+}
+
 /// What beside messages would say something, were it not the profile that does: ShareGPT's system message, tools.
 fn ignored(row: &Map<String, Value>) -> Ignored {
     let names = [("system", SYSTEM_MESSAGES), ("tools", "tools of rows ignored")];
     let told = |(column, _): &(&str, _)| row.get(*column).is_some_and(says_something);
     names.into_iter().filter(told).map(|(_, name)| (name, 1)).collect()
-}
-
 }
 
 /// Two texts, or what was said before and what follows, as messages: of those only what follows is learnt.
@@ -356,6 +354,8 @@ mod tests {
         let row = br#"{"text": "x", "data_source": "nq", "golden_answers": null}"#;
         let record = parse_record(row, InputFormat::Auto).unwrap();
         assert_eq!((record.source.as_deref(), record.gold), (Some("nq"), None));
+    }
+
     #[test]
     fn columns_that_the_profile_speaks_for_are_counted() {
         let ignored = |columns: &str| {
@@ -371,8 +371,6 @@ mod tests {
         assert_eq!(ignored(r#""system": null, "tools": []"#), Ignored::new());
     }
 
-    }
-
     #[test]
     fn refusals_say_what_was_found() {
         let check = |json: &str, expected: &str| {
@@ -380,7 +378,7 @@ mod tests {
             assert!(error.contains(expected), "{json}\n  found    {error}\n  expected {expected}");
         };
         check("{\"text\": ", "not a JSON object: EOF");
-        check("[{}]", "looks like a JSON array");
+        check("[{}]", "expected one object a line, or one array of objects");
         check(r#"{"question": "q", "answer": "a"}"#, "unknown columns [question, answer]; expected `messages`");
         check(r#"{"question": "q", "response": "a"}"#, "unknown columns [question, response]; expected `messages`");
         check(r#"{"prompt": 1, "completion": "c"}"#, "`prompt` is a number, expected text");

@@ -475,6 +475,7 @@ fn every_container_gives_the_same_examples() {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     encoder.write_all(lines.as_bytes()).unwrap();
     fs_err::write(&packed, encoder.finish().unwrap()).unwrap();
+    let array = write(&dir.path().join("rows.json"), &format!("{:#}\n", json!(rows)));
     let table = dir.path().join("rows.parquet");
     write_parquet(&table, &lines);
     let built = |input: &Path, name: &str| {
@@ -486,6 +487,13 @@ fn every_container_gives_the_same_examples() {
     assert_eq!(expected.len(), 6);
     assert_eq!(built(&packed, "packed"), expected);
     assert_eq!(built(&table, "table"), expected);
+    assert_eq!(built(&array, "array"), expected);
+    for name in ["plain", "table", "array"] {
+        assert_eq!(manifest(&dir.path().join(name))["summary"]["notes"]["tools of rows ignored"], 2, "{name}");
+    }
+    let faulty = write(&dir.path().join("faulty.json"), &json!([rows[0], {"messages": []}]).to_string());
+    let (message, code) = build_refusal(&dir.path().join("faulty"), &faulty, &[]);
+    assert!(message.contains("faulty.json:2: no user turn") && code == 4, "{message}");
 }
 
 fn write_parquet(path: &Path, lines: &str) {
