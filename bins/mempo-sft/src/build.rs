@@ -42,7 +42,7 @@ const TOKENIZER_FILES: [&str; 6] = [
 ///
 /// Rows may be chat messages (`messages` or `conversations`, as OpenAI, Hugging Face, ShareGPT and Swift write them), a
 /// `question` and its `transcript` with <information> between the turns, `prompt` and `completion` (or `response`, texts or
-/// messages), MEM1's `q`, `t0`, `r0`, `i0`, `t1` …, or plain `text`; files are JSON lines or one JSON array (also .gz, .zst), or Parquet. A
+/// messages; verl's `extra_info` may hold them), MEM1's `q`, `t0`, `r0`, `i0`, `t1` …, or plain `text`; files are JSON lines or one JSON array (also .gz, .zst), or Parquet. A
 /// directory written by `mempo-rollout sample` is read as it stands, with the ids that were sampled. Each assistant turn of a
 /// trajectory becomes one example whose prompt is what the agent would see at that step; only the assistant's own tokens are
 /// targets, and not those of turns with `loss_mask` or `weight` 0, `train` or `loss` false.

@@ -13,7 +13,7 @@ use crate::{mem1, transcript};
 
 /// What a row is read from; other columns do not matter. (Those of MEM1, which are numbered, are not among them: it has
 /// JSON only.)
-pub const COLUMNS: [&str; 19] = [
+pub const COLUMNS: [&str; 20] = [
     "id",
     "task_id",
     "source",
@@ -33,6 +33,7 @@ pub const COLUMNS: [&str; 19] = [
     "text",
     "system",
     "tools",
+    "extra_info",
 ];
 
 /// A row with its labels.
@@ -62,7 +63,7 @@ pub enum InputFormat {
     Auto,
     /// `messages` or `conversations`
     Chat,
-    /// `prompt` and `completion` or `response`
+    /// `prompt` and `completion` or `response`, or those in verl's `extra_info`
     Pair,
     /// `question` and `transcript` or `trajectory`
     Transcript,
@@ -118,14 +119,42 @@ fn format_of(row: &Map<String, Value>) -> Result<InputFormat, String> {
         () if has("question") && has_any(TRANSCRIPTS) => InputFormat::Transcript,
         () if has("q") && (has("t0") || has("r0")) => InputFormat::Mem1,
         () if has("text") => InputFormat::Text,
+        () if nested(row).is_some() => InputFormat::Pair,
+        () if is_task(row) => return Err(TASK.to_owned()),
         () => {
             return Err(format!(
                 "unknown columns [{}]; expected `messages` or `conversations`, or `prompt` and `completion` (or `response`), \
-                 or `question` and `transcript`, or `q`, `t0`, `r0`, …, or `text`",
+                 or `question` and `transcript`, or `q`, `t0`, `r0`, …, or `text`, or `extra_info` with `prompt` and `response`",
                 names(row)
             ));
         }
     })
+}
+
+const TASK: &str =
+    "prompts without responses: these are tasks; use `mempo-rollout compose`, and `sample` to have them answered";
+
+/// Whether it is a row of verl's for reinforcement learning.
+fn is_task(row: &Map<String, Value>) -> bool {
+    row.contains_key("prompt") && row.contains_key("reward_model")
+}
+
+/// The prompt, the name of the response and the response that verl's rows for fine-tuning have in `extra_info`; the prompt may
+/// stand beside it. What is a gold answer of the row is no response.
+fn nested(row: &Map<String, Value>) -> Option<(Value, &'static str, Value)> {
+    let extra = row.get("extra_info")?;
+    let there = |name: &str| extra.get(name).filter(|value| says_something(value));
+    let prompt = there("prompt").or_else(|| there("question")).or_else(|| row.get("prompt"))?;
+    let response = |name| Some((name, there(name).filter(|value| is_said(value))?));
+    let (name, response) = ["response", "completion", "answer"].into_iter().find_map(response)?;
+    let is_gold = |answer: &String| response.as_str().is_some_and(|text| text.trim() == answer.trim());
+    let gold = gold(row).ok().flatten().unwrap_or_default();
+    (!gold.iter().flatten().any(is_gold)).then(|| (prompt.clone(), name, response.clone()))
+}
+
+/// Text, or messages.
+fn is_said(value: &Value) -> bool {
+    value.is_string() || value.as_array().is_some_and(|items| items.iter().all(Value::is_object))
 }
 
 fn names(row: &Map<String, Value>) -> String {
@@ -142,6 +171,14 @@ fn parse_form(row: &mut Map<String, Value>, format: InputFormat) -> Result<Form,
             Ok(Form::Chat(transcript::split(&question, &text_of(text, name)?)?))
         }
         InputFormat::Pair => {
+            if !row.keys().any(|name| COMPLETIONS.contains(&name.as_str())) {
+                if let Some((prompt, name, response)) = nested(row) {
+                    return prompted(prompt, name, response);
+                }
+                if is_task(row) {
+                    return Err(TASK.to_owned());
+                }
+            }
             let (_, prompt) = take(row, ["prompt"; 2])?;
             let (name, completion) = take(row, COMPLETIONS)?;
             prompted(prompt, name, completion)
@@ -320,6 +357,41 @@ mod tests {
             panic!("expected a chat")
         };
         assert_eq!((found.question.as_str(), found.turns.len()), ("Who?", 2));
+    }
+
+    #[test]
+    fn rows_of_verl_are_pairs_where_they_have_a_response() {
+        let read = |columns: &str, format| {
+            let row = format!(
+                r#"{{"data_source": "d", "prompt": [{{"role": "user", "content": "Who?"}}], "reward_model": {{"ground_truth": "7"}}, {columns}}}"#
+            );
+            parse_record(row.as_bytes(), format).map(|record| record.form)
+        };
+        let pair = Ok(Form::Pair { prompt: "2+5?".into(), completion: "It is 7.".into() });
+        for columns in [
+            r#""extra_info": {"prompt": "2+5?", "response": "It is 7.", "index": 3}"#,
+            r#""extra_info": {"question": "2+5?", "answer": "It is 7.", "response": null}"#,
+        ] {
+            assert_eq!(read(columns, InputFormat::Auto), pair, "{columns}");
+            assert_eq!(read(columns, InputFormat::Pair), pair, "{columns}");
+        }
+        for columns in [r#""response": "It is 7.""#, r#""extra_info": {"response": "It is 7."}"#] {
+            let Form::Chat(found) = read(columns, InputFormat::Auto).unwrap() else { panic!("expected a chat") };
+            assert_eq!((found.question.as_str(), found.turns[0].completion.as_str()), ("Who?", "It is 7."));
+        }
+        for columns in [
+            r#""extra_info": {"question": "2+5?", "answer": " 7"}"#,
+            r#""extra_info": {"answer": ["7"]}"#,
+            r#""ability": "x""#,
+        ] {
+            for format in [InputFormat::Auto, InputFormat::Pair] {
+                let error = read(columns, format).unwrap_err();
+                assert!(
+                    error.contains("prompts without responses: these are tasks; use `mempo-rollout compose`"),
+                    "{error}"
+                );
+            }
+        }
     }
 
     #[test]
