@@ -55,6 +55,17 @@ pub struct Record {
     pub form: Form,
 }
 
+impl Record {
+    /// What is asked; nothing in plain text.
+    pub fn question(&self) -> Option<&str> {
+        match &self.form {
+            Form::Chat(demonstration) => Some(&demonstration.question),
+            Form::Pair { prompt, .. } => Some(prompt),
+            Form::Text(_) => None,
+        }
+    }
+}
+
 /// How rows are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, clap::ValueEnum)]
 #[serde(rename_all = "kebab-case")]
