@@ -219,8 +219,7 @@ fn a_question_is_of_one_split_with_and_without_its_task_s_name() {
     let dir = tempfile::tempdir().unwrap();
     let mut named: Vec<Value> = (0..100).map(|n| row(&format!("Capital {n}?"), "x", "named", "y")).collect();
     named.iter_mut().enumerate().for_each(|(n, row)| row["task_id"] = json!(format!("task-{n}")));
-    let unnamed: Vec<Value> =
-        (0..100).map(|n| row(&format!(" Capital  {n}"), "x", "plain", "y")).collect();
+    let unnamed: Vec<Value> = (0..100).map(|n| row(&format!(" Capital  {n}"), "x", "plain", "y")).collect();
     for (name, rows) in [("a", [&named[..], &unnamed[..]].concat()), ("b", [&unnamed[..], &named[..]].concat())] {
         let input = write(&dir.path().join(format!("{name}.jsonl")), &lines(&rows));
         let found = build(&dir.path().join(name), &input, &["--validation-share", "0.3"]);

@@ -172,6 +172,19 @@ fn a_served_index_gives_the_rollout_of_the_index_and_its_log_gives_it_again() {
     let (setting, stop) = (Setting::new(search), Arc::new(AtomicBool::new(false)));
     let url = searched(&setting, &stop);
     setting.sample("local", "--search @index").unwrap();
+    let logprobs = json!({"of": "policy", "temperature": 1.0, "engine": "vllm"});
+    assert_eq!(setting.manifest("local")["summary"]["logprobs"], logprobs, "greedy, so at 1");
+    setting
+        .run(
+            &format!(
+                "sample --tasks @tasks --model @model --search @index --group-size 1 --max-tasks 1 --out @taught \
+        --teacher {} --teacher-model wise --max-error-rate 1 --server-retries 0",
+                refusing()
+            )
+            .replace('\n', " "),
+        )
+        .unwrap();
+    assert_eq!(setting.manifest("taught")["summary"]["logprobs"], json!({"of": "none"}));
     setting.sample("remote", &format!("--search {url}/retrieve")).unwrap();
     stop.store(true, Ordering::Relaxed);
     setting.sample("replayed", "--search @remote").unwrap();
@@ -226,6 +239,11 @@ fn what_fails_elsewhere_is_no_policy_s_fault_and_too_much_of_it_ends_the_run() {
     assert_eq!(told.iter().filter(|(_, error)| error.contains("no such city")).count(), 4, "{told:?}");
     let queries: Vec<AnsweredQuery> = setting.rows("out");
     assert_eq!(queries.len(), 3, "what failed is not kept: {queries:?}");
+}
+
+/// A server that takes no request.
+fn refusing() -> String {
+    serve(|_, _| Reply::Json(400, json!("not so")))
 }
 
 fn calculate(_: &str) -> String {
