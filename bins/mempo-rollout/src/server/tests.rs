@@ -219,6 +219,40 @@ fn one_silent_request_does_not_hold_the_others() {
     assert_eq!((result, answered.load(Ordering::Relaxed)), (Ok(()), 40));
 }
 
+/// Waits for a tool until it is told by the clock.
+struct Waits(Instant);
+
+impl Environment for Waits {
+    fn next(&mut self, _: Vec<(usize, Generated)>) -> Vec<Request> {
+        Vec::new()
+    }
+
+    fn waiting(&self) -> Vec<usize> {
+        if self.0.elapsed() < Duration::from_millis(700) { vec![3, 4] } else { Vec::new() }
+    }
+}
+
+#[test]
+fn it_is_said_when_nothing_finishes_by_a_server_or_a_tool() {
+    let url = serve(|_, body| {
+        std::thread::sleep(Duration::from_millis(400));
+        good(Kind::Vllm, body)
+    });
+    let mut engine = engine(&url, Kind::Vllm, LONG, &|| false);
+    engine.silence = Duration::from_millis(150);
+    let request = Request { trajectory: 0, prompt_ids: vec![1], messages: Vec::new(), seed: 1 };
+    let lines = crate::watchdog::testing::lines_of(|| {
+        engine.run(vec![request], &mut Waits(Instant::now())).unwrap();
+    });
+    let told = |count| format!("{count} requests to {url} are under way, 2 trajectories wait for a tool");
+    for line in [told(1), told(0)] {
+        assert!(
+            lines.iter().any(|said| said.starts_with("nothing has finished for ") && said.ends_with(&line)),
+            "{lines:?}"
+        );
+    }
+}
+
 /// Of what a server's log-probabilities are.
 #[derive(Clone, Copy, PartialEq)]
 enum Of {
