@@ -78,6 +78,7 @@ fn patience(server_timeout: u64, server_retries: u32) -> ServerOptions {
         update_server: false,
         trust_server: false,
         server_timeout,
+        server_deadline: 600,
         server_retries,
         server_requests_per_minute: None,
     }
@@ -191,6 +192,20 @@ fn a_server_that_only_fails_is_given_up_and_a_run_can_be_interrupted() {
     let (result, _) = two_steps(&mut engine(&url, Kind::Vllm, LONG, &interrupted), 4);
     assert_eq!(result, Err("interrupted".to_owned()));
     assert!(start.elapsed() < Duration::from_secs(10));
+}
+
+#[test]
+fn a_completion_has_a_deadline_however_many_attempts_are_left() {
+    let url = serve(|_, _| Reply::Json(500, json!("busy")));
+    let options = ServerOptions { server_deadline: 1, ..patience(60, 1000) };
+    let client = Client::new(&url, None, limits(&options));
+    let mut engine = ServerEngine::new(client, Box::new(asking(Kind::Vllm)), &BUILDER, 2, &|| false).unwrap();
+    let start = Instant::now();
+    let (result, found) = two_steps(&mut engine, 1);
+    assert_eq!(result, Ok(()));
+    let told: Vec<String> = found.into_values().map(Result::unwrap_err).collect();
+    assert!(told.len() == 2 && told.iter().all(|told| told.contains("busy") && told.contains("attempts)")), "{told:?}");
+    assert!(start.elapsed() < Duration::from_secs(20));
 }
 
 #[test]

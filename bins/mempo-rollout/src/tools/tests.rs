@@ -246,6 +246,17 @@ fn refusing() -> String {
     serve(|_, _| Reply::Json(400, json!("not so")))
 }
 
+#[test]
+fn tools_elsewhere_are_asked_at_the_pace_that_is_given() {
+    let setting = Setting::new(search);
+    let url = serve(|_, _| Reply::Json(200, json!({"result": [[{"contents": "\"A\"\nfound"}]]})));
+    let start = Instant::now();
+    setting.sample("paced", &format!("--search {url} --max-tasks 3 --tool-requests-per-minute 120")).unwrap();
+    let rows: Vec<AnsweredQuery> = setting.rows("paced");
+    assert_eq!(rows.len(), 3);
+    assert!(start.elapsed() >= Duration::from_secs(1), "three distinct queries half a second apart");
+}
+
 fn calculate(_: &str) -> String {
     r#"<think>seeking</think><tool_call>{"name": "calculator", "arguments": {"expression": "2 * (3 + 4"}}</tool_call>"#
         .to_owned()
