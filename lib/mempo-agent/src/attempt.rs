@@ -127,9 +127,16 @@ impl<'t> Attempt<'t> {
                 self.stop(Status::MaxSteps, &format!("no answer within {max_steps} steps"));
             }
             (None, Some(Ok(call))) => self.call(agent, call, step),
-            (None, Some(Err(problem))) => self.correct(agent, format!("Error: {problem}"), step),
+            (None, Some(Err(problem))) => {
+                if !self.corrected(agent, step) {
+                    self.correct(agent, format!("Error: {problem}"), step);
+                }
+            }
             (None, None) => {
                 self.tags_valid = false;
+                if !last && self.corrected(agent, step) {
+                    return;
+                }
                 if step.stop_reason == StopReason::MaxTokens {
                     let length = step.completion_ids.len();
                     self.stop(Status::Truncated, &format!("no tool call or answer within {length} tokens"));
@@ -167,6 +174,14 @@ impl<'t> Attempt<'t> {
         observe(agent, problem, step);
     }
 
+    /// Tells the policy in the profile's words that it neither called nor answered, if the profile has any.
+    fn corrected(&mut self, agent: &Agent<'_>, step: &mut Step) -> bool {
+        let Some(ids) = agent.builder.correction_ids() else { return false };
+        self.tags_valid = false;
+        note(agent, ids, step);
+        true
+    }
+
     /// The finished attempt as rows.
     pub(crate) fn finish(self, agent: &Agent<'_>) -> (Trajectory, Vec<Step>) {
         let unfinished = || End { status: Status::MaxSteps, answer: None, error: None };
@@ -200,8 +215,11 @@ fn observe(agent: &Agent<'_>, results: String, step: &mut Step) {
     let tokenizer = agent.builder.tokenizer();
     let results = observation::cut(tokenizer, results, agent.limits.max_observation_tokens);
     let steps_left = agent.limits.max_steps.saturating_sub(step.step_index as usize + 1);
-    let ids = agent.builder.observation_ids(&results, Some(steps_left));
-    step.observation = Some(tokenizer.decode(&ids));
+    note(agent, agent.builder.observation_ids(&results, Some(steps_left)), step);
+}
+
+fn note(agent: &Agent<'_>, ids: Vec<i32>, step: &mut Step) {
+    step.observation = Some(agent.builder.tokenizer().decode(&ids));
     step.observation_ids = Some(ids);
 }
 

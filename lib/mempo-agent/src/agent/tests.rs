@@ -1,4 +1,5 @@
 mod elsewhere;
+mod published;
 mod reading;
 
 use std::collections::HashSet;
