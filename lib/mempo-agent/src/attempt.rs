@@ -5,7 +5,7 @@ use mempo_text::{ParsedCompletion, ToolCall, parse_continuation};
 
 use crate::calls::Answer;
 use crate::outcome::{format_problem, outcome, row_segments};
-use crate::{Agent, Generated, Generation, Start, ToolFailure, observation};
+use crate::{Agent, Generated, Generation, OnToolFailure, Start, ToolFailure, observation};
 
 /// One attempt at a task.
 pub(crate) struct Attempt<'t> {
@@ -19,6 +19,8 @@ pub(crate) struct Attempt<'t> {
     /// The last step's call, while a tool elsewhere works on it.
     open_call: Option<ToolCall>,
     end: Option<End>,
+    /// The first failure of a tool that the policy was told of.
+    fault: Option<String>,
     tags_valid: bool,
     tool_calls: i32,
     unique_tokens: usize,
@@ -28,6 +30,15 @@ struct End {
     status: Status,
     answer: Option<String>,
     error: Option<String>,
+}
+
+impl End {
+    /// What a tool did wrong on the way is not the policy's, whatever the policy made of it.
+    fn after(self, fault: Option<String>) -> Self {
+        let Some(fault) = fault.filter(|_| self.status.is_policy()) else { return self };
+        let error = [Some(fault), self.error].into_iter().flatten().collect::<Vec<_>>().join("; ");
+        Self { status: Status::ToolError, answer: self.answer, error: Some(error) }
+    }
 }
 
 impl<'t> Attempt<'t> {
@@ -45,6 +56,7 @@ impl<'t> Attempt<'t> {
             prompt_ids: Vec::new(),
             open_call: None,
             end: None,
+            fault: None,
             tags_valid: true,
             tool_calls: 0,
             unique_tokens: 0,
@@ -164,7 +176,15 @@ impl<'t> Attempt<'t> {
         match answer {
             Ok(results) => observe(agent, results, step),
             Err(ToolFailure::BadArguments(problem)) => self.correct(agent, problem, step),
-            Err(ToolFailure::Failed(error)) => self.stop(Status::ToolError, &format!("tool `{tool}`: {error}")),
+            Err(ToolFailure::Failed(error)) => {
+                let problem = format!("tool `{tool}`: {error}");
+                if agent.limits.on_tool_failure == OnToolFailure::Stop {
+                    return self.stop(Status::ToolError, &problem);
+                }
+                self.fault
+                    .get_or_insert_with(|| format!("step {}: {problem}, which the policy was told", step.step_index));
+                observe(agent, format!("Error: {problem}"), step);
+            }
         }
     }
 
@@ -185,7 +205,7 @@ impl<'t> Attempt<'t> {
     /// The finished attempt as rows.
     pub(crate) fn finish(self, agent: &Agent<'_>) -> (Trajectory, Vec<Step>) {
         let unfinished = || End { status: Status::MaxSteps, answer: None, error: None };
-        let End { status, answer, error } = self.end.unwrap_or_else(unfinished);
+        let End { status, answer, error } = self.end.unwrap_or_else(unfinished).after(self.fault);
         let judged = outcome(&self.task.objectives, answer.as_deref(), self.tags_valid, status, agent.reward);
         let sizes = self.steps.iter().map(|step| step.prompt_ids.len() + step.completion_ids.len());
         let trajectory = Trajectory {

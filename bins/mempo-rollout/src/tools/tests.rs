@@ -239,6 +239,16 @@ fn what_fails_elsewhere_is_no_policy_s_fault_and_too_much_of_it_ends_the_run() {
     assert_eq!(told.iter().filter(|(_, error)| error.contains("no such city")).count(), 4, "{told:?}");
     let queries: Vec<AnsweredQuery> = setting.rows("out");
     assert_eq!(queries.len(), 3, "what failed is not kept: {queries:?}");
+    let observe = format!("{more} --on-tool-failure observe");
+    let error = setting.sample("told", &observe).unwrap_err();
+    assert_eq!(mempo_run::exit_code(&error), 3, "it counts for --max-error-rate all the same");
+    setting.sample("told", &format!("{observe} --max-error-rate 0.5 --restart")).unwrap();
+    let rows: Vec<Trajectory> = setting.rows("told");
+    let failed: Vec<&Trajectory> = rows.iter().filter(|row| row.reward.is_none()).collect();
+    assert_eq!(failed.len(), 6);
+    assert!(failed.iter().all(|row| (row.status, row.answer.as_deref()) == (Status::ToolError, Some("land 2"))));
+    assert_eq!(setting.manifest("told")["arguments"]["on_tool_failure"], "observe");
+    assert_eq!(setting.manifest("out")["arguments"].get("on_tool_failure"), None);
 }
 
 /// A server that takes no request.
