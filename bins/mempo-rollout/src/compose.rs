@@ -31,14 +31,14 @@ const PART_ROWS: usize = 20_000;
 
 /// Join questions into tasks of N objectives.
 ///
-/// Reads JSON Lines or Parquet rows with a column `question` (or `query`) and `golden_answers` (or `answers`, `answer`): a
+/// Reads rows of JSON lines, a JSON array or Parquet with a column `question` (or `query`) and `golden_answers` (or `answers`, `answer`): a
 /// text, a list, or SQuAD's {"text": [...]}; or verl's `prompt`, `reward_model` and `extra_info` (with lists of answers in
-/// `target`, a row is the questions that `extra_info` lists). Optional columns: id, source (or data_source), split, metadata. A task joins N consecutive questions of one source and split; left-over questions are
+/// `target`, a row is the questions that `extra_info` lists, or that the prompt ends in after a colon, joined by `; `, as MEM1's do). Optional columns: id, source (or data_source), split, metadata. A task joins N consecutive questions of one source and split; left-over questions are
 /// dropped and counted. With --document each task is about a long text, at every length that --document-tokens lists: the
 /// same questions, the passages that tell their answers at the same depth, among more and more others.
 #[derive(Debug, Args, Serialize)]
 pub(crate) struct ComposeArguments {
-    /// Files of questions, `.parquet` or JSON Lines (also `.gz`, `.zst`)
+    /// Files of questions, `.parquet`, or JSON: a row a line, or one array (also `.gz`, `.zst`)
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     #[serde(skip)]
     questions: Vec<PathBuf>,

@@ -59,7 +59,7 @@ impl Failure {
 pub(crate) struct Limits {
     /// Longest time of an attempt, from the lookup of its name to the last byte.
     pub(crate) attempt: Duration,
-    /// Longest time of a call, with all its attempts and pauses.
+    /// Longest time of a call, with all its attempts and pauses, from when it is its turn.
     pub(crate) call: Option<Duration>,
     /// Attempts after the first.
     pub(crate) retries: u32,
@@ -188,11 +188,11 @@ impl Client {
         body: Option<&Value>,
         read: &impl Fn(&[u8]) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
+        self.take_turn();
         let deadline = self.limits.call.map(|longest| Instant::now() + longest);
         let left = || deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()));
         let mut attempt = 0;
         loop {
-            std::thread::sleep(self.pace.as_ref().map_or(Duration::ZERO, |pace| pace.wait(Instant::now())));
             let result = self.attempt(path, body, self.limits.attempt.min(left())).and_then(|answer| read(&answer));
             let Err(Failure::Passing(problem, pause)) = result else { return result };
             let pause = pause.unwrap_or(FIRST_PAUSE * 2_u32.saturating_pow(attempt)).min(LONGEST_PAUSE);
@@ -205,7 +205,13 @@ impl Client {
             }
             debug!("{}{path}: {problem}; again in {pause:?}", self.url);
             std::thread::sleep(pause);
+            self.take_turn();
         }
+    }
+
+    /// Waits until another attempt may be made.
+    fn take_turn(&self) {
+        std::thread::sleep(self.pace.as_ref().map_or(Duration::ZERO, |pace| pace.wait(Instant::now())));
     }
 
     fn attempt(&self, path: &str, body: Option<&Value>, longest: Duration) -> Result<Vec<u8>, Failure> {

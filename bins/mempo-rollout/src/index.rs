@@ -16,13 +16,13 @@ pub(crate) const INDEX_FOLDER: &str = "index";
 
 /// Make a BM25 search index of documents.
 ///
-/// Reads JSON Lines or Parquet rows: doc_id (or id), title, text; or Search-R1's id and contents, whose first line is the
+/// Reads rows of JSON lines, a JSON array or Parquet: doc_id (or id), title, text; or Search-R1's id and contents, whose first line is the
 /// title in quotes. Words are lower-cased, title and text are searched together. With --encoder documents can be found by
 /// vectors, too. Memory does not grow with the documents but for some 20 bytes each; while it works, OUT takes about twice
 /// what it will.
 #[derive(Debug, Args, Serialize)]
 pub(crate) struct IndexArguments {
-    /// Files of documents, `.parquet` or JSON Lines (also `.gz`, `.zst`)
+    /// Files of documents, `.parquet`, or JSON: a row a line, or one array (also `.gz`, `.zst`)
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     #[serde(skip)]
     corpus: Vec<PathBuf>,

@@ -28,6 +28,7 @@ mod tally;
 mod tools;
 mod top_up;
 mod vectors;
+mod watchdog;
 mod web;
 
 use clap::{CommandFactory, Parser, Subcommand};

@@ -7,6 +7,8 @@ use mempo_data::StopReason;
 use mempo_model::{Finish, GenerateEvents, GenerateOptions, GenerateRequest, Generated, Model, generate};
 use mempo_text::{PromptBuilder, Tokenizer};
 
+use crate::watchdog::{SILENCE, Watchdog};
+
 /// What the tokenizer says of the ids that may be sampled.
 pub(crate) struct SampledIds {
     /// Those that end a turn.
@@ -66,6 +68,8 @@ impl Engine for LocalEngine<'_> {
             stop: StopStrings::new(&self.stop),
             interrupted: self.interrupted,
             environment,
+            under_way: requests.len(),
+            watchdog: Watchdog::new(SILENCE),
         };
         let requests = requests.into_iter().map(request).collect();
         generate(self.model, requests, &self.options, &mut events).map_err(|error| error.to_string())?;
@@ -79,6 +83,9 @@ struct Events<'a, 'e> {
     stop: StopStrings<'a>,
     interrupted: &'a dyn Fn() -> bool,
     environment: &'e mut dyn Environment,
+    /// Completions that have been asked for.
+    under_way: usize,
+    watchdog: Watchdog,
 }
 
 impl GenerateEvents for Events<'_, '_> {
@@ -93,8 +100,18 @@ impl GenerateEvents for Events<'_, '_> {
         for (session, _) in &finished {
             self.stop.forget(*session);
         }
+        let ended = finished.len();
         let finished = finished.into_iter().map(|(session, generated)| (session, Ok(generation(generated))));
-        self.environment.next(finished.collect()).into_iter().map(request).collect()
+        let next = self.environment.next(finished.collect());
+        self.under_way = self.under_way + next.len() - ended;
+        if ended == 0 && next.is_empty() {
+            let (under_way, waiting) = (self.under_way, || self.environment.waiting().len());
+            self.watchdog
+                .look(|| format!("{under_way} completions are under way, {} trajectories wait for a tool", waiting()));
+        } else {
+            self.watchdog.finished();
+        }
+        next.into_iter().map(request).collect()
     }
 
     fn waiting(&self) -> BTreeSet<usize> {
@@ -153,6 +170,55 @@ mod speed;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Waits for one tool, and for nothing else.
+    struct OneWaits;
+
+    impl Environment for OneWaits {
+        fn next(&mut self, _: Vec<(usize, mempo_agent::Generated)>) -> Vec<Request> {
+            Vec::new()
+        }
+
+        fn waiting(&self) -> Vec<usize> {
+            vec![0]
+        }
+    }
+
+    #[test]
+    fn it_is_said_when_no_completion_ends() {
+        let folder = tempfile::tempdir().unwrap();
+        mempo_text::train_tokenizer(
+            ["red".to_owned()].into_iter(),
+            &mempo_text::NewTokenizer::of_size(270),
+            folder.path(),
+        )
+        .unwrap();
+        let tokenizer = Tokenizer::load(folder.path()).unwrap();
+        let short = std::time::Duration::from_millis(30);
+        let lines = crate::watchdog::testing::lines_of(|| {
+            let mut events = Events {
+                tokenizer: &tokenizer,
+                stop: StopStrings::new(&[]),
+                interrupted: &|| false,
+                environment: &mut OneWaits,
+                under_way: 3,
+                watchdog: Watchdog::new(short),
+            };
+            for _ in 0..2 {
+                assert!(events.next(Vec::new()).is_empty());
+                std::thread::sleep(short);
+            }
+            let ended = Generated { ids: Vec::new(), logprobs: Vec::new(), finish: Finish::End };
+            events.next(vec![(0, ended)]);
+            assert_eq!(events.under_way, 2);
+            std::thread::sleep(short);
+            events.next(Vec::new());
+        });
+        let told = |count| {
+            format!("nothing has finished for 0 s: {count} completions are under way, 1 trajectories wait for a tool")
+        };
+        assert_eq!(lines, [told(3), told(2)]);
+    }
 
     /// Every cut of a text into tokens finds the stop string at the token that completes it, row by row.
     #[test]

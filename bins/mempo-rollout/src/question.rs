@@ -31,8 +31,9 @@ pub(crate) struct Defaults<'a> {
 }
 
 /// What a question is read from, beside the column that [`Question::distinct`] is.
-pub(crate) const COLUMNS: [&str; 13] = [
+pub(crate) const COLUMNS: [&str; 14] = [
     "id",
+    "_id",
     "question",
     "query",
     "golden_answers",
@@ -65,7 +66,7 @@ impl Question {
             return Ok((None, rejected));
         }
         let question = Self {
-            id: row.optional_text(&["id"])?.unwrap_or_else(|| file_name(place).to_owned()),
+            id: row.optional_text(&["id", "_id"])?.unwrap_or_else(|| file_name(place).to_owned()),
             source: row.optional_text(&["source", "data_source"])?.unwrap_or_else(|| defaults.source.to_owned()),
             split: row.optional_text(&["split"])?.unwrap_or_else(|| defaults.split.to_owned()),
             objectives,
@@ -94,7 +95,8 @@ fn plain(row: &Located) -> Cow<'_, Located> {
     Cow::Owned(Located { place: row.place.clone(), fields })
 }
 
-/// The row's question with its answers; or the `questions` that `extra_info` lists, each with a list of answers.
+/// The row's question with its answers; or the `questions` that `extra_info` lists, or those that its prompt ends in, each with
+/// a list of answers.
 fn objectives(row: &Located) -> anyhow::Result<Vec<Objective>> {
     let place = &row.place;
     let answers = row.first_of(&["golden_answers", "answers", "answer"])?;
@@ -102,12 +104,25 @@ fn objectives(row: &Located) -> anyhow::Result<Vec<Objective>> {
     let Some(lists) = several else {
         return Ok(vec![objective(place, &row.text(&["question", "query"])?, answers)?]);
     };
-    let questions = row.fields.get("extra_info").and_then(|extra| texts(extra.get("questions")?)).unwrap_or_default();
+    let listed = row.fields.get("extra_info").and_then(|extra| texts(extra.get("questions")?));
+    let questions = listed.or_else(|| asked(row, lists.len())).unwrap_or_default();
     if questions.len() != lists.len() {
         let (found, expected) = (questions.len(), lists.len());
-        bail!("{place}: answers of {expected} questions, expected as many in `extra_info.questions`, found {found}");
+        bail!(
+            "{place}: answers of {expected} questions, expected as many in `extra_info.questions` or, joined by `; `, at the end of the prompt, found {found}"
+        );
     }
     questions.iter().zip(lists).map(|(question, answers)| objective(place, question, answers)).collect()
+}
+
+/// Several questions in one text, as MEM1 asks them: after its rules and `questions:`, or else the last colon, joined by `; `.
+/// Nothing where that does not give as many as there are lists of answers.
+fn asked(row: &Located, count: usize) -> Option<Vec<String>> {
+    let text = row.optional_text(&["question", "query"]).ok()??;
+    let after =
+        text.rsplit_once("questions:").or_else(|| text.rsplit_once(':')).map_or(text.as_str(), |(_, rest)| rest);
+    let parts: Vec<String> = after.split("; ").map(|part| part.trim().to_owned()).collect();
+    (count > 1 && parts.len() == count && parts.iter().all(|part| !part.is_empty())).then_some(parts)
 }
 
 fn objective(place: &str, question: &str, answers: &Value) -> anyhow::Result<Objective> {
@@ -170,6 +185,8 @@ mod tests {
                 ("nq.jsonl:7", "nq", "train")
             );
         }
+        let hotpot = json!({"_id": "5a7a", "question": "When?", "answer": "1889", "supporting_facts": [["A", 0]]});
+        assert_eq!(parse(&hotpot, None).unwrap().0.unwrap().id, "5a7a");
         let full = json!({"id": 3, "question": "When?", "answer": 1889, "data_source": "web", "split": "dev", "entities": ["E"]});
         let question = parse(&full, Some("entities")).unwrap().0.unwrap();
         assert_eq!((question.id.as_str(), question.source.as_str(), question.split.as_str()), ("3", "web", "dev"));
@@ -197,6 +214,24 @@ mod tests {
     }
 
     #[test]
+    fn mem1_s_rows_hold_their_questions_in_the_prompt() {
+        let row = |content: &str| {
+            json!({"data_source": "nq", "prompt": [{"role": "user", "content": content}], "extra_info": {"split": "train"},
+                "reward_model": {"style": "rule", "ground_truth": {"target": [["Paris"], ["1889", "89"]]}}})
+        };
+        let expected = [objective("Where: land?", &["Paris"]), objective("When?", &["1889", "89"])];
+        let content = "Rules: think; search. Answer the following questions: Where: land?; When?\n";
+        assert_eq!(parse(&row(content), None).unwrap().0.unwrap().objectives, expected);
+        let content = "Answer both: Where is it?; When";
+        let expected = [objective("Where is it?", &["Paris"]), objective("When?", &["1889", "89"])];
+        assert_eq!(parse(&row(content), None).unwrap().0.unwrap().objectives, expected);
+        for content in ["Answer the following questions: Where?; When?; Who?", "Answer: Where?;", "Answer: Where?; "] {
+            let error = parse(&row(content), None).unwrap_err().to_string();
+            assert!(error.contains("answers of 2 questions") && error.contains("found 0"), "{content}: {error}");
+        }
+    }
+
+    #[test]
     fn answers_with_the_separator_are_left_out_and_counted() {
         let (question, rejected) = parse(&json!({"question": "q", "answers": ["a; b", "c"]}), None).unwrap();
         assert_eq!((question.unwrap().objectives, rejected), (vec![objective("q?", &["c"])], 1));
@@ -212,7 +247,7 @@ mod tests {
             (json!({"question": "q", "answers": [" "]}), "no answer"),
             (
                 json!({"question": "q", "answers": [["nested"]]}),
-                "answers of 1 questions, expected as many in `extra_info.questions`, found 0",
+                "answers of 1 questions, expected as many in `extra_info.questions` or, joined by `; `, at the end of the prompt, found 0",
             ),
             (json!({"question": "q", "answers": [{"a": 1}]}), "list of texts"),
             (json!({"question": " ", "answer": "x"}), "question is empty"),

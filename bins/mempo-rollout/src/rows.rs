@@ -1,4 +1,4 @@
-//! Rows of JSON Lines or Parquet files as JSON objects, each with the place it comes from.
+//! Rows of JSON lines, JSON arrays or Parquet files as JSON objects, each with the place it comes from.
 
 use std::path::Path;
 
@@ -6,7 +6,7 @@ use anyhow::{Context, anyhow};
 use mempo_data::json_rows;
 use serde_json::{Map, Value};
 
-/// A row and where it stands, as messages name it: `FILE:LINE`, or `FILE:ROW` (from 1) of a table.
+/// A row and where it stands, as messages name it: `FILE:LINE`, or `FILE:ROW` (from 1) of an array or a table.
 #[derive(Clone)]
 pub(crate) struct Located {
     pub(crate) place: String,
@@ -24,7 +24,7 @@ pub(crate) fn read(path: &Path, wanted: &[&str]) -> anyhow::Result<impl Iterator
 }
 
 fn object(place: String, json: &[u8]) -> anyhow::Result<Located> {
-    match serde_json::from_slice(json).with_context(|| format!("{place}: not a line of JSON"))? {
+    match serde_json::from_slice(json).with_context(|| format!("{place}: not JSON"))? {
         Value::Object(mut fields) => {
             fields.retain(|_, value| !value.is_null());
             Ok(Located { place, fields })
@@ -88,6 +88,8 @@ mod tests {
         for (name, bytes, told) in [
             ("cut.jsonl", b"{\"a\": 1}\n{\"a\":".as_slice(), "cut.jsonl:2"),
             ("list.jsonl", b"[1]", "list.jsonl:1"),
+            ("array.json", b"[{}, {\"a\": 1}, 3]", "array.json:3: expected a JSON object"),
+            ("array.json", b"[{}, {\"a\": }]", "array.json:2: not JSON"),
             ("latin.jsonl", b"{}\n{\"a\": \"\xe9\"}", "latin.jsonl:2"),
             ("not.parquet", b"{\"a\": 1}", "not.parquet"),
         ] {

@@ -194,6 +194,26 @@ impl SampleArguments {
         Ok(())
     }
 
+    /// For the manifest: what came of it, and who generated.
+    fn summary(&self, tally: &Tally, server: Option<Value>) -> Value {
+        let mut summary = tally.summary();
+        summary["logprobs"] = self.logprobs(server.as_ref());
+        if let Some(server) = server {
+            summary["server"] = server;
+        }
+        summary
+    }
+
+    /// What the recorded log-probabilities are: those of the policy's whole distribution at a temperature, and who made them.
+    fn logprobs(&self, server: Option<&Value>) -> Value {
+        if self.teacher.teacher.is_some() {
+            return json!({"of": "none"});
+        }
+        let temperature = if self.sampling.temperature == 0.0 { 1.0 } else { self.sampling.temperature };
+        let engine = server.map_or_else(|| json!("local"), |server| server["protocol"].clone());
+        json!({"of": "policy", "temperature": temperature, "engine": engine})
+    }
+
     /// Who generates in this process's place, if anyone: a teacher, or a server of the checkpoint with this digest.
     fn open_remote(&self, digest: &str, builder: &PromptBuilder) -> anyhow::Result<Option<Remote>> {
         if let Some(teacher) = self.teacher.open(&self.server, builder, &self.sampling) {
@@ -276,10 +296,7 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
         earlier,
     };
     let (tally, server) = sampling.generate(policy, &task_files)?;
-    let mut summary = tally.summary();
-    if let Some(server) = server {
-        summary["server"] = server;
-    }
+    let summary = arguments.summary(&tally, server);
     tracing::info!("{summary}");
     stage.finish(&[("trajectories", tally.trajectories), ("steps", tally.steps)], summary)
 }

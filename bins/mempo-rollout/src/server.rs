@@ -43,9 +43,12 @@ pub(crate) struct ServerOptions {
     /// Take it on trust that the server has the weights of --model
     #[arg(long, requires = "server", conflicts_with = "update_server")]
     pub(crate) trust_server: bool,
-    /// Longest time for one completion
+    /// Longest time of one attempt at a completion
     #[arg(long, value_name = "SECONDS", default_value_t = 600, value_parser = clap::value_parser!(u64).range(1..))]
     pub(crate) server_timeout: u64,
+    /// Longest time for one completion, with all attempts and pauses; then its trajectory ends as engine_error
+    #[arg(long, value_name = "SECONDS", default_value_t = 1800, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) server_deadline: u64,
     /// How often a request is made again that failed, each time after a longer pause
     #[arg(long, value_name = "N", default_value_t = 6)]
     pub(crate) server_retries: u32,
@@ -71,7 +74,7 @@ fn address(text: &str) -> Result<String, String> {
 fn limits(options: &ServerOptions) -> Limits {
     Limits {
         attempt: Duration::from_secs(options.server_timeout),
-        call: None,
+        call: Some(Duration::from_secs(options.server_deadline)),
         retries: options.server_retries,
         answer_bytes: ANSWER_BYTES,
         per_minute: options.server_requests_per_minute,

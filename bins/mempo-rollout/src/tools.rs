@@ -50,6 +50,9 @@ pub(crate) struct ToolOptions {
     /// How often a call to a server is tried again that failed, each time after a longer pause
     #[arg(long, value_name = "N", default_value_t = 4)]
     tool_retries: u32,
+    /// Most requests in a minute to a server that is searched, to the web, and to each tool elsewhere, evenly spread
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    tool_requests_per_minute: Option<u32>,
     /// Let MEMPO_SEARCH_URL be an address of this machine or of a private network
     #[arg(long)]
     allow_private_addresses: bool,
@@ -193,8 +196,8 @@ impl ToolOptions {
     fn limits(&self, answer_bytes: u64) -> Limits {
         let call = Duration::from_secs(self.tool_timeout);
         let attempt = if self.tool_retries == 0 { call } else { call / 2 };
-        let retries = self.tool_retries;
-        Limits { attempt, call: Some(call), retries, answer_bytes, per_minute: None, leaves_alone: true }
+        let (retries, per_minute) = (self.tool_retries, self.tool_requests_per_minute);
+        Limits { attempt, call: Some(call), retries, answer_bytes, per_minute, leaves_alone: true }
     }
 }
 

@@ -134,6 +134,8 @@ fn check_rollouts(directory: &Path, tasks: &[Task]) {
     assert_eq!((&arguments["context"], &arguments["profile"]), (&json!("mempo"), &json!("mempo")));
     assert_eq!((&arguments["temperature"], &arguments["group_size"]), (&json!(1.0), &json!(3)));
     assert_eq!(arguments["max_prompt_tokens"], json!(2048 - 24), "what the model has room for");
+    let logprobs = json!({"of": "policy", "temperature": 1.0, "engine": "local"});
+    assert_eq!(manifest["summary"]["logprobs"], logprobs);
 }
 
 /// A run that lost a unit and its commit gives the same bytes again; other arguments are refused.

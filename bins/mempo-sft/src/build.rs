@@ -2,7 +2,7 @@
 //!
 //! Inputs are cut into units of some hundred rows; the rows of a unit are encoded in parallel, filtered, written as one part
 //! and forgotten. Beside each part stands `counts/part-*.json` with what became of its rows. In memory are two units (one is
-//! written while the next is encoded), with `--tasks` each task's gold answers, and what [`crate::duplicates`] needs.
+//! written while the next is encoded), with `--tasks` each task's gold answers, and what [`crate::kin`] and [`crate::duplicates`] need.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -24,6 +24,7 @@ use crate::encode::{Encoder, Settings};
 use crate::example::Encoded;
 use crate::filter::FilterOptions;
 use crate::gold::Tasks;
+use crate::kin::Kin;
 use crate::record::InputFormat;
 use crate::source::{Reader, Row, Source, Unit, find_sources, plan_units};
 
@@ -42,7 +43,7 @@ const TOKENIZER_FILES: [&str; 6] = [
 ///
 /// Rows may be chat messages (`messages` or `conversations`, as OpenAI, Hugging Face, ShareGPT and Swift write them), a
 /// `question` and its `transcript` with <information> between the turns, `prompt` and `completion` (or `response`, texts or
-/// messages), MEM1's `q`, `t0`, `r0`, `i0`, `t1` …, or plain `text`; files are JSON lines (also .gz, .zst) or Parquet. A
+/// messages; verl's `extra_info` may hold them), MEM1's `q`, `t0`, `r0`, `i0`, `t1` …, or plain `text`; files are JSON lines or one JSON array (also .gz, .zst), or Parquet. A
 /// directory written by `mempo-rollout sample` is read as it stands, with the ids that were sampled. Each assistant turn of a
 /// trajectory becomes one example whose prompt is what the agent would see at that step; only the assistant's own tokens are
 /// targets, and not those of turns with `loss_mask` or `weight` 0, `train` or `loss` false.
@@ -79,8 +80,8 @@ pub(crate) struct BuildArguments {
     #[command(flatten)]
     filter: FilterOptions,
     /// Share of tasks put aside, 0 to 1: their examples get the split `dev`, which `train` measures its loss on, the others
-    /// `train`. Rows of one task (one question where there is no `task_id`) stay together; other splits that rows or --tasks
-    /// name remain
+    /// `train`. Rows of one task or one question stay together, and what rows join that name both; other splits that rows or
+    /// --tasks name remain
     #[arg(long, value_name = "SHARE")]
     validation_share: Option<f64>,
     /// Longest example in tokens: plain text is cut, longer steps are dropped and counted
@@ -154,6 +155,7 @@ pub(crate) fn run(arguments: &BuildArguments) -> anyhow::Result<()> {
         duplicates: HashMap::new(),
     };
     builder.encoder.settings.tasks = tasks.as_ref().map(read_tasks).transpose()?.unwrap_or_default();
+    builder.join_kin()?;
     builder.find_duplicates()?;
     let counts = builder.build(arguments.max_bad)?;
     counts.lines().iter().for_each(|line| info!("{line}"));
@@ -176,6 +178,20 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
+    /// Goes through all rows once, where some are put aside: which tasks and questions belong together.
+    fn join_kin(&mut self) -> anyhow::Result<()> {
+        let Some(mut kin) = self.encoder.settings.validation.take() else { return Ok(()) };
+        let progress = self.stage.progress("joining", self.units.iter().map(|unit| unit.rows).sum(), "rows");
+        let mut reader = Reader::new(self.sources);
+        for unit in self.units {
+            self.stage.check_interrupt()?;
+            kin.join_rows(&reader.read(*unit)?, &self.encoder.settings);
+            progress.inc(unit.rows);
+        }
+        self.encoder.settings.validation = Some(kin);
+        Ok(())
+    }
+
     /// Goes through all rows once, where duplicates are looked for and no earlier start has done so.
     fn find_duplicates(&mut self) -> anyhow::Result<()> {
         let Some(mut finder) = Finder::new(self.options) else { return Ok(()) };
@@ -339,13 +355,13 @@ fn read_counts(stage: &Stage, index: usize) -> anyhow::Result<Counts> {
         .bad_input()
 }
 
-/// The share of tasks put aside, and the seed that decides which.
-fn validation(arguments: &BuildArguments) -> anyhow::Result<Option<(f64, u64)>> {
+/// What is to be put aside, by its share and the seed that decides which.
+fn validation(arguments: &BuildArguments) -> anyhow::Result<Option<Kin>> {
     let Some(share) = arguments.validation_share else { return Ok(None) };
     if !(0.0..1.0).contains(&share) {
         return Err(anyhow!("--validation-share {share}, expected a share from 0 to below 1")).usage();
     }
-    Ok(Some((share, arguments.stage.stage().seed)))
+    Ok(Some(Kin::new(share, arguments.stage.stage().seed)))
 }
 
 fn tokenizer_input(dir: &Path) -> anyhow::Result<Input> {

@@ -3,9 +3,19 @@
 //! They differ in the names of keys and roles, and in where a tool call stands: beside the assistant's text (OpenAI's
 //! `tool_calls`, arguments as text; Hugging Face's as an object), or in a message of its own (ShareGPT, Swift).
 
+use std::collections::BTreeMap;
+
 use mempo_text::python_json;
 use serde::Deserialize;
 use serde_json::Value;
+
+/// What was left out of a row, by name, and how often.
+pub type Ignored = BTreeMap<&'static str, u64>;
+
+/// The name of system messages in [`Ignored`]: the profile has its own.
+pub(crate) const SYSTEM_MESSAGES: &str = "system messages ignored";
+/// The name of reasoning that is no part of the text in [`Ignored`].
+const REASONING: &str = "reasoning_content ignored";
 
 /// A question and what was done about it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -14,8 +24,8 @@ pub struct Demonstration {
     pub question: String,
     /// What the expert wrote, and what came back.
     pub turns: Vec<Turn>,
-    /// System messages left out: the profile has its own.
-    pub system_messages: u64,
+    /// What was left out.
+    pub ignored: Ignored,
 }
 
 /// One assistant turn.
@@ -37,6 +47,9 @@ pub(crate) struct Message {
     #[serde(alias = "value")]
     content: Option<Content>,
     tool_calls: Option<Vec<ToolCall>>,
+    /// OpenAI's, before there were `tool_calls`.
+    function_call: Option<Function>,
+    reasoning_content: Option<Value>,
     #[serde(flatten)]
     marks: Marks,
 }
@@ -84,6 +97,8 @@ impl Message {
             role: "assistant".to_owned(),
             content: Some(Content::Text(text)),
             tool_calls: None,
+            function_call: None,
+            reasoning_content: None,
             marks: Marks::default(),
         }
     }
@@ -98,7 +113,7 @@ impl Message {
             "system" | "developer" => Ok(Speaker::System),
             "assistant" | "gpt" => Ok(Speaker::Assistant),
             "tool_call" | "function_call" => Ok(Speaker::Call),
-            "user" | "human" | "tool" | "tool_response" | "observation" => Ok(Speaker::World),
+            "user" | "human" | "tool" | "function" | "tool_response" | "observation" => Ok(Speaker::World),
             other => {
                 Err(format!("role `{other}`, expected system, user, assistant or tool, or ShareGPT's or Swift's names"))
             }
@@ -143,14 +158,17 @@ struct Function {
 pub(crate) fn demonstration(messages: Vec<Message>) -> Result<Demonstration, String> {
     let mut question = None;
     let mut turns: Vec<Turn> = Vec::new();
-    let mut system_messages = 0;
+    let mut ignored = Ignored::new();
     let mut messages = messages.into_iter().enumerate().peekable();
     while let Some((index, message)) = messages.next() {
         let at = |problem: String| format!("message {index}: {problem}");
         let speaker = message.speaker().map_err(at)?;
+        if message.reasoning_content.as_ref().is_some_and(says_something) {
+            *ignored.entry(REASONING).or_default() += 1;
+        }
         let open = turns.last_mut().filter(|turn| turn.observation.is_none());
         match (speaker, open) {
-            (Speaker::System, _) => system_messages += 1,
+            (Speaker::System, _) => *ignored.entry(SYSTEM_MESSAGES).or_default() += 1,
             (Speaker::Assistant | Speaker::Call, _) if question.is_none() => {
                 return Err(at("an assistant turn before the question".into()));
             }
@@ -188,12 +206,13 @@ pub(crate) fn demonstration(messages: Vec<Message>) -> Result<Demonstration, Str
     if turns.is_empty() {
         return Err("no assistant turn: the row has no targets".into());
     }
-    Ok(Demonstration { question, turns, system_messages })
+    Ok(Demonstration { question, turns, ignored })
 }
 
 fn turn(mut message: Message, speaker: Speaker) -> Result<Turn, String> {
     let trained = message.marks.trained()?;
-    let calls = message.tool_calls.take().unwrap_or_default();
+    let calls = message.tool_calls.take().unwrap_or_default().into_iter().map(|call| call.function);
+    let calls: Vec<Function> = calls.chain(message.function_call.take()).collect();
     let mut completion = String::new();
     if speaker == Speaker::Call {
         add_call(&mut completion, call_of(message)?)?;
@@ -201,12 +220,31 @@ fn turn(mut message: Message, speaker: Speaker) -> Result<Turn, String> {
         completion = content_text(message.content)?;
     }
     if calls.len() > 1 {
-        return Err(format!("{} tool calls in one turn, expected at most one a step", calls.len()));
+        return Err(several_calls(calls.len()));
     }
     for call in calls {
-        add_call(&mut completion, call.function)?;
+        add_call(&mut completion, call)?;
     }
     Ok(Turn { completion, observation: None, trained })
+}
+
+/// A step makes one call: calls side by side have nothing to stand in.
+fn several_calls(count: usize) -> String {
+    format!(
+        "{count} tool calls in one turn, expected at most one a step: calls side by side cannot be told apart here; one call \
+         of `search` takes several queries as a list"
+    )
+}
+
+/// Whether a value is more than nothing: null, empty text, an empty list or object.
+pub(crate) fn says_something(value: &Value) -> bool {
+    match value {
+        Value::Null => false,
+        Value::String(text) => !matches!(text.trim(), "" | "[]" | "{}"),
+        Value::Array(items) => !items.is_empty(),
+        Value::Object(fields) => !fields.is_empty(),
+        Value::Bool(_) | Value::Number(_) => true,
+    }
 }
 
 /// The call that a message consists of.
@@ -218,7 +256,7 @@ fn call_of(message: Message) -> Result<Function, String> {
 /// Adds a call, the only one of its turn; JSON spaced as Hugging Face's templates space it.
 fn add_call(completion: &mut String, function: Function) -> Result<(), String> {
     if completion.trim_end().ends_with("</tool_call>") {
-        return Err("2 tool calls in one turn, expected at most one a step".to_owned());
+        return Err(several_calls(2));
     }
     if !completion.is_empty() && !completion.ends_with('\n') {
         completion.push('\n');
@@ -300,9 +338,36 @@ mod tests {
                 },
                 Turn { completion: "<answer>Ann</answer>".into(), observation: None, trained: true },
             ],
-            system_messages: 1,
+            ignored: Ignored::from([(SYSTEM_MESSAGES, 1)]),
         };
         assert_eq!(demonstration, expected);
+    }
+
+    #[test]
+    fn openai_s_older_calls_are_calls() {
+        let old = r#"{"role": "assistant", "content": null, "function_call": {"name": "search", "arguments": "{\"query\": \"x\"}"}},
+            {"role": "function", "name": "search", "content": "found"}, {"role": "assistant", "content": "<answer>Ann</answer>", "function_call": null}"#;
+        let found = chat(&format!("{USER}, {old}")).unwrap();
+        let call = "<tool_call>\n{\"name\": \"search\", \"arguments\": {\"query\": \"x\"}}\n</tool_call>";
+        assert_eq!((found.turns[0].completion.as_str(), found.turns[0].observation.as_deref()), (call, Some("found")));
+        assert_eq!((found.turns.len(), found.turns[1].completion.as_str()), (2, "<answer>Ann</answer>"));
+        let both = old.replacen(
+            "\"function_call\"",
+            r#""tool_calls": [{"function": {"name": "a", "arguments": {}}}], "function_call""#,
+            1,
+        );
+        let error = chat(&format!("{USER}, {both}")).unwrap_err();
+        assert!(error.contains("message 1: 2 tool calls in one turn") && error.contains("side by side"), "{error}");
+    }
+
+    #[test]
+    fn reasoning_beside_the_text_is_counted() {
+        let said = |reasoning: &str| {
+            let row = format!(r#"{USER}, {{"role": "assistant", "content": "a", "reasoning_content": {reasoning}}}"#);
+            chat(&row).unwrap().ignored
+        };
+        assert_eq!(said("\"hm\""), Ignored::from([(REASONING, 1)]));
+        assert_eq!((said("null"), said("\"\"")), (Ignored::new(), Ignored::new()));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use mempo_agent::{
     ContextOptions, ContextPolicy, Past, RewardKind, ToolTable, context_policy, format_problem, outcome, row_segments,
 };
 use mempo_data::{Objective, Segment, SegmentKind, Status, Step, StopReason, Trajectory};
-use mempo_run::{ResultExt, seed_of};
+use mempo_run::ResultExt;
 use mempo_text::{
     Carried, ChatTemplate, ParsedCompletion, Profile, PromptBuilder, Tokenizer, ToolSpec, parse_completion,
 };
@@ -24,6 +24,7 @@ use crate::condition::Facts;
 use crate::counts::count;
 use crate::example::{Encoded, Labels, close_turn, push};
 use crate::gold::{Tasks, key, leaks, objectives};
+use crate::kin::Kin;
 use crate::record::{Demonstration, Form, InputFormat, Record, Turn, parse_record};
 use crate::self_test::drift;
 use crate::source::{Row, RowContent};
@@ -48,8 +49,8 @@ pub(crate) struct Settings {
     pub(crate) max_tokens: usize,
     /// Steps that a rollout will have at most: some profiles tell how many are left.
     pub(crate) max_steps: usize,
-    /// Share of tasks put aside, and the seed that decides which.
-    pub(crate) validation: Option<(f64, u64)>,
+    /// What is put aside, if anything is to be.
+    pub(crate) validation: Option<Kin>,
     /// Whether leaks are looked for, which takes time.
     pub(crate) find_leaks: bool,
     /// Whether rows keep their text to be compared by.
@@ -105,6 +106,7 @@ impl Encoder {
             RowContent::Json(text) => {
                 let record = parse_record(text, self.settings.format)?;
                 let labels = self.labels(row.number, &record)?;
+                record.ignored.iter().for_each(|(name, number)| count(&mut encoded.counts.notes, name, *number));
                 match &record.form {
                     Form::Chat(demonstration) => self.encode_chat(&labels, demonstration, &mut encoded)?,
                     Form::Pair { prompt, completion } => self.encode_pair(&labels, prompt, completion, &mut encoded)?,
@@ -120,13 +122,9 @@ impl Encoder {
 
     /// What its examples share, some of it from the row's task.
     fn labels(&self, row: u64, record: &Record) -> Result<Labels<'_>, String> {
-        let Record { id, task_id, split, source, gold, form } = record;
-        let question = match form {
-            Form::Chat(demonstration) => Some(&demonstration.question),
-            Form::Pair { prompt, .. } => Some(prompt),
-            Form::Text(_) => None,
-        };
-        let task = self.settings.tasks.find(task_id.as_deref(), question.map(String::as_str))?;
+        let Record { id, task_id, split, source, gold, .. } = record;
+        let question = record.question();
+        let task = self.settings.tasks.find(task_id.as_deref(), question)?;
         let objectives = match (task, gold) {
             (Some(task), _) => Some(Cow::Borrowed(task.objectives.as_slice())),
             (None, gold) => gold.clone().map(|gold| Cow::Owned(objectives(gold))),
@@ -134,13 +132,13 @@ impl Encoder {
         let trajectory_id = id.as_ref().or(task_id.as_ref()).cloned().unwrap_or_else(|| format!("{row:09}"));
         let task_id = task_id.clone().or_else(|| Some(task?.task_id.clone()));
         let split = split.clone().or_else(|| Some(task?.split.clone()));
-        let asked = question.map(|question| key(question));
+        let asked = question.map(key);
         let kin = task_id.as_ref().or(asked.as_ref()).unwrap_or(&trajectory_id);
         Ok(Labels {
             row,
             split: self.split(split, kin),
             source: source.clone().or_else(|| Some(task?.source.clone())),
-            question: question.cloned(),
+            question: question.map(str::to_owned),
             trajectory_id,
             task_id,
             objectives,
@@ -149,10 +147,9 @@ impl Encoder {
 
     /// The split of a row; `kin` is what it shares with rows that must be of the same.
     fn split(&self, given: Option<String>, kin: &str) -> Option<String> {
-        match self.settings.validation {
-            Some((share, seed)) if given.as_ref().is_none_or(|split| split == "train") => {
-                let drawn = seed_of(seed, &["validation", kin]) as f64 / 2f64.powi(64);
-                Some(if drawn < share { "dev" } else { "train" }.to_owned())
+        match &self.settings.validation {
+            Some(all) if given.as_ref().is_none_or(|split| split == "train") => {
+                Some(if all.is_aside(kin) { "dev" } else { "train" }.to_owned())
             }
             _ => given,
         }
@@ -171,9 +168,7 @@ impl Encoder {
             ));
         }
         count(&mut encoded.counts.rows, "chat", 1);
-        if demonstration.system_messages > 0 {
-            count(&mut encoded.counts.notes, "system messages ignored", demonstration.system_messages);
-        }
+        demonstration.ignored.iter().for_each(|(name, number)| count(&mut encoded.counts.notes, name, *number));
         if !demonstration.turns.iter().any(|turn| turn.trained) {
             return Err(
                 "no assistant turn is to be learnt (loss_mask 0, weight 0 or train false): the row has no targets"

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
 use fs_err as fs;
-use mempo_data::{has_extension, json_rows};
+use mempo_data::{has_extension, json_rows, text_lines};
 use mempo_model::{Config, DeviceOptions, Model};
 use mempo_run::{Input, ResultExt, Stage, StageArgs};
 use mempo_text::{NewTokenizer, Tokenizer, train_tokenizer};
@@ -21,7 +21,7 @@ use crate::source::data_files;
 /// Make a fresh model directory: random weights and a tokenizer trained on text.
 ///
 /// The configuration is a Hugging Face config.json; its vocabulary size and its end and padding ids are set to those of
-/// the new tokenizer. The text may be plain (.txt), JSON lines or Parquet with `text`, `prompt` and `completion`, or
+/// the new tokenizer. The text may be plain (.txt), JSON (a row a line, or one array) or Parquet with `text`, `prompt` and `completion`, or
 /// `messages`.
 #[derive(Debug, clap::Args, Serialize)]
 pub(crate) struct InitArguments {
@@ -182,11 +182,12 @@ fn corpus_files(paths: &[PathBuf]) -> anyhow::Result<Vec<PathBuf>> {
 
 /// The texts of one file, one after another.
 fn texts_of(path: &Path) -> Box<dyn Iterator<Item = anyhow::Result<String>> + Send> {
-    let rows = match json_rows(path, &COLUMNS).bad_input() {
+    let plain = has_extension(path, ".txt");
+    let rows = if plain { text_lines(path) } else { json_rows(path, &COLUMNS) };
+    let rows = match rows.bad_input() {
         Ok(rows) => rows,
         Err(error) => return Box::new(std::iter::once(Err(error))),
     };
-    let plain = has_extension(path, ".txt");
     let path = path.to_path_buf();
     Box::new(rows.map(move |row| {
         let (number, bytes) = row.bad_input()?;

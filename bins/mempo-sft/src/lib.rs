@@ -5,7 +5,7 @@
 //! directory; [`train`] fits a model to the examples. Beside them: [`record`] reads rows (`chat` messages, a `transcript` with tags, those of `mem1`), [`encode`]
 //! turns text into ids and masks, an [`example`] each (after the [`self_test`] of a template), [`filter`] says which rows stay (by [`gold`] answers,
 //! a [`condition`] in SQL, as no [`duplicates`], also [`near`] ones), [`source`] finds and reads rows, [`counts`] keeps the
-//! books, [`schedule`] orders the examples.
+//! books, [`kin`] says which rows are put aside together, [`schedule`] orders the examples.
 
 mod build;
 mod chat;
@@ -18,6 +18,7 @@ mod example;
 mod filter;
 mod gold;
 mod init;
+mod kin;
 mod mem1;
 mod near;
 pub mod record;

@@ -6,7 +6,7 @@
 
 use serde_json::{Map, Value};
 
-use crate::chat::{Demonstration, Turn, observe};
+use crate::chat::{Demonstration, Ignored, Turn, observe};
 use crate::record::text_of;
 
 /// The trajectory of a row.
@@ -42,7 +42,7 @@ pub(crate) fn demonstration(row: &Map<String, Value>) -> Result<Demonstration, S
     };
     match row.iter().find(is_late) {
         Some((name, _)) => Err(format!("`{name}`, but no turn {}: the turns have a gap", turns.len())),
-        None => Ok(Demonstration { question, turns, system_messages: 0 }),
+        None => Ok(Demonstration { question, turns, ignored: Ignored::new() }),
     }
 }
 

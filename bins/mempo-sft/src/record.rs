@@ -7,13 +7,13 @@
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
-pub use crate::chat::{Demonstration, Turn};
-use crate::chat::{Message, demonstration};
+pub use crate::chat::{Demonstration, Ignored, Turn};
+use crate::chat::{Message, SYSTEM_MESSAGES, demonstration, says_something};
 use crate::{mem1, transcript};
 
 /// What a row is read from; other columns do not matter. (Those of MEM1, which are numbered, are not among them: it has
-/// JSON lines only.)
-pub const COLUMNS: [&str; 17] = [
+/// JSON only.)
+pub const COLUMNS: [&str; 20] = [
     "id",
     "task_id",
     "source",
@@ -31,6 +31,9 @@ pub const COLUMNS: [&str; 17] = [
     "transcript",
     "trajectory",
     "text",
+    "system",
+    "tools",
+    "extra_info",
 ];
 
 /// A row with its labels.
@@ -46,8 +49,21 @@ pub struct Record {
     pub source: Option<String>,
     /// The row's own gold answers: those accepted for each objective.
     pub gold: Option<Vec<Vec<String>>>,
+    /// What was left out of its columns.
+    pub ignored: Ignored,
     /// What it holds.
     pub form: Form,
+}
+
+impl Record {
+    /// What is asked; nothing in plain text.
+    pub fn question(&self) -> Option<&str> {
+        match &self.form {
+            Form::Chat(demonstration) => Some(&demonstration.question),
+            Form::Pair { prompt, .. } => Some(prompt),
+            Form::Text(_) => None,
+        }
+    }
 }
 
 /// How rows are read.
@@ -58,7 +74,7 @@ pub enum InputFormat {
     Auto,
     /// `messages` or `conversations`
     Chat,
-    /// `prompt` and `completion` or `response`
+    /// `prompt` and `completion` or `response`, or those in verl's `extra_info`
     Pair,
     /// `question` and `transcript` or `trajectory`
     Transcript,
@@ -86,10 +102,8 @@ pub enum Form {
 
 /// Reads one JSON row.
 pub fn parse_record(json: &[u8], format: InputFormat) -> Result<Record, String> {
-    let mut row: Map<String, Value> = serde_json::from_slice(json).map_err(|error| {
-        let found = if json.trim_ascii_start().starts_with(b"[") { " (this looks like a JSON array)" } else { "" };
-        format!("not a JSON object: {error}{found}; expected one object a line")
-    })?;
+    let mut row: Map<String, Value> = serde_json::from_slice(json)
+        .map_err(|error| format!("not a JSON object: {error}; expected one object a line, or one array of objects"))?;
     let format = if format == InputFormat::Auto { format_of(&row)? } else { format };
     Ok(Record {
         id: label(&row, "id")?,
@@ -97,6 +111,7 @@ pub fn parse_record(json: &[u8], format: InputFormat) -> Result<Record, String> 
         split: label(&row, "split")?,
         source: label(&row, "source")?.map_or_else(|| label(&row, "data_source"), |source| Ok(Some(source)))?,
         gold: gold(&row)?,
+        ignored: ignored(&row),
         form: parse_form(&mut row, format)?,
     })
 }
@@ -115,14 +130,42 @@ fn format_of(row: &Map<String, Value>) -> Result<InputFormat, String> {
         () if has("question") && has_any(TRANSCRIPTS) => InputFormat::Transcript,
         () if has("q") && (has("t0") || has("r0")) => InputFormat::Mem1,
         () if has("text") => InputFormat::Text,
+        () if nested(row).is_some() => InputFormat::Pair,
+        () if is_task(row) => return Err(TASK.to_owned()),
         () => {
             return Err(format!(
                 "unknown columns [{}]; expected `messages` or `conversations`, or `prompt` and `completion` (or `response`), \
-                 or `question` and `transcript`, or `q`, `t0`, `r0`, …, or `text`",
+                 or `question` and `transcript`, or `q`, `t0`, `r0`, …, or `text`, or `extra_info` with `prompt` and `response`",
                 names(row)
             ));
         }
     })
+}
+
+const TASK: &str =
+    "prompts without responses: these are tasks; use `mempo-rollout compose`, and `sample` to have them answered";
+
+/// Whether it is a row of verl's for reinforcement learning.
+fn is_task(row: &Map<String, Value>) -> bool {
+    row.contains_key("prompt") && row.contains_key("reward_model")
+}
+
+/// The prompt, the name of the response and the response that verl's rows for fine-tuning have in `extra_info`; the prompt may
+/// stand beside it. What is a gold answer of the row is no response.
+fn nested(row: &Map<String, Value>) -> Option<(Value, &'static str, Value)> {
+    let extra = row.get("extra_info")?;
+    let there = |name: &str| extra.get(name).filter(|value| says_something(value));
+    let prompt = there("prompt").or_else(|| there("question")).or_else(|| row.get("prompt"))?;
+    let response = |name| Some((name, there(name).filter(|value| is_said(value))?));
+    let (name, response) = ["response", "completion", "answer"].into_iter().find_map(response)?;
+    let is_gold = |answer: &String| response.as_str().is_some_and(|text| text.trim() == answer.trim());
+    let gold = gold(row).ok().flatten().unwrap_or_default();
+    (!gold.iter().flatten().any(is_gold)).then(|| (prompt.clone(), name, response.clone()))
+}
+
+/// Text, or messages.
+fn is_said(value: &Value) -> bool {
+    value.is_string() || value.as_array().is_some_and(|items| items.iter().all(Value::is_object))
 }
 
 fn names(row: &Map<String, Value>) -> String {
@@ -139,6 +182,14 @@ fn parse_form(row: &mut Map<String, Value>, format: InputFormat) -> Result<Form,
             Ok(Form::Chat(transcript::split(&question, &text_of(text, name)?)?))
         }
         InputFormat::Pair => {
+            if !row.keys().any(|name| COMPLETIONS.contains(&name.as_str())) {
+                if let Some((prompt, name, response)) = nested(row) {
+                    return prompted(prompt, name, response);
+                }
+                if is_task(row) {
+                    return Err(TASK.to_owned());
+                }
+            }
             let (_, prompt) = take(row, ["prompt"; 2])?;
             let (name, completion) = take(row, COMPLETIONS)?;
             prompted(prompt, name, completion)
@@ -192,6 +243,13 @@ fn accepted(value: &Value) -> Option<Vec<String>> {
 
 fn messages(list: Value, name: &str) -> Result<Vec<Message>, String> {
     Vec::<Message>::deserialize(list).map_err(|error| format!("`{name}` is not a list of chat messages: {error}"))
+}
+
+/// What beside messages would say something, were it not the profile that does: ShareGPT's system message, tools.
+fn ignored(row: &Map<String, Value>) -> Ignored {
+    let names = [("system", SYSTEM_MESSAGES), ("tools", "tools of rows ignored")];
+    let told = |(column, _): &(&str, _)| row.get(*column).is_some_and(says_something);
+    names.into_iter().filter(told).map(|(_, name)| (name, 1)).collect()
 }
 
 /// Two texts, or what was said before and what follows, as messages: of those only what follows is learnt.
@@ -313,6 +371,41 @@ mod tests {
     }
 
     #[test]
+    fn rows_of_verl_are_pairs_where_they_have_a_response() {
+        let read = |columns: &str, format| {
+            let row = format!(
+                r#"{{"data_source": "d", "prompt": [{{"role": "user", "content": "Who?"}}], "reward_model": {{"ground_truth": "7"}}, {columns}}}"#
+            );
+            parse_record(row.as_bytes(), format).map(|record| record.form)
+        };
+        let pair = Ok(Form::Pair { prompt: "2+5?".into(), completion: "It is 7.".into() });
+        for columns in [
+            r#""extra_info": {"prompt": "2+5?", "response": "It is 7.", "index": 3}"#,
+            r#""extra_info": {"question": "2+5?", "answer": "It is 7.", "response": null}"#,
+        ] {
+            assert_eq!(read(columns, InputFormat::Auto), pair, "{columns}");
+            assert_eq!(read(columns, InputFormat::Pair), pair, "{columns}");
+        }
+        for columns in [r#""response": "It is 7.""#, r#""extra_info": {"response": "It is 7."}"#] {
+            let Form::Chat(found) = read(columns, InputFormat::Auto).unwrap() else { panic!("expected a chat") };
+            assert_eq!((found.question.as_str(), found.turns[0].completion.as_str()), ("Who?", "It is 7."));
+        }
+        for columns in [
+            r#""extra_info": {"question": "2+5?", "answer": " 7"}"#,
+            r#""extra_info": {"answer": ["7"]}"#,
+            r#""ability": "x""#,
+        ] {
+            for format in [InputFormat::Auto, InputFormat::Pair] {
+                let error = read(columns, format).unwrap_err();
+                assert!(
+                    error.contains("prompts without responses: these are tasks; use `mempo-rollout compose`"),
+                    "{error}"
+                );
+            }
+        }
+    }
+
+    #[test]
     fn a_forced_format_looks_for_its_own_columns() {
         let row = br#"{"messages": [], "text": "x", "prompt": "p"}"#;
         assert_eq!(parse_record(row, InputFormat::Text).unwrap().form, Form::Text("x".into()));
@@ -347,13 +440,28 @@ mod tests {
     }
 
     #[test]
+    fn columns_that_the_profile_speaks_for_are_counted() {
+        let ignored = |columns: &str| {
+            let row = format!(
+                r#"{{"conversations": [{{"from": "human", "value": "q"}}, {{"from": "gpt", "value": "a"}}], {columns}}}"#
+            );
+            parse_record(row.as_bytes(), InputFormat::Auto).unwrap().ignored
+        };
+        let both = Ignored::from([(SYSTEM_MESSAGES, 1), ("tools of rows ignored", 1)]);
+        assert_eq!(ignored(r#""system": "Be good.", "tools": "[{\"name\": \"search\"}]""#), both);
+        assert_eq!(ignored(r#""tools": [{"type": "function"}], "system": "x""#), both);
+        assert_eq!(ignored(r#""system": "", "tools": "[]""#), Ignored::new());
+        assert_eq!(ignored(r#""system": null, "tools": []"#), Ignored::new());
+    }
+
+    #[test]
     fn refusals_say_what_was_found() {
         let check = |json: &str, expected: &str| {
             let error = parse_record(json.as_bytes(), InputFormat::Auto).unwrap_err();
             assert!(error.contains(expected), "{json}\n  found    {error}\n  expected {expected}");
         };
         check("{\"text\": ", "not a JSON object: EOF");
-        check("[{}]", "looks like a JSON array");
+        check("[{}]", "expected one object a line, or one array of objects");
         check(r#"{"question": "q", "answer": "a"}"#, "unknown columns [question, answer]; expected `messages`");
         check(r#"{"question": "q", "response": "a"}"#, "unknown columns [question, response]; expected `messages`");
         check(r#"{"prompt": 1, "completion": "c"}"#, "`prompt` is a number, expected text");

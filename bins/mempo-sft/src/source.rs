@@ -1,6 +1,6 @@
 //! Where rows come from: finds the input files, cuts them into units of bounded size, reads a unit's rows.
 //!
-//! JSON lines and foreign Parquet files both yield JSON text, so that what follows knows one form; a rollout directory
+//! JSON lines, JSON arrays and foreign Parquet files all yield JSON text, so that what follows knows one form; a rollout directory
 //! yields trajectories with their steps as they are stored. A unit is cut by row count and bytes
 //! alone: it does not depend on what was done before.
 
@@ -24,7 +24,7 @@ const UNIT_BYTES: usize = 4 << 20;
 /// One file, or one part of a rollout directory.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// One JSON object a line.
+    /// JSON objects, one a line or in one array.
     Lines(PathBuf),
     /// A foreign Parquet file.
     Table(PathBuf),
@@ -58,7 +58,7 @@ pub(crate) struct Unit {
 pub(crate) struct Row {
     /// Counted over all sources, from 0.
     pub(crate) number: u64,
-    /// Line (or row) of its file, from 1.
+    /// Line of its file, or row of its array or table, from 1.
     pub(crate) line: u64,
     /// What it holds.
     pub(crate) content: RowContent,

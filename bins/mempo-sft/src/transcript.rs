@@ -1,7 +1,7 @@
 //! One text in which a policy and its world take turns, as Search-R1 and MEM1 log it: `… </tool_call><information>found
 //! </information> …`.
 
-use crate::chat::{Demonstration, Turn};
+use crate::chat::{Demonstration, Ignored, Turn};
 
 /// What stands around what came back.
 const TAGS: [(&str, &str); 2] = [("<information>", "</information>"), ("<tool_response>", "</tool_response>")];
@@ -26,7 +26,7 @@ pub(crate) fn split(question: &str, text: &str) -> Result<Demonstration, String>
     if turns.is_empty() {
         return Err("the transcript is empty: there is nothing to learn".to_owned());
     }
-    Ok(Demonstration { question: question.to_owned(), turns, system_messages: 0 })
+    Ok(Demonstration { question: question.to_owned(), turns, ignored: Ignored::new() })
 }
 
 /// The first opening tag and its place.

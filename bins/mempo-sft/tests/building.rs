@@ -42,7 +42,7 @@ fn chat_row(calls: bool) -> Value {
             messages.push(json!({"role": "tool", "content": format!("<information>{result}</information>")}));
         }
     }
-    json!({"id": "row", "task_id": "task-1", "messages": messages})
+    json!({"id": "row", "task_id": "task-1", "messages": messages, "tools": [{"type": "function"}]})
 }
 
 /// A finished stage directory with one part of each table.
@@ -133,6 +133,7 @@ fn steps_are_the_prompts_of_the_rollout_function_under_both_contexts() {
         let summary = &manifest(&out)["summary"];
         assert_eq!((&summary["rows"]["chat"], &summary["steps"]), (&json!(2), &json!(6)));
         assert_eq!(summary["notes"]["system messages ignored"], 2);
+        assert_eq!(summary["notes"]["tools of rows ignored"], 2);
         assert_eq!(summary["targets"]["end of turn"], 6);
         for kind in ["memory", "think", "tool call", "answer"] {
             assert!(summary["targets"][kind].as_u64().unwrap() > 0, "{kind}: {summary}");
@@ -474,6 +475,7 @@ fn every_container_gives_the_same_examples() {
     let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
     encoder.write_all(lines.as_bytes()).unwrap();
     fs_err::write(&packed, encoder.finish().unwrap()).unwrap();
+    let array = write(&dir.path().join("rows.json"), &format!("{:#}\n", json!(rows)));
     let table = dir.path().join("rows.parquet");
     write_parquet(&table, &lines);
     let built = |input: &Path, name: &str| {
@@ -485,6 +487,13 @@ fn every_container_gives_the_same_examples() {
     assert_eq!(expected.len(), 6);
     assert_eq!(built(&packed, "packed"), expected);
     assert_eq!(built(&table, "table"), expected);
+    assert_eq!(built(&array, "array"), expected);
+    for name in ["plain", "table", "array"] {
+        assert_eq!(manifest(&dir.path().join(name))["summary"]["notes"]["tools of rows ignored"], 2, "{name}");
+    }
+    let faulty = write(&dir.path().join("faulty.json"), &json!([rows[0], {"messages": []}]).to_string());
+    let (message, code) = build_refusal(&dir.path().join("faulty"), &faulty, &[]);
+    assert!(message.contains("faulty.json:2: no user turn") && code == 4, "{message}");
 }
 
 fn write_parquet(path: &Path, lines: &str) {

@@ -213,6 +213,25 @@ fn tasks_stay_together_when_some_are_put_aside() {
     assert_ne!(found, split("c", "2"));
 }
 
+/// In files of their own, in either order, and by way of `--tasks` too.
+#[test]
+fn a_question_is_of_one_split_with_and_without_its_task_s_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut named: Vec<Value> = (0..100).map(|n| row(&format!("Capital {n}?"), "x", "named", "y")).collect();
+    named.iter_mut().enumerate().for_each(|(n, row)| row["task_id"] = json!(format!("task-{n}")));
+    let unnamed: Vec<Value> = (0..100).map(|n| row(&format!(" Capital  {n}"), "x", "plain", "y")).collect();
+    for (name, rows) in [("a", [&named[..], &unnamed[..]].concat()), ("b", [&unnamed[..], &named[..]].concat())] {
+        let input = write(&dir.path().join(format!("{name}.jsonl")), &lines(&rows));
+        let found = build(&dir.path().join(name), &input, &["--validation-share", "0.3"]);
+        let split = |row: usize| {
+            let prefix = format!("{row:09}");
+            found.iter().find(|example| example.example_id.starts_with(&prefix)).unwrap().split.clone().unwrap()
+        };
+        assert!((0..100).all(|n| split(n) == split(n + 100)), "{name}");
+        assert!((15..=45).contains(&(0..100).filter(|n| split(*n) == "dev").count()), "{name}");
+    }
+}
+
 #[test]
 fn mem1_s_rows_and_forced_formats_are_read() {
     let dir = tempfile::tempdir().unwrap();

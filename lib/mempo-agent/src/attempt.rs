@@ -5,7 +5,7 @@ use mempo_text::{ParsedCompletion, ToolCall, parse_continuation};
 
 use crate::calls::Answer;
 use crate::outcome::{format_problem, outcome, row_segments};
-use crate::{Agent, Generated, Generation, Start, ToolFailure, observation};
+use crate::{Agent, Generated, Generation, OnToolFailure, Start, ToolFailure, observation};
 
 /// One attempt at a task.
 pub(crate) struct Attempt<'t> {
@@ -19,6 +19,8 @@ pub(crate) struct Attempt<'t> {
     /// The last step's call, while a tool elsewhere works on it.
     open_call: Option<ToolCall>,
     end: Option<End>,
+    /// The first failure of a tool that the policy was told of.
+    fault: Option<String>,
     tags_valid: bool,
     tool_calls: i32,
     unique_tokens: usize,
@@ -30,6 +32,15 @@ struct End {
     status: Status,
     answer: Option<String>,
     error: Option<String>,
+}
+
+impl End {
+    /// What a tool did wrong on the way is not the policy's, whatever the policy made of it.
+    fn after(self, fault: Option<String>) -> Self {
+        let Some(fault) = fault.filter(|_| self.status.is_policy()) else { return self };
+        let error = [Some(fault), self.error].into_iter().flatten().collect::<Vec<_>>().join("; ");
+        Self { status: Status::ToolError, answer: self.answer, error: Some(error) }
+    }
 }
 
 impl<'t> Attempt<'t> {
@@ -47,6 +58,7 @@ impl<'t> Attempt<'t> {
             prompt_ids: Vec::new(),
             open_call: None,
             end: None,
+            fault: None,
             tags_valid: true,
             tool_calls: 0,
             unique_tokens: 0,
@@ -152,9 +164,16 @@ impl<'t> Attempt<'t> {
                 self.stop(Status::MaxSteps, &format!("no answer within {max_steps} steps"));
             }
             (None, Some(Ok(call))) => self.call(agent, call, step),
-            (None, Some(Err(problem))) => self.correct(agent, format!("Error: {problem}"), step),
+            (None, Some(Err(problem))) => {
+                if !self.corrected(agent, step) {
+                    self.correct(agent, format!("Error: {problem}"), step);
+                }
+            }
             (None, None) => {
                 self.tags_valid = false;
+                if !last && self.corrected(agent, step) {
+                    return;
+                }
                 if step.stop_reason == StopReason::MaxTokens {
                     let length = step.completion_ids.len();
                     self.stop(Status::Truncated, &format!("no tool call or answer within {length} tokens"));
@@ -182,7 +201,15 @@ impl<'t> Attempt<'t> {
         match answer {
             Ok(results) => observe(agent, results, step),
             Err(ToolFailure::BadArguments(problem)) => self.correct(agent, problem, step),
-            Err(ToolFailure::Failed(error)) => self.stop(Status::ToolError, &format!("tool `{tool}`: {error}")),
+            Err(ToolFailure::Failed(error)) => {
+                let problem = format!("tool `{tool}`: {error}");
+                if agent.limits.on_tool_failure == OnToolFailure::Stop {
+                    return self.stop(Status::ToolError, &problem);
+                }
+                self.fault
+                    .get_or_insert_with(|| format!("step {}: {problem}, which the policy was told", step.step_index));
+                observe(agent, format!("Error: {problem}"), step);
+            }
         }
     }
 
@@ -192,10 +219,18 @@ impl<'t> Attempt<'t> {
         observe(agent, problem, step);
     }
 
+    /// Tells the policy in the profile's words that it neither called nor answered, if the profile has any.
+    fn corrected(&mut self, agent: &Agent<'_>, step: &mut Step) -> bool {
+        let Some(ids) = agent.builder.correction_ids() else { return false };
+        self.tags_valid = false;
+        note(agent, ids, step);
+        true
+    }
+
     /// The finished attempt as rows.
     pub(crate) fn finish(self, agent: &Agent<'_>) -> (Trajectory, Vec<Step>) {
         let unfinished = || End { status: Status::MaxSteps, answer: None, error: None };
-        let End { status, answer, error } = self.end.unwrap_or_else(unfinished);
+        let End { status, answer, error } = self.end.unwrap_or_else(unfinished).after(self.fault);
         let mut judged = outcome(&self.task.objectives, answer.as_deref(), self.tags_valid, status, agent.reward);
         if self.steps.last().is_some_and(|step| !agent.reward.sees(&step.completion)) {
             judged.reward = judged.reward.map(|_| 0.0);
@@ -228,8 +263,11 @@ fn observe(agent: &Agent<'_>, results: String, step: &mut Step) {
     let tokenizer = agent.builder.tokenizer();
     let results = observation::cut(tokenizer, results, agent.limits.max_observation_tokens);
     let steps_left = agent.limits.max_steps.saturating_sub(step.step_index as usize + 1);
-    let ids = agent.builder.observation_ids(&results, Some(steps_left));
-    step.observation = Some(tokenizer.decode(&ids));
+    note(agent, agent.builder.observation_ids(&results, Some(steps_left)), step);
+}
+
+fn note(agent: &Agent<'_>, ids: Vec<i32>, step: &mut Step) {
+    step.observation = Some(agent.builder.tokenizer().decode(&ids));
     step.observation_ids = Some(ids);
 }
 

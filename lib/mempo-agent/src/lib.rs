@@ -34,7 +34,7 @@ pub use context::{
 };
 pub use engine::{Engine, Environment, Generated, Generation, Request};
 pub use fusion::reciprocal_rank_fusion;
-pub use options::{LimitOptions, SamplingOptions};
+pub use options::{LimitOptions, OnToolFailure, SamplingOptions};
 pub use outcome::{Outcome, format_problem, outcome, row_segments};
 pub use reward::{RewardKind, RewardOptions};
 pub use search::{Hit, SearchIndex};

@@ -1,6 +1,6 @@
 //! Options of sampling and of the agent's limits: flags, API and manifest entry in one.
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 /// How completions are drawn.
@@ -33,9 +33,32 @@ pub struct LimitOptions {
     #[arg(long, value_name = "N", value_parser = at_least_one)]
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tool_calls: Option<usize>,
+    /// What becomes of a trajectory whose tool fails through no fault of the policy: it ends as tool_error, or reads `Error: …` as
+    /// the result and goes on; its status is tool_error and its reward null in either case
+    #[arg(long, value_enum, default_value_t)]
+    #[serde(skip_serializing_if = "OnToolFailure::is_default")]
+    pub on_tool_failure: OnToolFailure,
     /// Documents a search returns
     #[arg(long, default_value_t = 3, value_parser = at_least_one)]
     pub top_k: usize,
+}
+
+/// What becomes of a trajectory whose tool fails.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnToolFailure {
+    /// It ends there.
+    #[default]
+    Stop,
+    /// The policy is told, and the trajectory goes on.
+    Observe,
+}
+
+impl OnToolFailure {
+    #[allow(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference to the field")]
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 fn temperature(text: &str) -> Result<f64, String> {

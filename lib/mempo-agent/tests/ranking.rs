@@ -156,8 +156,14 @@ fn parts(table: &Path) -> Vec<PathBuf> {
 
 /// On documents and tasks of one's own: the folders in `MEMPO_TEST_SEARCH`, an index and tasks, with colons between them.
 #[test]
+#[allow(clippy::print_stderr, reason = "a skipped check must be seen")]
 fn the_best_are_those_of_the_formula_on_real_questions() {
-    let Ok(folders) = std::env::var("MEMPO_TEST_SEARCH") else { return };
+    let Ok(folders) = std::env::var("MEMPO_TEST_SEARCH") else {
+        eprintln!(
+            "SKIPPED on real questions: `./just ranking` makes the demo's index and tasks and runs this test again"
+        );
+        return;
+    };
     let mut folders = folders.split(':').map(Path::new);
     let dir = folders.next().unwrap();
     let documents: Vec<Document> = read_rows(&parts(&dir.join("corpus"))).unwrap().map(Result::unwrap).collect();

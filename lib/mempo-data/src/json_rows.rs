@@ -1,4 +1,4 @@
-//! Rows of files that others made, JSON lines or Parquet, as JSON text: what follows knows one form.
+//! Rows of files that others made, JSON lines, a JSON array or Parquet, as JSON text: what follows knows one form.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::path::Path;
@@ -14,9 +14,10 @@ use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::Value;
 
 use crate::caught::guarded;
+use crate::json_array::Elements;
 use crate::{Error, Result, parquet_batches, parquet_builder};
 
-/// Longest line read.
+/// Longest line, or element of an array, read.
 const LINE_BYTES: u64 = 64 << 20;
 /// Rows of a table turned to JSON at a time.
 const BATCH_ROWS: usize = 64;
@@ -35,35 +36,59 @@ pub const JSON_ROWS_EXTENSIONS: [&str; 10] = [
     ".json.zst",
 ];
 
-/// A row's number (the line of a text file, the row of a table; from 1) and its JSON text, not yet parsed.
+/// A row's number (the line of a text file, the element of an array, the row of a table; from 1) and its JSON text, not yet parsed.
 pub type JsonRow = (u64, Vec<u8>);
 /// The rows of a file, one after another; after an error there are no more.
 pub type JsonRows = Box<dyn Iterator<Item = Result<JsonRow>> + Send>;
 
 /// The rows of a file in order, read as they are asked for: lines of JSON, plain or compressed as the name says, blank ones
-/// left out; or those of a Parquet file as objects without their null fields.
+/// left out; the elements of an array, where the file begins with one; or those of a Parquet file as objects without their null
+/// fields.
 ///
 /// Of a table only the `wanted` columns are read, or all where it has none of them.
 pub fn json_rows(path: &Path, wanted: &[&str]) -> Result<JsonRows> {
     if has_extension(path, ".parquet") {
         return table_rows(path, wanted);
     }
+    let mut reader = open_text(path)?;
+    match reader.fill_buf() {
+        Ok(beginning) if Elements::<Text>::are_in(beginning) => {
+            Ok(numbered(path, Elements::new(reader, LINE_BYTES as usize)))
+        }
+        Ok(_) => Ok(numbered(path, Lines(Some(reader)))),
+        Err(error) => Ok(numbered(path, std::iter::once(Err(error)))),
+    }
+}
+
+/// The lines of a text file in order, plain or compressed as the name says, blank ones left out.
+pub fn text_lines(path: &Path) -> Result<JsonRows> {
+    Ok(numbered(path, Lines(Some(open_text(path)?))))
+}
+
+/// A text file, as it is read.
+type Text = Box<dyn BufRead + Send>;
+
+fn open_text(path: &Path) -> Result<Text> {
     let open = |source| Error::Open { file: path.to_owned(), source };
     let file = BufReader::new(fs_err::File::open(path).map_err(open)?);
-    let reader: Box<dyn BufRead + Send> = if has_extension(path, ".gz") {
+    Ok(if has_extension(path, ".gz") {
         Box::new(BufReader::new(flate2::read::MultiGzDecoder::new(file)))
     } else if has_extension(path, ".zst") {
         Box::new(BufReader::new(zstd::Decoder::with_buffer(file).map_err(open)?))
     } else {
         Box::new(file)
-    };
+    })
+}
+
+/// Numbers from 1; blank rows are left out after that.
+fn numbered(path: &Path, texts: impl Iterator<Item = io::Result<Vec<u8>>> + Send + 'static) -> JsonRows {
     let file = path.to_owned();
-    let mut rows = (1..).zip(Lines(Some(reader))).map(move |(line, text)| match text {
+    let mut rows = (1..).zip(texts).map(move |(line, text)| match text {
         Ok(text) => Ok((line, text)),
         Err(source) => Err(Error::Line { file: file.clone(), line, source }),
     });
     let is_blank = |row: &Result<JsonRow>| row.as_ref().is_ok_and(|(_, text)| text.trim_ascii().is_empty());
-    Ok(Box::new(std::iter::from_fn(move || rows.find(|row| !is_blank(row)))))
+    Box::new(std::iter::from_fn(move || rows.find(|row| !is_blank(row))))
 }
 
 /// Rows of a Parquet file, by what its end says.
@@ -190,6 +215,21 @@ mod tests {
         }
     }
 
+    #[test]
+    fn an_array_s_elements_are_its_rows() {
+        let dir = tempfile::tempdir().unwrap();
+        let text = "\u{feff}\n[\n{\"a\": 1},\n\n{\"b\": \"[,]\"}]\n";
+        let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        gzip.write_all(text.as_bytes()).unwrap();
+        for (name, bytes) in [("a.json", text.as_bytes().to_vec()), ("a.json.gz", gzip.finish().unwrap())] {
+            let path = dir.path().join(name);
+            fs_err::write(&path, bytes).unwrap();
+            let found: Vec<_> = all(&path, &[]).into_iter().map(|(row, text)| (row, text.trim().to_owned())).collect();
+            assert_eq!(found, [(1, "{\"a\": 1}".to_owned()), (2, "{\"b\": \"[,]\"}".to_owned())], "{name}");
+            assert_eq!(text_lines(&path).unwrap().count(), 3, "{name}");
+        }
+    }
+
     fn table(dir: &Path) -> PathBuf {
         let mut answers = ListBuilder::new(StringBuilder::new());
         answers.append_value([Some("x"), Some("y")]);
@@ -242,6 +282,7 @@ mod tests {
             ("not.parquet", b"{\"a\": 1}".to_vec(), "not.parquet"),
             ("not.gz", b"{\"a\": 1}".to_vec(), "not.gz:1"),
             ("long.jsonl", long, "long.jsonl:2"),
+            ("cut.json", b"[{}, {\"a\": 1".to_vec(), "cut.json:2"),
         ] {
             let path = dir.path().join(name);
             fs_err::write(&path, bytes).unwrap();

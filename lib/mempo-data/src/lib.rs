@@ -19,6 +19,7 @@ mod caught;
 mod conform;
 mod document;
 mod error;
+mod json_array;
 mod json_rows;
 mod merge;
 mod read;
@@ -33,7 +34,7 @@ pub use caught::{parquet_batches, parquet_builder};
 pub use document::read_document;
 pub use error::Error;
 pub use json_rows::{
-    JSON_ROWS_EXTENSIONS, JsonRow, JsonRows, has_extension, json_rows, parquet_bytes, parquet_row_count,
+    JSON_ROWS_EXTENSIONS, JsonRow, JsonRows, has_extension, json_rows, parquet_bytes, parquet_row_count, text_lines,
     write_json_rows,
 };
 pub use merge::{Cursor, groups};

@@ -115,6 +115,10 @@ pub struct Profile {
     /// What the environment replies; holds `{results}` once, and may hold `{hint}` before it.
     #[serde(default = "default_observation")]
     pub observation: String,
+    /// What follows a completion without a readable call or an answer, after which it goes on; without this a completion that
+    /// holds neither ends it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub correction: Option<String>,
     /// What stands for `{hint}`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hint: Option<Hint>,
@@ -247,6 +251,9 @@ impl Profile {
                 return Err(error(format!("`tags.{field}` is `{tag}`, expected `{}`", known.join("` or `"))));
             }
         }
+        if profile.correction.as_ref().is_some_and(|text| text.trim().is_empty()) {
+            return Err(error("`correction` is empty: say what is wrong, or leave it out".to_owned()));
+        }
         if profile.stop.iter().any(String::is_empty) {
             return Err(error("`stop` holds an empty text, which would end every completion at once".to_owned()));
         }
@@ -335,6 +342,8 @@ mod tests {
         assert!(Profile::load(name).unwrap_err().to_string().contains("usr"));
         write(&json.replace("\"memory\":", "\"tags\": {\"memory\": \"answer\"}, \"memory\":"));
         assert!(Profile::load(name).unwrap_err().to_string().contains("`tags.memory` is `answer`, expected `mem` or"));
+        write(&json.replace("\"memory\":", "\"correction\": \" \", \"memory\":"));
+        assert!(Profile::load(name).unwrap_err().to_string().contains("`correction` is empty"));
         let (_, json, _) = BUILT_IN[7];
         for (from, to, told) in [
             ("{memory}", "", "`user` must hold {question}, {memory}, each once"),

@@ -197,6 +197,11 @@ impl PromptBuilder {
         ids
     }
 
+    /// What follows a completion without a readable call or an answer, if the profile says something then.
+    pub fn correction_ids(&self) -> Option<Vec<i32>> {
+        self.profile.correction.as_deref().map(|text| self.tokenizer.encode_trusted(text))
+    }
+
     /// `<answer>` (or `\boxed{`), as it stands before the first character of an answer.
     pub fn answer_opening_ids(&self) -> Vec<i32> {
         self.tokenizer.encode_plain(self.profile.answer.opening())

@@ -6,8 +6,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, anyhow};
 use clap::Args;
 use mempo_agent::{
-    Agent, ContextOptions, ContextPolicy, Engine, Environment, Generation, LimitOptions, Request, RewardKind, Start,
-    Toolbox, context_policy,
+    Agent, ContextOptions, ContextPolicy, Engine, Environment, Generation, LimitOptions, OnToolFailure, Request,
+    RewardKind, Start, Toolbox, context_policy,
 };
 use mempo_data::{Document, StopReason, Task, read_document, read_rows, write_rows};
 use mempo_run::{Input, ResultExt, Stage, StageArgs};
@@ -115,6 +115,7 @@ impl Work<'_> {
             max_prompt_tokens: usize::MAX,
             max_observation_tokens: 1,
             max_tool_calls: None,
+            on_tool_failure: OnToolFailure::Stop,
             top_k: 1,
         };
         let documents = tasks.iter().map(|task| self.document(task)).collect::<anyhow::Result<Vec<_>>>()?;

@@ -18,6 +18,29 @@ fn limits(call: Duration) -> Limits {
     }
 }
 
+/// Six calls at once, 200 ms apart, of at most 300 ms each: who waits for its turn loses none of its time.
+#[test]
+fn calls_keep_to_a_pace_and_have_their_time_from_their_turn_on() {
+    let url = serve(|_, body| Reply::Json(200, body.clone()));
+    let limits = Limits { per_minute: Some(300), ..limits(Duration::from_millis(300)) };
+    let client = Client::new(&url, None, Limits { attempt: Duration::from_millis(300), retries: 0, ..limits });
+    let start = Instant::now();
+    std::thread::scope(|scope| {
+        let calls: Vec<_> = (0..6)
+            .map(|number| {
+                scope.spawn({
+                    let client = &client;
+                    move || echo(client, number)
+                })
+            })
+            .collect();
+        for (number, call) in calls.into_iter().enumerate() {
+            assert_eq!(call.join().unwrap(), Ok(number));
+        }
+    });
+    assert!(start.elapsed() >= Duration::from_secs(1));
+}
+
 const SHORT: Duration = Duration::from_secs(2);
 
 fn echo(client: &Client, number: usize) -> Result<usize, Failure> {

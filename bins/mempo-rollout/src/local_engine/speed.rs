@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Parser;
-use mempo_agent::{Agent, Environment, Generated, LimitOptions, Mempo, RewardKind, Start, Tool, Toolbox};
+use mempo_agent::{
+    Agent, Environment, Generated, LimitOptions, Mempo, OnToolFailure, RewardKind, Start, Tool, Toolbox,
+};
 use mempo_data::{Status, Task};
 use mempo_model::DeviceOptions;
 use mempo_text::Profile;
@@ -127,6 +129,7 @@ fn seconds(model: &Model, hosts: &[usize], hangs: bool) -> f64 {
             max_prompt_tokens: 1900,
             max_observation_tokens: 100,
             max_tool_calls: None,
+            on_tool_failure: OnToolFailure::Stop,
             top_k: 1,
         },
         reward: RewardKind::default(),

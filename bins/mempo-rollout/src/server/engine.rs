@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::Thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use mempo_agent::{Engine, Environment, Generated, Generation, Request};
 use mempo_text::PromptBuilder;
@@ -15,11 +15,10 @@ use tracing::warn;
 
 use super::protocol::{Protocol, Reply};
 use crate::http::{Client, Failure};
+use crate::watchdog::{SILENCE, Watchdog};
 
 /// Requests in a row that may come to nothing, each after all its attempts, before the server is given up.
 const GIVE_UP: usize = 16;
-/// How long nothing may come before it is said.
-const SILENCE: Duration = Duration::from_mins(1);
 const NO_THREAD: &str = "no thread is left to ask the server";
 
 /// A request of a run.
@@ -62,6 +61,8 @@ pub(crate) struct ServerEngine<'a> {
     /// Number of the run under way: what is left of an earlier one is nobody's any more.
     run: Arc<AtomicU64>,
     url: String,
+    /// How long nothing may finish before it is said.
+    pub(super) silence: Duration,
     wants_messages: bool,
     /// Makes ids of texts.
     builder: &'a PromptBuilder,
@@ -88,7 +89,7 @@ impl<'a> ServerEngine<'a> {
             let (protocol, client) = (Arc::clone(&protocol), Arc::clone(&client));
             std::thread::Builder::new().spawn(move || work(&open, &done, &run, &*protocol, &client))?;
         }
-        Ok(Self { questions, answers, run, url, wants_messages, builder, interrupted })
+        Ok(Self { questions, answers, run, url, silence: SILENCE, wants_messages, builder, interrupted })
     }
 
     fn ask(&self, run: u64, requests: Vec<Request>) -> Result<usize, String> {
@@ -145,18 +146,12 @@ impl Engine for ServerEngine<'_> {
     fn run(&mut self, requests: Vec<Request>, environment: &mut dyn Environment) -> Result<(), String> {
         let run = self.run.fetch_add(1, Ordering::Relaxed) + 1;
         let mut under_way = self.ask(run, requests)?;
-        let (mut in_vain, mut last) = (0, Instant::now());
+        let (mut in_vain, mut watchdog) = (0, Watchdog::new(self.silence));
         while under_way > 0 || !environment.waiting().is_empty() {
             if (self.interrupted)() {
                 return Err("interrupted".to_owned());
             }
             let answers = self.answered(run)?;
-            if !answers.is_empty() || under_way == 0 {
-                last = Instant::now();
-            } else if last.elapsed() >= SILENCE {
-                warn!("{}: no answer for {SILENCE:?}; {under_way} requests are under way", self.url);
-                last = Instant::now();
-            }
             under_way -= answers.len();
             let mut finished = Vec::with_capacity(answers.len());
             for (trajectory, result) in answers {
@@ -166,7 +161,14 @@ impl Engine for ServerEngine<'_> {
             let is_idle = finished.is_empty();
             let next = environment.next(finished);
             if is_idle && next.is_empty() {
+                let waiting = || environment.waiting().len();
+                watchdog.look(|| {
+                    let url = &self.url;
+                    format!("{under_way} requests to {url} are under way, {} trajectories wait for a tool", waiting())
+                });
                 environment.wait();
+            } else {
+                watchdog.finished();
             }
             under_way += self.ask(run, next)?;
         }

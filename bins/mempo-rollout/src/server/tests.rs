@@ -78,6 +78,7 @@ fn patience(server_timeout: u64, server_retries: u32) -> ServerOptions {
         update_server: false,
         trust_server: false,
         server_timeout,
+        server_deadline: 600,
         server_retries,
         server_requests_per_minute: None,
     }
@@ -194,6 +195,20 @@ fn a_server_that_only_fails_is_given_up_and_a_run_can_be_interrupted() {
 }
 
 #[test]
+fn a_completion_has_a_deadline_however_many_attempts_are_left() {
+    let url = serve(|_, _| Reply::Json(500, json!("busy")));
+    let options = ServerOptions { server_deadline: 1, ..patience(60, 1000) };
+    let client = Client::new(&url, None, limits(&options));
+    let mut engine = ServerEngine::new(client, Box::new(asking(Kind::Vllm)), &BUILDER, 2, &|| false).unwrap();
+    let start = Instant::now();
+    let (result, found) = two_steps(&mut engine, 1);
+    assert_eq!(result, Ok(()));
+    let told: Vec<String> = found.into_values().map(Result::unwrap_err).collect();
+    assert!(told.len() == 2 && told.iter().all(|told| told.contains("busy") && told.contains("attempts)")), "{told:?}");
+    assert!(start.elapsed() < Duration::from_secs(20));
+}
+
+#[test]
 fn one_silent_request_does_not_hold_the_others() {
     let answered = Arc::new(AtomicU64::new(0));
     let others = Arc::clone(&answered);
@@ -217,6 +232,40 @@ fn one_silent_request_does_not_hold_the_others() {
     });
     let result = engine.run(requests.collect(), &mut environment);
     assert_eq!((result, answered.load(Ordering::Relaxed)), (Ok(()), 40));
+}
+
+/// Waits for a tool until it is told by the clock.
+struct Waits(Instant);
+
+impl Environment for Waits {
+    fn next(&mut self, _: Vec<(usize, Generated)>) -> Vec<Request> {
+        Vec::new()
+    }
+
+    fn waiting(&self) -> Vec<usize> {
+        if self.0.elapsed() < Duration::from_millis(700) { vec![3, 4] } else { Vec::new() }
+    }
+}
+
+#[test]
+fn it_is_said_when_nothing_finishes_by_a_server_or_a_tool() {
+    let url = serve(|_, body| {
+        std::thread::sleep(Duration::from_millis(400));
+        good(Kind::Vllm, body)
+    });
+    let mut engine = engine(&url, Kind::Vllm, LONG, &|| false);
+    engine.silence = Duration::from_millis(150);
+    let request = Request { trajectory: 0, prompt_ids: vec![1], messages: Vec::new(), seed: 1 };
+    let lines = crate::watchdog::testing::lines_of(|| {
+        engine.run(vec![request], &mut Waits(Instant::now())).unwrap();
+    });
+    let told = |count| format!("{count} requests to {url} are under way, 2 trajectories wait for a tool");
+    for line in [told(1), told(0)] {
+        assert!(
+            lines.iter().any(|said| said.starts_with("nothing has finished for ") && said.ends_with(&line)),
+            "{lines:?}"
+        );
+    }
 }
 
 /// Of what a server's log-probabilities are.

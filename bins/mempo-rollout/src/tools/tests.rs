@@ -172,6 +172,19 @@ fn a_served_index_gives_the_rollout_of_the_index_and_its_log_gives_it_again() {
     let (setting, stop) = (Setting::new(search), Arc::new(AtomicBool::new(false)));
     let url = searched(&setting, &stop);
     setting.sample("local", "--search @index").unwrap();
+    let logprobs = json!({"of": "policy", "temperature": 1.0, "engine": "vllm"});
+    assert_eq!(setting.manifest("local")["summary"]["logprobs"], logprobs, "greedy, so at 1");
+    setting
+        .run(
+            &format!(
+                "sample --tasks @tasks --model @model --search @index --group-size 1 --max-tasks 1 --out @taught \
+        --teacher {} --teacher-model wise --max-error-rate 1 --server-retries 0",
+                refusing()
+            )
+            .replace('\n', " "),
+        )
+        .unwrap();
+    assert_eq!(setting.manifest("taught")["summary"]["logprobs"], json!({"of": "none"}));
     setting.sample("remote", &format!("--search {url}/retrieve")).unwrap();
     stop.store(true, Ordering::Relaxed);
     setting.sample("replayed", "--search @remote").unwrap();
@@ -226,6 +239,32 @@ fn what_fails_elsewhere_is_no_policy_s_fault_and_too_much_of_it_ends_the_run() {
     assert_eq!(told.iter().filter(|(_, error)| error.contains("no such city")).count(), 4, "{told:?}");
     let queries: Vec<AnsweredQuery> = setting.rows("out");
     assert_eq!(queries.len(), 3, "what failed is not kept: {queries:?}");
+    let observe = format!("{more} --on-tool-failure observe");
+    let error = setting.sample("told", &observe).unwrap_err();
+    assert_eq!(mempo_run::exit_code(&error), 3, "it counts for --max-error-rate all the same");
+    setting.sample("told", &format!("{observe} --max-error-rate 0.5 --restart")).unwrap();
+    let rows: Vec<Trajectory> = setting.rows("told");
+    let failed: Vec<&Trajectory> = rows.iter().filter(|row| row.reward.is_none()).collect();
+    assert_eq!(failed.len(), 6);
+    assert!(failed.iter().all(|row| (row.status, row.answer.as_deref()) == (Status::ToolError, Some("land 2"))));
+    assert_eq!(setting.manifest("told")["arguments"]["on_tool_failure"], "observe");
+    assert_eq!(setting.manifest("out")["arguments"].get("on_tool_failure"), None);
+}
+
+/// A server that takes no request.
+fn refusing() -> String {
+    serve(|_, _| Reply::Json(400, json!("not so")))
+}
+
+#[test]
+fn tools_elsewhere_are_asked_at_the_pace_that_is_given() {
+    let setting = Setting::new(search);
+    let url = serve(|_, _| Reply::Json(200, json!({"result": [[{"contents": "\"A\"\nfound"}]]})));
+    let start = Instant::now();
+    setting.sample("paced", &format!("--search {url} --max-tasks 3 --tool-requests-per-minute 120")).unwrap();
+    let rows: Vec<AnsweredQuery> = setting.rows("paced");
+    assert_eq!(rows.len(), 3);
+    assert!(start.elapsed() >= Duration::from_secs(1), "three distinct queries half a second apart");
 }
 
 fn calculate(_: &str) -> String {

@@ -1,4 +1,5 @@
 mod elsewhere;
+mod published;
 mod reading;
 
 use std::collections::HashSet;
@@ -11,7 +12,8 @@ use serde_json::{Value, json};
 use super::*;
 use crate::toolbox::tests::scripted;
 use crate::{
-    Carry, ClosedBook, Environment, FullDocument, Generated, Generation, MemAgent, Mempo, React, Tool, ToolFailure,
+    Carry, ClosedBook, Environment, FullDocument, Generated, Generation, MemAgent, Mempo, OnToolFailure, React, Tool,
+    ToolFailure,
 };
 
 const SEARCH: &str =
@@ -48,6 +50,7 @@ const LIMITS: LimitOptions = LimitOptions {
     max_prompt_tokens: 100_000,
     max_observation_tokens: 1000,
     max_tool_calls: None,
+    on_tool_failure: OnToolFailure::Stop,
     top_k: 1,
 };
 
@@ -265,6 +268,26 @@ fn tool_calls_are_counted_over_the_whole_trajectory() {
     let starts = vec![Start { task: &task, trajectory_index: 0, steps: &steps[..1], document: &[] }];
     let unit = setting.with_agent(|agent| agent.run(&mut engine, starts).unwrap());
     assert!(unit.steps[1].observation.as_ref().unwrap().contains(told), "{:?}", unit.steps[1].observation);
+}
+
+#[test]
+fn a_policy_that_is_told_of_a_tool_s_failure_goes_on_without_reward() {
+    let builder = builder("mempo");
+    let limits = LimitOptions { on_tool_failure: OnToolFailure::Observe, ..LIMITS };
+    let setting = Setting { limits, ..Setting::new(&builder) };
+    let broken = r#"<mem></mem><tool_call>{"name": "search", "arguments": {"query": "broken"}}</tool_call>"#;
+    let (trajectory, steps) = setting.play(&[broken, SEARCH, RIGHT]);
+    let told = "Error: tool `search`: the index is gone";
+    assert_eq!(steps[0].observation, Some(format!("<information>{told}</information>")));
+    assert_eq!((trajectory.status, trajectory.reward, steps.len()), (Status::ToolError, None, 3));
+    assert_eq!((trajectory.answer.as_deref(), trajectory.exact_match), (Some("red; blue"), vec![1.0, 1.0]));
+    assert_eq!((trajectory.format_valid, trajectory.tool_calls), (true, 2));
+    let fault = "step 0: tool `search`: the index is gone, which the policy was told";
+    assert_eq!(trajectory.error.as_deref(), Some(fault));
+    let (trajectory, _) = setting.play(&[broken]);
+    assert_eq!((trajectory.status, trajectory.reward, trajectory.step_count), (Status::ToolError, None, 4));
+    assert_eq!(trajectory.error, Some(format!("{fault}; step 3: no answer within 4 steps")));
+    check(&setting, &[SEARCH, RIGHT], Status::Ok, Some(1.0), true);
 }
 
 /// Returns nothing, whatever is asked.
