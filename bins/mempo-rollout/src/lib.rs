@@ -21,6 +21,7 @@ mod retrieval;
 mod retriever;
 mod rows;
 mod sample;
+mod served;
 mod server;
 mod show;
 mod stored;
@@ -62,7 +63,7 @@ enum Command {
     Sample(sample::SampleArguments),
     Context(context::ContextArguments),
     ServeSearch(retrieval::ServeSearchArguments),
-    ServedName(sample::ServedNameArguments),
+    ServedName(served::ServedNameArguments),
     Show(show::ShowArguments),
     Doctor(DoctorArguments),
     #[command(flatten)]
@@ -78,7 +79,7 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Sample(arguments) => sample::run(arguments),
         Command::Context(arguments) => context::run(&arguments),
         Command::ServeSearch(arguments) => retrieval::run(&arguments),
-        Command::ServedName(arguments) => sample::print_served_name(&arguments),
+        Command::ServedName(arguments) => served::run(&arguments),
         Command::Show(arguments) => show::run(&arguments),
         Command::Doctor(arguments) => arguments.run(),
         Command::Standard(command) => command.run(Arguments::command()),

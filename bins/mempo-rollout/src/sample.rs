@@ -12,14 +12,14 @@ use mempo_agent::{
 };
 use mempo_data::{AnsweredQuery, Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
-use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage, print_data, seed_of};
+use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage, seed_of};
 use mempo_text::{Profile, PromptBuilder};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use crate::local_engine::LocalEngine;
 use crate::reading;
-use crate::server::{self, Remote, ServerOptions, TeacherOptions, served_name};
+use crate::server::{self, Remote, ServerOptions, TeacherOptions};
 use crate::stored::{FromOptions, MemoryControl, Stored};
 use crate::tally::Tally;
 use crate::tools::{RecordedTools, ToolOptions, Tools};
@@ -224,21 +224,6 @@ impl SampleArguments {
         let server = server::open(url, &self.server, (&dir, digest, &config), builder, &self.sampling);
         server.map(Some).map_err(|problem| anyhow!(problem))
     }
-}
-
-/// Print the name by which a vLLM server has to serve a checkpoint, so that it is known to be this one
-#[derive(Debug, Args)]
-pub(crate) struct ServedNameArguments {
-    /// Checkpoint: a Hugging Face model directory
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
-}
-
-/// Runs `served-name`.
-pub(crate) fn print_served_name(arguments: &ServedNameArguments) -> anyhow::Result<()> {
-    let model = Input::model("model", &arguments.model)?;
-    print_data(&format!("{}\n", served_name(model.digest())));
-    Ok(())
 }
 
 /// Runs `sample`.
