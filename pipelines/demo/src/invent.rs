@@ -31,8 +31,8 @@ pub(crate) struct InventArguments {
     #[serde(skip)]
     data: PathBuf,
     /// Entities to invent
-    #[arg(long, value_name = "N", default_value_t = 100)]
-    entities: usize,
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    entities: u32,
     #[command(flatten)]
     #[serde(skip)]
     stage: StageArgs,
@@ -50,7 +50,7 @@ pub(crate) fn run(arguments: &InventArguments) -> anyhow::Result<()> {
     let (mut titles, mut questions, mut documents) = (HashSet::new(), Vec::new(), Vec::new());
     for index in 0..arguments.entities {
         let mut random = Random::new(stage.seed(&["entity", &index.to_string()]));
-        let (asked, told) = entity(&inventor, &titles, &mut random)?;
+        let (asked, told) = entity(&inventor, &titles, &mut random).usage()?;
         titles.extend(told.first().map(|document| document.title.clone()));
         questions.extend(asked.into_iter().map(|question| numbered_question(question, index)));
         documents.extend(told.into_iter().map(|document| numbered_document(document, index)));
@@ -69,12 +69,12 @@ fn entity(
 ) -> anyhow::Result<(Vec<Question>, Vec<Document>)> {
     let mut attempts = (0..ATTEMPTS).map(|_| inventor.entity(random));
     let fresh = attempts.find(|(_, documents)| documents.iter().all(|document| !titles.contains(&document.title)));
-    ensure!(fresh.is_some(), "after {} entities no further name was found: ask for fewer", titles.len());
+    ensure!(fresh.is_some(), "--entities: after {} no further name was found, ask for fewer", titles.len());
     Ok(fresh.unwrap_or_default())
 }
 
 /// The question with ids of this entity instead of the real one's.
-fn numbered_question(mut question: Question, index: usize) -> Question {
+fn numbered_question(mut question: Question, index: u32) -> Question {
     for hop in &mut question.metadata.hops {
         hop.doc_id = numbered(&hop.doc_id, index);
     }
@@ -86,12 +86,12 @@ fn numbered_question(mut question: Question, index: usize) -> Question {
     }
 }
 
-fn numbered_document(mut document: Document, index: usize) -> Document {
+fn numbered_document(mut document: Document, index: u32) -> Document {
     document.doc_id = numbered(&document.doc_id, index);
     document
 }
 
-fn numbered(doc_id: &str, index: usize) -> String {
+fn numbered(doc_id: &str, index: u32) -> String {
     let passage = doc_id.split_once('/').map_or(doc_id, |(_, passage)| passage);
     format!("{index:04}/{passage}")
 }

@@ -107,11 +107,12 @@ struct Setting<'a> {
     limits: LimitOptions,
     group_size: usize,
     document: fn(&str) -> Document,
+    reward: RewardKind,
 }
 
 impl<'a> Setting<'a> {
     fn new(builder: &'a PromptBuilder) -> Self {
-        Self { builder, context: &MEMPO, limits: LIMITS, group_size: 1, document: red }
+        Self { builder, context: &MEMPO, limits: LIMITS, group_size: 1, document: red, reward: RewardKind::ExactMatch }
     }
 
     fn run(&self, engine: &mut dyn Engine, tasks: &[Task]) -> Unit {
@@ -139,7 +140,7 @@ impl<'a> Setting<'a> {
             context: self.context,
             toolbox,
             limits: &self.limits,
-            reward: RewardKind::ExactMatch,
+            reward: self.reward,
             policy: "digest".to_owned(),
             seed: 7,
             seed_of: &seed_of,
