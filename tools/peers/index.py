@@ -3,7 +3,8 @@
     python index.py MEMPO_ROLLOUT ENCODER CORPUS PASSAGES…
 
 Made-up passages are 100 words, drawn by Zipf's law from 50,000, in the order of the digits of their ids, which is not that of the table;
-each number of PASSAGES is indexed by BM25. CORPUS is encoded by ENCODER (the demo's by MiniLM). Time and disk are extrapolated in
+each number of PASSAGES is indexed by BM25, then also by vectors of the first 16 tokens from ENCODER's first layer alone: what so many vectors
+take beside their encoding. What encoding takes is measured on CORPUS, by the whole ENCODER (the demo's by MiniLM). Time and disk are extrapolated in
 proportion to the 21 million of wiki-18. Memory is not: whether it grows is what several PASSAGES show. Of memory both are told, the
 process's own and all that is resident: that includes pages of mapped files, which the system takes back when it needs them.
 """
@@ -80,6 +81,27 @@ def index(program, corpus, out, *flags):
     return time.monotonic() - start, usage.ru_utime + usage.ru_stime, own, usage.ru_maxrss * 1024, folder
 
 
+def first_layer(encoder, out):
+    """ENCODER without its layers but the first."""
+    shutil.copytree(encoder, out)
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    weights = (out / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(weights[:8], "little")
+    header, data, place = json.loads(weights[8:start]), b"", 0
+    for name, tensor in list(header.items()):
+        begin, end = tensor.get("data_offsets", (0, 0))
+        if name == "__metadata__" or ("encoder.layer." in name and "encoder.layer.0." not in name):
+            del header[name]
+            continue
+        data += weights[start + begin:start + end]
+        tensor["data_offsets"] = [place, place := place + end - begin]
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)
+    (out / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return out
+
+
 def report(what, count, measured, disk):
     wall, cpu, own, resident, folder = measured
     scale = WIKI / count
@@ -93,11 +115,16 @@ def main(program, encoder, corpus, *passages):
     OUT.mkdir(parents=True)
     draws = random.Random(1)
     vocabulary = words(draws)
+    layer = first_layer(encoder, OUT / "first-layer")
     for count in map(int, passages):
         path, out = OUT / f"{count}.jsonl", OUT / str(count)
         write_corpus(path, vocabulary, count, draws)
         report("BM25", count, index(program, path, out), size(out / "index"))
         print(f"  passages {path.stat().st_size / 1e6:.0f} MB, corpus table {size(out / 'corpus') / 1e6:.0f} MB", flush=True)
+        shutil.rmtree(out)
+        flags = ["--encoder", layer, "--passage-prefix", "", "--dtype", "f32", "--max-tokens", "16"]
+        report("BM25 and vectors of one layer", count, index(program, path, out, *flags), size(out / "vectors"))
+        shutil.rmtree(out)
         path.unlink()
     with open(corpus, "rb") as file:
         count = sum(1 for _ in file)

@@ -137,10 +137,10 @@ mod tests {
 
     use super::*;
     use crate::fixture::trajectory;
-    use crate::measure::{By, Measure, groups_of, task_figures};
+    use crate::measure::{Measure, groups_of, task_figures};
 
     fn figures(rows: &[Trajectory]) -> Vec<TaskFigures> {
-        let measure = Measure { by: &[By::Objectives], facts: None, best_of: 0 };
+        let measure = Measure { facts: None, best_of: 0 };
         rows.chunk_by(|a, b| a.task_id == b.task_id).map(|rows| task_figures(rows, &measure)).collect()
     }
 

@@ -112,7 +112,7 @@ pub(crate) fn run(arguments: &CreditArguments) -> anyhow::Result<()> {
     let report = Report { worth: arguments.worth, rewards: found, controls };
     let json = format!("{}\n", serde_json::to_string_pretty(&report)?);
     if let Some(path) = &arguments.out {
-        write_whole(path, &json)?;
+        write_whole(path, json.as_bytes())?;
     }
     if arguments.json {
         print_data(&json);

@@ -7,16 +7,16 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, anyhow};
 use clap::Args;
-use mempo_data::{Trajectory, groups, read_rows};
 use mempo_run::{Input, ResultExt, print_data, print_table};
 
 use crate::baseline::{LabelledFile, read_answers};
 use crate::bootstrap::{LEVEL, RESAMPLES};
 use crate::contrast::{group_figures, interaction_figures, paired_figures};
 use crate::facts::Facts;
-use crate::measure::{By, METRICS, Measure, TaskFigures, groups_of, task_figures};
-use crate::report::{Cost, Difference, Intervals, Report, Run, Table};
-use crate::rollouts::{Rollouts, Settings};
+use crate::kept::{kept, read_kept};
+use crate::measure::{By, METRICS, Measure, groups_of};
+use crate::measured::{self, Measured};
+use crate::report::{Difference, Intervals, Report, Run, Table};
 
 /// Report F1, exact match and token counts with intervals, several rollouts side by side
 ///
@@ -28,11 +28,14 @@ use crate::rollouts::{Rollouts, Settings};
 #[derive(Debug, Args)]
 pub(crate) struct EvaluateArguments {
     /// Directories of finished `mempo-rollout sample`
-    #[arg(long, required = true, num_args = 1.., value_name = "DIR")]
+    #[arg(long, required_unless_present = "figures", num_args = 1.., value_name = "DIR")]
     rollouts: Vec<PathBuf>,
     /// Names for them, in the same order (default: the directories' names); those that share a name are reported as one
     #[arg(long, num_args = 1.., value_name = "LABEL")]
     name: Vec<String>,
+    /// Figures that `--figures-out` wrote, as if their rollouts were here; of a name that is here too they are more of it
+    #[arg(long, num_args = 1.., value_name = "FILE")]
+    figures: Vec<PathBuf>,
     /// Answers from JSON lines {"task_id", "answer"} as one more column; needs --tasks
     #[arg(long, num_args = 1.., value_name = "LABEL=FILE", requires = "tasks")]
     answers: Vec<LabelledFile>,
@@ -58,6 +61,9 @@ pub(crate) struct EvaluateArguments {
     /// Also write the JSON to this file
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
+    /// Also write the figures of each task to this file (.jsonl, .jsonl.zst), small enough to keep when rollouts go
+    #[arg(long, value_name = "FILE")]
+    figures_out: Option<PathBuf>,
     /// Seed of the bootstrap
     #[arg(long, default_value_t = 0)]
     seed: u64,
@@ -68,7 +74,7 @@ pub(crate) fn run(arguments: &EvaluateArguments) -> anyhow::Result<()> {
     let report = evaluate(arguments)?;
     let json = format!("{}\n", serde_json::to_string_pretty(&report)?);
     if let Some(path) = &arguments.out {
-        write_whole(path, &json)?;
+        write_whole(path, json.as_bytes())?;
     }
     if arguments.json {
         print_data(&json);
@@ -95,43 +101,53 @@ fn print((header, rows): Table) {
     print_table(&header.iter().map(String::as_str).collect::<Vec<_>>(), &rows);
 }
 
-/// The trajectories of all runs of a name, summed up by task.
-struct Measured {
-    label: String,
-    settings: Option<Settings>,
-    cost: Cost,
-    policies: Vec<String>,
-    tasks: Vec<TaskFigures>,
-}
-
 fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<Report> {
-    let inputs = arguments.tasks.iter().map(|path| Input::stage("tasks", path)).collect::<anyhow::Result<Vec<_>>>()?;
-    let facts = if inputs.is_empty() { None } else { Some(Facts::read(&inputs)?) };
-    check_by(&arguments.by, facts.as_ref())?;
-    let labels = labels(arguments).usage()?;
-    let baseline = arguments.baseline.as_ref().unwrap_or(&labels[0]);
-    if !labels.contains(baseline) {
+    let best_of = arguments.best_of.map_or(0, NonZeroUsize::get);
+    let mut measured = measure(arguments, best_of)?;
+    let labels: Vec<&str> = measured.iter().map(|run| run.label.as_str()).collect();
+    let baseline = arguments.baseline.as_deref().unwrap_or(labels[0]).to_owned();
+    if !labels.contains(&baseline.as_str()) {
         return Err(anyhow!("--baseline {baseline} is none of {}", labels.join(", "))).usage();
     }
-    let (runs, answers) = labels.split_at(arguments.rollouts.len());
-    let best_of = arguments.best_of.map(NonZeroUsize::get);
-    let measure = Measure { by: &arguments.by, facts: facts.as_ref(), best_of: best_of.unwrap_or(0) };
+    measured::check(&measured, &arguments.by)?;
+    if let Some(path) = &arguments.figures_out {
+        write_whole(path, &kept(path, &measured, best_of)?)?;
+    }
+    let mut with_tasks = false;
+    for task in measured.iter_mut().flat_map(|run| &mut run.tasks) {
+        with_tasks |= task.group.source.is_some();
+        task.group = task.group.only(&arguments.by);
+    }
+    Ok(Report {
+        best_of: Some(best_of).filter(|&count| count > 0),
+        ..report(measured, &baseline, with_tasks, arguments.seed)
+    })
+}
+
+/// Rollouts, figures of others that were kept, and answers from files, in this order.
+fn measure(arguments: &EvaluateArguments, best_of: usize) -> anyhow::Result<Vec<Measured>> {
+    let inputs = arguments.tasks.iter().map(|path| Input::stage("tasks", path)).collect::<anyhow::Result<Vec<_>>>()?;
+    let facts = if inputs.is_empty() { None } else { Some(Facts::read(&inputs)?) };
+    let labels = labels(arguments).usage()?;
+    let measure = Measure { facts: facts.as_ref(), best_of };
     let mut measured: Vec<Measured> = Vec::new();
-    for (path, label) in arguments.rollouts.iter().zip(runs) {
-        let run = measure_rollouts(path, label.clone(), &measure)?;
-        match measured.iter_mut().find(|other| other.label == run.label) {
-            Some(other) => other.join(run).with_context(|| path.display().to_string()).bad_input()?,
-            None => measured.push(run),
+    for (path, label) in arguments.rollouts.iter().zip(labels) {
+        measured::add(&mut measured, Measured::of_rollouts(path, label, &measure)?, path)?;
+    }
+    for path in &arguments.figures {
+        for run in read_kept(path, best_of)? {
+            measured::add(&mut measured, run, path)?;
         }
     }
-    for (file, label) in arguments.answers.iter().zip(answers) {
+    for file in &arguments.answers {
+        if measured.iter().any(|run| run.label == file.label) {
+            return Err(anyhow!("--answers {}: another run has this name", file.label)).usage();
+        }
         let facts = facts.as_ref().expect("clap requires --tasks with --answers");
         let rows = read_answers(&file.path, facts)?;
-        let tasks = rows.iter().map(|row| task_figures(std::slice::from_ref(row), &measure));
-        let (label, tasks) = (label.clone(), tasks.collect());
-        measured.push(Measured { label, settings: None, cost: Cost::default(), policies: vec![], tasks });
+        measured.push(Measured::of_answers(&rows, file.label.clone(), &measure));
     }
-    Ok(Report { best_of, ..report(measured, baseline, facts.is_some(), arguments.seed) })
+    Ok(measured)
 }
 
 /// The place of a metric by its name.
@@ -140,93 +156,25 @@ fn metric(name: &str) -> Result<usize, String> {
     names().position(|known| known == name).ok_or_else(|| format!("one of {}", names().collect::<Vec<_>>().join(", ")))
 }
 
-/// Refuses groups that nothing is known of.
-fn check_by(by: &[By], facts: Option<&Facts>) -> anyhow::Result<()> {
-    let needs_tasks = by.iter().any(|by| matches!(by, By::Source | By::DocumentTokens));
-    let Some(facts) = facts else {
-        let refused = || anyhow!("--by source and document-tokens need --tasks DIR, which hold them");
-        return if needs_tasks { Err(refused()).usage() } else { Ok(()) };
-    };
-    match facts.without_length().filter(|_| by.contains(&By::DocumentTokens)) {
-        Some(task_id) => Err(anyhow!(
-            "--by document-tokens: task `{task_id}` has no whole number `document_tokens` in its metadata; tasks with documents \
-             have one, as `mempo-rollout compose` makes them"
-        ))
-        .bad_input(),
-        None => Ok(()),
-    }
-}
-
-impl Measured {
-    /// Takes in another run of the same name: sampled in the same way, of other tasks or under another seed.
-    fn join(&mut self, run: Self) -> anyhow::Result<()> {
-        let label = &self.label;
-        if self.settings != run.settings {
-            let settings = |of: &Self| serde_json::to_string(&of.settings);
-            return Err(anyhow!(
-                "--name {label}: sampled with {}, another one of this name with {}",
-                settings(&run)?,
-                settings(self)?
-            ));
-        }
-        let known: HashSet<(u64, &str)> = self.tasks.iter().map(|task| (task.seed, task.task_id.as_str())).collect();
-        if let Some(task) = run.tasks.iter().find(|task| known.contains(&(task.seed, task.task_id.as_str()))) {
-            let (seed, id) = (task.seed, &task.task_id);
-            return Err(anyhow!("--name {label}: task `{id}` under seed {seed} is in another one of this name too"));
-        }
-        let new = run.policies.into_iter().filter(|policy| !self.policies.contains(policy)).collect::<Vec<_>>();
-        self.policies.extend(new);
-        self.tasks.extend(run.tasks);
-        self.cost.add(&run.cost);
-        Ok(())
-    }
-}
-
-/// One label a run; none of those that were not given stands for two.
+/// One label a rollout; where none is given, none stands for two.
 fn labels(arguments: &EvaluateArguments) -> anyhow::Result<Vec<String>> {
-    let (paths, files) = (&arguments.rollouts, &arguments.answers);
-    if !arguments.name.is_empty() && arguments.name.len() != paths.len() {
-        return Err(anyhow!("{} names for {} rollouts: give as many", arguments.name.len(), paths.len()));
+    let paths = &arguments.rollouts;
+    if !arguments.name.is_empty() {
+        if arguments.name.len() != paths.len() {
+            return Err(anyhow!("{} names for {} rollouts: give as many", arguments.name.len(), paths.len()));
+        }
+        return Ok(arguments.name.clone());
     }
-    let names = || paths.iter().map(|path| path.file_name().map(|name| name.to_string_lossy().into_owned()));
-    let unique = |labels: &[String]| labels.iter().enumerate().all(|(place, label)| !labels[..place].contains(label));
-    let mut labels = match names().collect::<Option<Vec<_>>>() {
-        _ if !arguments.name.is_empty() => arguments.name.clone(),
+    let unique = |labels: &[String]| labels.iter().collect::<HashSet<_>>().len() == labels.len();
+    let names = paths.iter().map(|path| path.file_name().map(|name| name.to_string_lossy().into_owned()));
+    let labels = match names.collect::<Option<Vec<_>>>() {
         Some(names) if unique(&names) => names,
         _ => paths.iter().map(|path| path.display().to_string()).collect(),
     };
-    let given = if arguments.name.is_empty() { 0 } else { paths.len() };
-    let is_taken = |file: &&LabelledFile| labels.contains(&file.label);
-    let answers: Vec<String> = files.iter().map(|file| file.label.clone()).collect();
-    if !unique(&labels[given..]) || !unique(&answers) || files.iter().any(|file| is_taken(&file)) {
-        let labels = [labels, answers].concat().join(", ");
-        return Err(anyhow!("labels must differ, found {labels}: give each rollout a --name"));
+    if !unique(&labels) {
+        return Err(anyhow!("labels must differ, found {}: give each rollout a --name", labels.join(", ")));
     }
-    labels.extend(answers);
     Ok(labels)
-}
-
-fn measure_rollouts(path: &Path, label: String, measure: &Measure<'_>) -> anyhow::Result<Measured> {
-    let rollouts = Rollouts::open(path)?;
-    let (best_of, count) = (measure.best_of, rollouts.settings.group_size);
-    if best_of as u64 > count {
-        return Err(anyhow!("--best-of {best_of}: {} has {count} trajectories a task", path.display())).usage();
-    }
-    let (mut tasks, mut policies) = (Vec::new(), Vec::new());
-    for group in groups(read_rows::<Trajectory>(&rollouts.input.table("trajectories")?).bad_input()?) {
-        let group = group.bad_input()?;
-        let task_id = &group[0].task_id;
-        if measure.facts.is_some_and(|facts| facts.of(task_id).is_none()) {
-            return Err(anyhow!("{}: trajectories of task `{task_id}`, which --tasks lack", path.display()))
-                .bad_input();
-        }
-        let new = group.iter().map(|row| &row.policy).filter(|policy| !policies.contains(*policy)).cloned();
-        let new: Vec<String> = new.take(1).collect();
-        policies.extend(new);
-        tasks.push(task_figures(&group, measure));
-    }
-    let cost = rollouts.input.manifest().map(Cost::of).unwrap_or_default();
-    Ok(Measured { label, settings: Some(rollouts.settings), cost, policies, tasks })
 }
 
 fn report(measured: Vec<Measured>, baseline: &str, with_tasks: bool, seed: u64) -> Report {
@@ -256,12 +204,12 @@ fn report(measured: Vec<Measured>, baseline: &str, with_tasks: bool, seed: u64) 
 }
 
 /// Writes a file whole or not at all.
-pub(crate) fn write_whole(path: &Path, text: &str) -> anyhow::Result<()> {
+pub(crate) fn write_whole(path: &Path, content: &[u8]) -> anyhow::Result<()> {
     let mut name = path.file_name().with_context(|| format!("{}: not a file name", path.display())).usage()?.to_owned();
     name.push(".tmp");
     let temporary = path.with_file_name(name);
     let mut file = fs_err::File::create(&temporary)?;
-    file.write_all(text.as_bytes())?;
+    file.write_all(content)?;
     file.sync_all()?;
     Ok(fs_err::rename(&temporary, path)?)
 }

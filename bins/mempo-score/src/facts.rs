@@ -64,12 +64,6 @@ impl Facts {
     pub(crate) fn of(&self, task_id: &str) -> Option<&Fact> {
         self.0.get(task_id)
     }
-
-    /// A task whose document's length is not known, if there is one.
-    pub(crate) fn without_length(&self) -> Option<&str> {
-        let without = self.0.iter().filter(|(_, fact)| fact.document_tokens.is_none());
-        without.map(|(task_id, _)| task_id.as_str()).min()
-    }
 }
 
 /// The list `entities` in a task's metadata; empty if there is none.
@@ -138,7 +132,5 @@ mod tests {
         let found: Vec<u64> =
             (0..given.len()).map(|task| facts.of(&format!("{task:02}")).unwrap().document_tokens.unwrap()).collect();
         assert_eq!(found, [7_051, 7_051, 14_050, 14_050, 28_001, 28_001, 450_000, 450_000]);
-        assert_eq!(facts.without_length(), None);
-        assert_eq!(Facts::new([(0, 5), (1, 0)].map(task).to_vec()).without_length(), Some("01"));
     }
 }

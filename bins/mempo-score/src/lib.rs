@@ -4,7 +4,7 @@
 //! scores what was sampled, [`advantages`] turns rewards into what the update needs, [`evaluate`] reports, [`credit`] holds
 //! memory rewards to what continuations show. Beside them, pure: [`probe`] lays out what is scored, [`reward`] turns
 //! scores into rows, [`normalise`] centres groups, [`spread`] divides among steps, [`measure`], [`contrast`] and [`bootstrap`] compute figures with
-//! intervals, [`report`] renders them. [`rollouts`] reads rollouts unit by unit, [`worth`] continuations of memories,
+//! intervals of what [`measured`] gathers and [`kept`] keeps, [`report`] renders them. [`rollouts`] reads rollouts unit by unit, [`worth`] continuations of memories,
 //! [`query`] is the one place that speaks SQL, [`baseline`] judges answers from a file, [`facts`] knows what tasks say of
 //! themselves, and [`sums`] keeps what units add to a summary.
 
@@ -16,8 +16,10 @@ mod credit;
 mod evaluate;
 mod explain;
 mod facts;
+mod kept;
 mod logprobs;
 mod measure;
+mod measured;
 mod normalise;
 mod probe;
 mod query;

@@ -8,7 +8,7 @@ use std::collections::BTreeSet;
 use clap::ValueEnum;
 use mempo_data::Trajectory;
 use mempo_text::answer::{split_answers, sub_exact_match};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::facts::{Fact, Facts};
 
@@ -106,7 +106,6 @@ pub(crate) enum By {
 /// How trajectories are measured.
 #[derive(Clone, Copy)]
 pub(crate) struct Measure<'a> {
-    pub(crate) by: &'a [By],
     /// What is known of the tasks.
     pub(crate) facts: Option<&'a Facts>,
     /// Among how many trajectories of a task the best is looked for; 0: nowhere.
@@ -114,7 +113,7 @@ pub(crate) struct Measure<'a> {
 }
 
 /// The tasks that share these; all tasks if it names nothing.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 pub(crate) struct Group {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) objectives: Option<usize>,
@@ -126,11 +125,12 @@ pub(crate) struct Group {
 }
 
 /// Sums and counts of every metric over one task's trajectories in one run.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) struct TaskFigures {
     pub(crate) task_id: String,
     /// The run's seed.
     pub(crate) seed: u64,
+    /// All that tasks are told apart by; then only what is asked for.
     pub(crate) group: Group,
     pub(crate) cluster: String,
     pub(crate) trajectories: u64,
@@ -140,7 +140,7 @@ pub(crate) struct TaskFigures {
 
 /// Sums up the trajectories of one task.
 pub(crate) fn task_figures(rows: &[Trajectory], measure: &Measure<'_>) -> TaskFigures {
-    let Measure { by, facts, best_of } = *measure;
+    let Measure { facts, best_of } = *measure;
     let task_id = &rows[0].task_id;
     let fact = facts.and_then(|facts| facts.of(task_id));
     let objectives = rows.iter().map(|row| row.exact_match.len()).max();
@@ -149,9 +149,9 @@ pub(crate) fn task_figures(rows: &[Trajectory], measure: &Measure<'_>) -> TaskFi
         task_id: task_id.clone(),
         seed: rows[0].seed,
         group: Group {
-            objectives: objectives.filter(|_| by.contains(&By::Objectives)),
-            source: fact.map(|fact| fact.source.clone()).filter(|_| by.contains(&By::Source)),
-            document_tokens: fact.and_then(|fact| fact.document_tokens).filter(|_| by.contains(&By::DocumentTokens)),
+            objectives,
+            source: fact.map(|fact| fact.source.clone()),
+            document_tokens: fact.and_then(|fact| fact.document_tokens),
         },
         cluster: fact.map_or(task_id, |fact| &fact.cluster).clone(),
         trajectories: rows.len() as u64,
@@ -165,6 +165,15 @@ pub(crate) fn groups_of<'a>(tasks: impl Iterator<Item = &'a TaskFigures>) -> BTr
 }
 
 impl Group {
+    /// What `by` asks for, of all that is known.
+    pub(crate) fn only(&self, by: &[By]) -> Self {
+        Self {
+            objectives: self.objectives.filter(|_| by.contains(&By::Objectives)),
+            source: self.source.clone().filter(|_| by.contains(&By::Source)),
+            document_tokens: self.document_tokens.filter(|_| by.contains(&By::DocumentTokens)),
+        }
+    }
+
     pub(crate) fn holds(&self, task: &TaskFigures) -> bool {
         *self == Self::default() || *self == task.group
     }

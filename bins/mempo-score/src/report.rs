@@ -1,7 +1,7 @@
 //! An evaluation as tables for the terminal and as JSON.
 
 use mempo_run::Manifest;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::bootstrap::Estimate;
 use crate::contrast::GroupFigures;
@@ -43,7 +43,7 @@ pub(crate) struct Run {
 }
 
 /// What sampling took, of all runs of a name.
-#[derive(Debug, Default, Serialize)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(crate) struct Cost {
     /// Seconds; of a run that was interrupted, those of its last process.
     pub(crate) seconds: f64,
