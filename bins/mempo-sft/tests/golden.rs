@@ -87,8 +87,9 @@ fn every_form_gives_the_examples_it_says() {
     for (file, context) in contexts() {
         assert_eq!(built(model_dir(), &file, &context).len(), known.files[&file].len(), "{file}");
     }
-    let [chat, parquet] = ["chat.jsonl", "chat.parquet"].map(|file| built(model_dir(), file, "mempo"));
-    assert_eq!(chat, parquet);
+    for (lines, table, context) in [("chat.jsonl", "chat.parquet", "mempo"), ("verl.jsonl", "verl.parquet", "react")] {
+        assert_eq!(built(model_dir(), lines, context), built(model_dir(), table, context), "{table}");
+    }
 }
 
 #[test]

@@ -1,7 +1,7 @@
 """Ids and targets of hand-made rows of every form, by transformers: `<tokenizer>.json` beside this file. With --check,
 compares instead of writing.
 
-The *.jsonl files hold rows as people have them, and refused.jsonl such as cannot be used; rows.json says, by hand, which
+The *.jsonl files and array.json hold rows as people have them, and refused.jsonl such as cannot be used; rows.json says, by hand, which
 question and turns they hold. From that, transformers' `apply_chat_template` and the tokenizer's own library make what
 `mempo-sft build` has to make:
 
@@ -110,6 +110,13 @@ class Reference:
         return self.steps(row, context)
 
 
+def verl_table():
+    """verl's rows as its tables have them: one type a column, nested, with nulls."""
+    rows = [json.loads(line) for line in (HERE / "verl.jsonl").read_text().splitlines()]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return pyarrow.Table.from_pydict({name: [row.get(name) for row in rows] for name in names})
+
+
 def table():
     """The chat rows as a table, where every key that any message has is there, mostly null."""
     rows = [json.loads(line) for line in (HERE / "chat.jsonl").read_text("utf-8-sig").splitlines() if line.strip()]
@@ -127,6 +134,7 @@ def main():
     check, stale = "--check" in sys.argv, []
     if not check:
         pyarrow.parquet.write_table(table(), HERE / "chat.parquet")
+        pyarrow.parquet.write_table(verl_table(), HERE / "verl.parquet")
     for name, folder in TOKENIZERS.items():
         if not (folder / "tokenizer.json").exists():
             print(f"SKIPPED {name}: `./just tokenizers` fetches it")
