@@ -11,6 +11,8 @@ use serde::Serialize;
 
 /// Ids of an n-gram that is looked for again.
 const NGRAM: usize = 4;
+/// Mean probability of the answers without a memory from which on there is little left to remember.
+const CLOSED_BOOK: f64 = 0.5;
 /// Trajectories that a message names.
 const NAMED: usize = 3;
 
@@ -18,8 +20,8 @@ const NAMED: usize = 3;
 #[derive(Debug, Clone, Args, Serialize)]
 #[expect(clippy::struct_field_names, reason = "fields are flags, and the flags belong together")]
 pub(crate) struct AlarmOptions {
-    /// Stop if a smaller share of trajectories has valid format; 0 for never, as a policy may have to learn it
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
+    /// Stop if a smaller share of trajectories has valid format; 0 for never, where a policy has yet to learn it
+    #[arg(long, value_name = "SHARE", default_value_t = 0.002)]
     alarm_format: f64,
     /// Stop if a larger share of completions was cut off at the length limit; 1 for never
     #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
@@ -36,10 +38,10 @@ pub(crate) struct AlarmOptions {
     /// Stop if memories are longer on average, in tokens, tags included; inf for never
     #[arg(long, value_name = "TOKENS", default_value_t = f64::INFINITY)]
     alarm_memory_above: f64,
-    /// Stop if the policy gives the gold answers a larger mean probability without any memory: it knows them by heart, and
-    /// memories are paid for nothing; 1 for never
-    #[arg(long, value_name = "PROBABILITY", default_value_t = 1.0)]
-    alarm_closed_book: f64,
+    /// Stop if the model that scored gives the gold answers a larger mean probability without any memory: it knows them by
+    /// heart, and memories are paid for nothing; 1 for never [default: 0.5 where the advantages have scores]
+    #[arg(long, value_name = "PROBABILITY")]
+    alarm_closed_book: Option<f64>,
     /// Stop if an optimizer step's entropy is lower, in nats
     #[arg(long, value_name = "NATS", default_value_t = 1e-4)]
     alarm_entropy: f64,
@@ -125,19 +127,19 @@ impl AlarmOptions {
 
     /// Refuses advantages whose scores show that the policy knows the answers by heart.
     pub(crate) fn check_advantages(&self, advantages: &Input) -> anyhow::Result<()> {
-        if self.alarm_closed_book >= 1.0 {
-            return Ok(());
-        }
+        let limit = self.alarm_closed_book.unwrap_or(CLOSED_BOOK);
         let known = advantages.manifest().and_then(|manifest| manifest.summary_number("closed_book_probability_mean"));
         let dir = advantages.dir().display();
         let Some(known) = known else {
+            if self.alarm_closed_book.is_none_or(|limit| limit >= 1.0) {
+                return Ok(());
+            }
             return Err(anyhow!(
-                "{dir}: --alarm-closed-book: it does not say how probable answers are without a memory: \
-                                give `mempo-score advantages` the --scores of `mempo-score segments`"
+                "{dir}: --alarm-closed-book: it does not say how probable answers are without a memory:                                 give `mempo-score advantages` the --scores of `mempo-score segments`"
             ))
             .usage();
         };
-        if known <= self.alarm_closed_book {
+        if known <= limit {
             return Ok(());
         }
         Err(anyhow!(
@@ -147,22 +149,24 @@ impl AlarmOptions {
         .quality()
     }
 
-    /// Refuses to go on after an optimizer step that shows a collapse.
-    pub(crate) fn check_step(&self, step: usize, stats: &PolicyStats) -> anyhow::Result<()> {
-        let alarm = if stats.entropy < self.alarm_entropy {
-            Some(("--alarm-entropy", stats.entropy))
-        } else {
-            stats.kl.filter(|kl| *kl > self.alarm_kl).map(|kl| ("--alarm-kl", kl))
-        };
-        match alarm {
-            None => Ok(()),
-            Some((name, value)) => Err(anyhow!(
-                "optimizer step {step}: {name}: {value:.4} nats: the policy has collapsed; lower --learning-rate, raise \
-                 --kl-coefficient, or start from an earlier checkpoint"
-            ))
-            .quality(),
+    /// What an optimizer step shows of a collapse.
+    pub(crate) fn of_step(&self, stats: &PolicyStats) -> Option<StepAlarm> {
+        if stats.entropy < self.alarm_entropy {
+            let (option, value) = ("--alarm-entropy", stats.entropy);
+            return Some(StepAlarm { option, value, badness: |stats| -stats.entropy });
         }
+        let value = stats.kl.filter(|kl| *kl > self.alarm_kl)?;
+        Some(StepAlarm { option: "--alarm-kl", value, badness: |stats| stats.kl.unwrap_or(0.0) })
     }
+}
+
+/// A limit that an optimizer step is beyond.
+pub(crate) struct StepAlarm {
+    pub(crate) option: &'static str,
+    /// In nats.
+    pub(crate) value: f64,
+    /// How far a trajectory alone shows it.
+    pub(crate) badness: fn(&PolicyStats) -> f64,
 }
 
 /// Share of a completion's n-grams that occur in it before.

@@ -1,13 +1,14 @@
 //! `mempo-rl`: rollouts and advantages -> the next checkpoint.
 //!
 //! Three subcommands: [`forecast`] says what an iteration will take, [`train`] does it, [`history`] looks back. Beside them: [`plan`] chooses the trajectories and orders them into optimizer
-//! steps, [`inputs`] checks what is read, [`alarms`] whether the policy is still one to learn from, [`load`] joins the
+//! steps, [`inputs`] checks what is read, [`alarms`] whether the policy is still one to learn from, [`judge`] what its steps show, [`load`] joins the
 //! tables of some of them into training sequences.
 
 mod alarms;
 mod forecast;
 mod history;
 mod inputs;
+mod judge;
 mod load;
 mod plan;
 mod train;

@@ -35,6 +35,9 @@ pub(crate) struct Selection {
 impl Selection {
     /// Walks the tables `trajectories` and `advantages` side by side.
     pub(crate) fn read(rollouts: &Input, advantages: &Input) -> anyhow::Result<Self> {
+        let counts_as_zero = advantages
+            .manifest()
+            .is_some_and(|manifest| manifest.arguments.get("null_rewards") == Some(&"zero".into()));
         let rows = read_rows::<Trajectory>(&rollouts.table("trajectories")?).bad_input()?;
         let mut advantages = Cursor::new(read_rows::<Advantage>(&advantages.table("advantages")?).bad_input()?);
         let mut selection = Self::default();
@@ -42,7 +45,8 @@ impl Selection {
             let row = row.bad_input()?;
             let key = Key::of_step(&row.task_id, row.trajectory_index, 0);
             let has_advantages = advantages.take(&key).bad_input()?.is_some();
-            match (row.reward, has_advantages) {
+            let reward = row.reward.or(counts_as_zero.then_some(0.0));
+            match (reward, has_advantages) {
                 (Some(reward), true) => selection.trajectories.push(Planned {
                     task_id: row.task_id,
                     trajectory_index: row.trajectory_index,

@@ -12,8 +12,8 @@ use clap::Args;
 use mempo_model::{DeviceOptions, Model};
 use mempo_run::{Input, MetricsFile, ResultExt, Stage, StageArgs};
 use mempo_train::{
-    Beginning, MemoryBudget, OptimizerOptions, PolicyOptions, PolicyStats, PolicyTrajectory, Trainer, learning_rate_at,
-    verify_merged, verify_state,
+    Beginning, KlEstimator, MemoryBudget, OptimizerOptions, PolicyOptions, PolicyStats, PolicyTrajectory, Trainer,
+    learning_rate_at, verify_merged, verify_state,
 };
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -23,13 +23,13 @@ use crate::alarms::AlarmOptions;
 use crate::history::HISTOGRAM;
 use crate::inputs::{Inputs, temperature};
 use crate::load::Source;
-use crate::plan::{PlannedStep, Selection, plan_steps, window};
+use crate::plan::{Planned, PlannedStep, Selection, plan_steps, window};
 
 const PROGRESS_FILE: &str = "progress.json";
 /// Metrics that are shown at the end.
 const SHOWN: [&str; 7] = ["reward_mean", "loss", "kl", "entropy", "clip_fraction", "ratio_max", "gradient_norm"];
 /// Tokens of the sequences in memory, at about 16 bytes each: half a gibibyte, or one optimizer step if that is more.
-const TOKENS_IN_MEMORY: u64 = 32 << 20;
+pub(crate) const TOKENS_IN_MEMORY: u64 = 32 << 20;
 
 /// Update a model on a rollout; the output directory is a complete Hugging Face model
 ///
@@ -61,9 +61,14 @@ pub(crate) struct TrainArguments {
     /// Times every trajectory is learned from
     #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     epochs: u32,
+    /// Optimizer steps that --schedule and --warmup-ratio span, counted over all runs that hand the trainer state on: those of
+    /// the whole loop (default: each run's own)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    schedule_steps: Option<u64>,
     /// Tokens run through the model at a time, padding included
     #[arg(long, default_value_t = 16384, value_name = "N", value_parser = at_least_one)]
-    tokens_per_micro_batch: usize,
+    pub(crate) tokens_per_micro_batch: usize,
     /// Start with new optimizer state, whatever is in MODEL/trainer
     #[arg(long)]
     pub(crate) fresh_optimizer: bool,
@@ -73,18 +78,22 @@ pub(crate) struct TrainArguments {
     /// Learn from rollouts sampled with --top-p below 1
     #[arg(long)]
     pub(crate) allow_cut_sampling: bool,
-    /// Before the first optimizer step, require that the ratio to the old policy is 1 (and the divergence from the reference
-    /// 0 if it is the model itself) to this mean difference; best with --deterministic
+    /// Commit a checkpoint although the gradient of some optimizer steps was not finite and their updates were left out
+    #[arg(long)]
+    #[serde(skip)]
+    pub(crate) allow_skipped: bool,
+    /// Before the first optimizer step, require of all trajectories that the ratio to the old policy is 1 (and the divergence
+    /// from the reference 0 if it is the model itself) to this mean distance; best with --deterministic
     #[arg(long, value_name = "TOLERANCE", num_args = 0..=1, default_missing_value = "1e-6")]
     #[serde(skip)]
-    check_identity: Option<f64>,
+    pub(crate) check_identity: Option<f64>,
     /// Optimizer steps between two saved states
     #[arg(long, default_value_t = 10, value_name = "N", value_parser = at_least_one)]
     #[serde(skip)]
     save_every: usize,
     #[command(flatten)]
     #[serde(skip)]
-    alarms: AlarmOptions,
+    pub(crate) alarms: AlarmOptions,
     #[command(flatten)]
     pub(crate) policy: PolicyOptions,
     #[command(flatten)]
@@ -100,11 +109,29 @@ fn at_least_one(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "expected a whole number of at least 1".to_owned())
 }
 
+impl TrainArguments {
+    /// Refuses options that would say nothing together.
+    fn check_together(&self) -> anyhow::Result<()> {
+        if self.policy.kl_ratio && self.policy.kl == KlEstimator::K1 {
+            return Err(anyhow!(
+                "--kl-ratio multiplies the estimates k2 and k3; k1 is part of the advantages: leave one out"
+            ));
+        }
+        if self.policy.importance_cap.is_some() && self.logprobs.is_none() {
+            return Err(anyhow!(
+                "--importance-cap weighs the old policy's log-probs against those of sampling, and without --logprobs the two                  are one: give --logprobs"
+            ));
+        }
+        Ok(())
+    }
+}
+
 /// Runs the stage.
 pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     arguments.stage.check_free()?;
     arguments.policy.check().usage()?;
     arguments.optimizer.check().usage()?;
+    arguments.check_together().usage()?;
     let inputs = Inputs::open(arguments)?;
     let Some(stage) = Stage::open("mempo-rl", "train", &arguments.stage, arguments, &inputs.list())? else {
         return Ok(());
@@ -120,8 +147,10 @@ pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     info!("{} trajectories, {} optimizer steps", selection.trajectories.len(), plan.len());
     let source = inputs.source(arguments)?;
     let mut training = Training::open(arguments, &inputs, stage)?;
+    training.check_schedule(plan.len())?;
+    training.check_identity(&plan, &selection, &source)?;
     training.walk(&plan, &selection, &source)?;
-    training.finish(&selection, &inputs.advantages)
+    training.finish(plan.len(), &selection, &inputs.advantages)
 }
 
 /// What one optimizer step did, a line of the metrics. A number that is not finite is written as null.
@@ -141,16 +170,16 @@ struct Metric {
 }
 
 /// A run under way.
-struct Training<'a> {
-    arguments: &'a TrainArguments,
+pub(crate) struct Training<'a> {
+    pub(crate) arguments: &'a TrainArguments,
     stage: Stage,
-    trainer: Trainer,
-    metrics: MetricsFile,
-    temperature: f64,
+    pub(crate) trainer: Trainer,
+    pub(crate) metrics: MetricsFile,
+    pub(crate) temperature: f64,
     /// Whether the reference policy is the model that is trained.
-    own_reference: bool,
+    pub(crate) own_reference: bool,
     /// Optimizer steps of the state under `resume`.
-    saved: usize,
+    pub(crate) saved: usize,
 }
 
 impl<'a> Training<'a> {
@@ -191,13 +220,9 @@ impl<'a> Training<'a> {
             for step in steps {
                 self.stop_if_interrupted(done)?;
                 let content: Vec<PolicyTrajectory> = loaded.by_ref().take(step.members.len()).collect();
-                if done == 0 {
-                    self.check_identity(&content)?;
-                }
-                let learning_rate = learning_rate_at(&self.arguments.optimizer, done as u64, plan.len() as u64);
+                let learning_rate = self.learning_rate(done, plan.len());
                 let stats = self.step(done, &content, learning_rate)?;
                 done += 1;
-                self.arguments.alarms.check_step(done, &stats)?;
                 progress.message(format!("loss {:.4}", stats.loss));
                 progress.inc(1);
                 let rewards = selection.members(step).map(|planned| f64::from(planned.reward));
@@ -208,8 +233,10 @@ impl<'a> Training<'a> {
                     learning_rate,
                     reward_mean: rewards.sum::<f64>() / step.members.len() as f64,
                     trajectories: step.members.len() as u64,
-                    stats,
+                    stats: stats.clone(),
                 })?;
+                let members: Vec<&Planned> = selection.members(step).collect();
+                self.judge(done, &stats, &content, &members)?;
                 if done - self.saved >= self.arguments.save_every {
                     self.save(done)?;
                 }
@@ -218,26 +245,24 @@ impl<'a> Training<'a> {
         Ok(())
     }
 
-    /// The first update must begin where sampling ended: else tokenizer, template, temperature or numbers differ.
-    fn check_identity(&self, content: &[PolicyTrajectory]) -> anyhow::Result<()> {
-        let Some(tolerance) = self.arguments.check_identity else { return Ok(()) };
-        let (options, budget) = (&self.arguments.policy, self.arguments.tokens_per_micro_batch);
-        let stats = self.trainer.policy_stats(content, options, self.temperature, budget)?;
-        info!(
-            "identity: ratio {} on average, at most {}, divergence {:?}",
-            stats.ratio_mean, stats.ratio_max, stats.kl
-        );
-        let kl = if self.own_reference { stats.kl.unwrap_or(0.0) } else { 0.0 };
-        if (stats.ratio_mean - 1.0).abs() <= tolerance && kl.abs() <= tolerance {
+    /// Of the step after `done` others: of this run, or of all runs that --schedule-steps spans.
+    fn learning_rate(&self, done: usize, planned: usize) -> f64 {
+        let own = (done as u64, planned as u64);
+        let (step, total) = self.arguments.schedule_steps.map_or(own, |total| (self.trainer.global_step(), total));
+        learning_rate_at(&self.arguments.optimizer, step, total)
+    }
+
+    /// A schedule that ends before the run would leave steps with a learning rate of 0.
+    fn check_schedule(&self, planned: usize) -> anyhow::Result<()> {
+        let Some(total) = self.arguments.schedule_steps else { return Ok(()) };
+        let last = self.trainer.global_step() + (planned - self.saved) as u64;
+        if last <= total {
             return Ok(());
         }
-        let (ratio, most) = (stats.ratio_mean, stats.ratio_max);
         Err(anyhow!(
-            "--check-identity: before any update the ratio is {ratio} on average (at most {most}) and the divergence from the \
-             model itself {kl}, expected 1 and 0 to {tolerance}: give log-probs of this model in this --dtype, or \
-             --deterministic to all stages (adapters that were merged for sampling are off by the rounding)"
+            "--schedule-steps {total}: this run ends with optimizer step {last} of all runs: give the number of the whole loop"
         ))
-        .quality()
+        .usage()
     }
 
     /// The optimizer step after `done` others.
@@ -247,9 +272,6 @@ impl<'a> Training<'a> {
         let stats = self.trainer.policy_step(content, options, learning_rate, self.temperature, budget);
         let stats = stats.quality_if(mempo_train::Error::is_not_finite);
         let stats = stats.with_context(|| format!("optimizer step {}", done + 1))?;
-        if stats.skipped {
-            warn!("optimizer step {}: the gradient is not finite; the weights were left as they were", done + 1);
-        }
         if let Some(tokens) = self.trainer.micro_batch_that_fits().filter(|tokens| *tokens < budget) {
             warn!("optimizer step {}: memory ran out; micro-batches of {tokens} tokens fit", done + 1);
         }
@@ -269,7 +291,7 @@ impl<'a> Training<'a> {
     }
 
     /// Makes the run so far durable.
-    fn save(&mut self, done: usize) -> anyhow::Result<()> {
+    pub(crate) fn save(&mut self, done: usize) -> anyhow::Result<()> {
         self.metrics.sync()?;
         self.stage.save_resume(|dir| {
             self.trainer.save_state(dir).quality_if(mempo_train::Error::is_not_finite)?;
@@ -281,8 +303,9 @@ impl<'a> Training<'a> {
     }
 
     /// Writes the checkpoint and commits it.
-    fn finish(self, selection: &Selection, advantages: &Input) -> anyhow::Result<()> {
+    fn finish(mut self, planned: usize, selection: &Selection, advantages: &Input) -> anyhow::Result<()> {
         self.metrics.sync()?;
+        self.refuse_skipped(planned)?;
         self.stage.write_files(|dir| {
             let saved = self.trainer.save_checkpoint(&self.arguments.model, dir);
             saved.quality_if(mempo_train::Error::is_not_finite)

@@ -64,6 +64,10 @@ pub(crate) struct TrainArguments {
     #[arg(long)]
     #[serde(skip_serializing_if = "is_false")]
     keep_best: bool,
+    /// Commit a checkpoint although the gradient of some optimizer steps was not finite and their updates were left out
+    #[arg(long)]
+    #[serde(skip)]
+    allow_skipped: bool,
     /// Optimizer steps between two saved states
     #[arg(long, default_value_t = 100, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     #[serde(skip)]
@@ -208,7 +212,8 @@ impl<'a> Training<'a> {
         let stats = self.trainer.sft_step(&sequences, learning_rate, self.arguments.tokens_per_micro_batch);
         let stats = self.judge(stats, planned)?;
         if stats.skipped {
-            warn!("optimizer step {}: the gradient is not finite, the weights stay as they are", done + 1);
+            let examples = self.named(planned);
+            warn!("optimizer step {}: the gradient is not finite, the weights stay as they are ({examples})", done + 1);
         }
         let budget = self.arguments.tokens_per_micro_batch;
         if let Some(tokens) = self.trainer.micro_batch_that_fits().filter(|tokens| *tokens < budget) {
@@ -244,12 +249,13 @@ impl<'a> Training<'a> {
     /// Names the examples of a step that failed; numbers that are none stop the stage as a quality gate.
     fn judge(&self, stats: Result<StepStats, mempo_train::Error>, planned: &PlannedStep) -> anyhow::Result<StepStats> {
         let stats = stats.quality_if(mempo_train::Error::is_not_finite);
-        stats.with_context(|| {
-            let named: Vec<String> =
-                planned.examples.iter().take(4).map(|index| self.dataset.describe(*index)).collect();
-            let count = planned.examples.len();
-            format!("an optimizer step of {count} examples (mempo-sft show {} …)", named.join("; "))
-        })
+        stats.with_context(|| format!("an optimizer step of {}", self.named(planned)))
+    }
+
+    /// The first examples of a step, as words that show them.
+    fn named(&self, planned: &PlannedStep) -> String {
+        let named: Vec<String> = planned.examples.iter().take(4).map(|index| self.dataset.describe(*index)).collect();
+        format!("{} examples, mempo-sft show {} …", planned.examples.len(), named.join("; "))
     }
 
     /// Keeps the weights as they are if no earlier validation loss was as low.
@@ -275,8 +281,18 @@ impl<'a> Training<'a> {
     }
 
     /// Writes the checkpoint and commits it.
-    fn finish(self, planned_steps: usize) -> anyhow::Result<()> {
+    fn finish(mut self, planned_steps: usize) -> anyhow::Result<()> {
         self.metrics.sync()?;
+        let skipped = self.trainer.skipped_steps();
+        if skipped > 0 && !self.arguments.allow_skipped {
+            self.save()?;
+            return Err(anyhow!(
+                "{skipped} of {planned_steps} optimizer steps had a gradient that is not finite and left the weights as they \
+                 were: lower --learning-rate or look at the examples above; or run the same command with --allow-skipped, which \
+                 commits what the others made"
+            ))
+            .quality();
+        }
         self.stage.write_files(|dir| {
             let saved = self.trainer.save_checkpoint(&self.arguments.model, dir);
             saved.quality_if(mempo_train::Error::is_not_finite)

@@ -76,6 +76,22 @@ fn loss_falls_on_a_toy_set_and_the_checkpoint_can_be_trained_on() {
 }
 
 #[test]
+fn an_update_that_was_left_out_must_be_allowed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (examples, out) = (toy_examples(dir.path(), 20), dir.path().join("checkpoint"));
+    // The first update leaves weights whose squares are not finite.
+    let more = ["--learning-rate", "1e14", "--warmup-ratio", "0", "--max-steps", "2", "--tokens-per-batch", "64"];
+    let (message, code) = refusal(&words(&examples, &out, &more));
+    assert!(
+        code == 3 && message.contains("1 of 2 optimizer steps") && message.contains("--allow-skipped"),
+        "{message}"
+    );
+    assert!(!out.join("manifest.json").exists() && !out.join("model.safetensors").exists());
+    mempo_sft(&words(&examples, &out, &[&more[..], &["--allow-skipped"]].concat())).unwrap();
+    assert_eq!((metrics(&out).len(), &manifest(&out)["summary"]["skipped_steps"]), (2, &json!(1)));
+}
+
+#[test]
 fn several_directories_are_one_shuffle() {
     let dir = tempfile::tempdir().unwrap();
     let (first, second) = (toy_examples(&dir.path().join("1"), 30), toy_examples(&dir.path().join("2"), 20));

@@ -53,7 +53,9 @@ pub struct PolicyStats {
     pub kl: Option<f64>,
     /// Mean over tokens of the ratio `exp(lp - old)`, or the sequence's.
     pub ratio_mean: f64,
-    /// Largest of them.
+    /// Mean over tokens of its distance from 1.
+    pub ratio_distance: f64,
+    /// Largest of the ratios.
     pub ratio_max: f64,
     /// Part of the tokens whose policy gradient the clipping stopped.
     pub clip_fraction: f64,
@@ -74,6 +76,7 @@ pub(crate) struct PolicySums {
     kl: f64,
     entropy: f64,
     ratio: f64,
+    distance: f64,
     clipped: f64,
     ratio_max: f64,
     tokens: u64,
@@ -254,6 +257,7 @@ impl PolicySums {
                 &weight * kl_values,
                 &weight * entropies,
                 surrogate.ratio.shallow_clone(),
+                (&surrogate.ratio - 1.0).abs(),
                 surrogate.clipped.to_kind(Kind::Float),
             ],
             0,
@@ -265,12 +269,13 @@ impl PolicySums {
     }
 
     fn add_sums(&mut self, sums: &Tensor, ratio_max: f64, tokens: i64) {
-        let values = [0, 1, 2, 3, 4].map(|index| sums.double_value(&[index]));
+        let values = [0, 1, 2, 3, 4, 5].map(|index| sums.double_value(&[index]));
         self.policy_loss += values[0];
         self.kl += values[1];
         self.entropy += values[2];
         self.ratio += values[3];
-        self.clipped += values[4];
+        self.distance += values[4];
+        self.clipped += values[5];
         self.ratio_max = self.ratio_max.max(ratio_max);
         self.tokens += tokens as u64;
     }
@@ -290,6 +295,7 @@ impl PolicySums {
             policy_loss: self.policy_loss,
             kl: self.with_reference.then_some(self.kl),
             ratio_mean: self.ratio / tokens,
+            ratio_distance: self.distance / tokens,
             ratio_max: self.ratio_max,
             clip_fraction: self.clipped / tokens,
             entropy: self.entropy,
