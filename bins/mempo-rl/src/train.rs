@@ -38,6 +38,7 @@ pub(crate) const TOKENS_IN_MEMORY: u64 = 32 << 20;
 /// plus a KL term. The ratio is taken against `--logprobs`, or without them against the log-probs of sampling.
 /// Optimizer state is carried on from MODEL/trainer.
 #[derive(Debug, Args, Serialize)]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag")]
 pub(crate) struct TrainArguments {
     /// Output of `mempo-rollout sample`
     #[arg(long, value_name = "DIR")]

@@ -112,8 +112,15 @@ fn spawn(words: &[String]) -> Child {
 
 #[test]
 fn a_killed_run_continues_to_the_same_bytes() {
+    // States are saved within epochs of eleven steps, and at the end of epochs of three.
+    for (per_step, epochs, steps) in [("2", "6", 66), ("8", "24", 72)] {
+        kill_and_continue(&["--trajectories-per-step", per_step, "--epochs", epochs, "--save-every", "3"], steps);
+    }
+}
+
+fn kill_and_continue(more: &[&str], steps: usize) {
     let chain = Chain::new(6);
-    let more = [&NO_KL[..], &["--trajectories-per-step", "2", "--epochs", "6", "--save-every", "3"]].concat();
+    let more = [&NO_KL[..], more].concat();
     chain.train("model", "straight", &more).unwrap();
     let words = chain.words("model", "killed", &more);
     let progress = || fs_err::read_to_string(chain.path("killed/resume/progress.json")).unwrap_or_default();
@@ -142,7 +149,7 @@ fn a_killed_run_continues_to_the_same_bytes() {
     assert!(spawn(&words).wait().unwrap().success());
     let files = |out: &str| manifest(&chain.path(out)).files;
     assert_eq!(files("killed"), files("straight"));
-    assert_eq!(chain.metrics("killed").len(), 66);
+    assert_eq!(chain.metrics("killed").len(), steps);
 }
 
 #[test]
