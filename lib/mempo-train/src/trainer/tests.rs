@@ -32,6 +32,14 @@ fn policy_gradient(
     (take_gradient(trainer), sums.stats(options, 0.0))
 }
 
+fn supervised_gradient(trainer: &mut Trainer, sequences: &[TrainSequence]) -> Vec<Tensor> {
+    let (prepared, _) = trainer.supervised(sequences).unwrap();
+    let pass = Pass { temperature: 1.0, tokens_per_micro_batch: BUDGET, entropy: false };
+    let coefficients = |columns: &Tensor| Coefficients { logprob: -columns.select(1, 0), entropy: None };
+    trainer.backward().run(&prepared, &pass, &mut |_, columns| coefficients(columns)).unwrap();
+    take_gradient(trainer)
+}
+
 fn assert_close(found: &[Tensor], expected: &[Tensor], tolerance: f64) {
     let norm = |tensors: &mut dyn Iterator<Item = Tensor>| -> f64 {
         tensors.map(|tensor| tensor.square().sum(Kind::Double).double_value(&[])).sum::<f64>().sqrt()
@@ -170,14 +178,8 @@ fn supervised_gradient_equals_autograd() {
         let loss = -Tensor::stack(&logprobs, 0).mean(Kind::Float);
         let leaves: Vec<&Tensor> = trainer.model.parameters().iter().map(|(_, tensor)| tensor).collect();
         let expected = Tensor::run_backward(&[&loss], &leaves, false, false);
-        let (prepared, count) = trainer.supervised(&sequences).unwrap();
-        let pass = Pass { temperature: 1.0, tokens_per_micro_batch: BUDGET, entropy: false };
-        trainer
-            .backward()
-            .run(&prepared, &pass, &mut |_, columns| Coefficients { logprob: -columns.select(1, 0), entropy: None })
-            .unwrap();
-        assert_eq!(count, logprobs.len() as u64);
-        assert_close(&take_gradient(&mut trainer), &expected, 1e-5);
+        assert_eq!(trainer.supervised(&sequences).unwrap().1, logprobs.len() as u64);
+        assert_close(&supervised_gradient(&mut trainer, &sequences), &expected, 1e-5);
         let stats = trainer.sft_step(&sequences, 0.0, BUDGET).unwrap();
         assert!((stats.loss - loss.double_value(&[])).abs() < 1e-5);
     }

@@ -1,4 +1,5 @@
-//! How the tokens of trajectories are cut into sequences and micro-batches never changes the gradient.
+//! How the tokens of trajectories are cut into sequences and micro-batches never changes the gradient, nor do tokens that
+//! are not to be learnt.
 
 use clap::ValueEnum;
 use proptest::prelude::*;
@@ -82,6 +83,42 @@ proptest! {
         let pieces: Vec<PolicyTrajectory> = content.iter().map(|trajectory| split(trajectory, &mut numbers)).collect();
         let mut trainer = trainer(seed, true, Kind::Float);
         prop_assert!(close(&mut trainer, [&content, &pieces], &options, budget));
+    }
+
+    #[test]
+    fn steps_of_no_weight_have_no_gradient(
+        seed in 0_u64..10_000,
+        loss in select(Loss::value_variants()),
+        aggregation in select(Aggregation::value_variants()),
+        budget in 1_usize..200,
+    ) {
+        let options = PolicyOptions { loss, aggregation, ..policy_options() };
+        let (mut numbers, content) = (Numbers::new(seed + 7), sampled(seed));
+        let mut others = content.clone();
+        for step in others.iter_mut().flat_map(|trajectory| &mut trajectory.steps) {
+            if step.loss_weight <= 0.0 {
+                step.completion_ids = numbers.ids(step.completion_ids.len());
+                step.advantages.iter_mut().for_each(|advantage| *advantage = 1e3 * numbers.next());
+            }
+        }
+        prop_assert_ne!(&content, &others);
+        let mut trainer = trainer(seed, true, Kind::Float);
+        prop_assert!(close(&mut trainer, [&content, &others], &options, budget));
+    }
+
+    #[test]
+    fn what_stands_after_the_last_target_has_no_gradient(seed in 0_u64..10_000, more in 1_usize..9) {
+        let sequences = train_sequences(5, seed);
+        let mut numbers = Numbers::new(seed + 7);
+        let longer = sequences.iter().cloned().map(|mut sequence| {
+            sequence.ids.extend(numbers.ids(more));
+            sequence.targets.resize(sequence.ids.len(), false);
+            sequence
+        });
+        let (mut trainer, longer) = (trainer(seed, true, Kind::Float), longer.collect::<Vec<_>>());
+        let expected = supervised_gradient(&mut trainer, &sequences);
+        let found = supervised_gradient(&mut trainer, &longer);
+        assert_close(&found, &expected, 1e-5);
     }
 }
 
