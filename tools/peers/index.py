@@ -3,8 +3,8 @@
     python index.py MEMPO_ROLLOUT ENCODER CORPUS PASSAGES…
 
 Made-up passages are 100 words, drawn by Zipf's law from 50,000, in the order of the digits of their ids, which is not that of the table;
-each number of PASSAGES is indexed by BM25, then also by vectors of the first 16 tokens from ENCODER's first layer alone: what so many vectors
-take beside their encoding. What encoding takes is measured on CORPUS, by the whole ENCODER (the demo's by MiniLM). Time and disk are extrapolated in
+each number of PASSAGES is indexed by BM25. As many of eight words are indexed by vectors of ENCODER's first layer alone: what so many vectors take
+beside their encoding. What encoding takes is measured on CORPUS, by the whole ENCODER (the demo's by MiniLM). Time and disk are extrapolated in
 proportion to the 21 million of wiki-18. Memory is not: whether it grows is what several PASSAGES show. Of memory both are told, the
 process's own and all that is resident: that includes pages of mapped files, which the system takes back when it needs them.
 """
@@ -30,13 +30,13 @@ def words(random):
     return random.sample(sorted(made), WORDS)
 
 
-def write_corpus(path, vocabulary, count, random):
+def write_corpus(path, vocabulary, count, length, random):
     weights = [1 / rank for rank in range(1, WORDS + 1)]
     with open(path, "w") as file:
         for start in range(0, count, 1000):
-            drawn = random.choices(vocabulary, weights, k=100 * min(1000, count - start))
-            for row in range(len(drawn) // 100):
-                text = " ".join(drawn[100 * row:100 * row + 100])
+            drawn = random.choices(vocabulary, weights, k=length * min(1000, count - start))
+            for row in range(len(drawn) // length):
+                text = " ".join(drawn[length * row:length * row + length])
                 json.dump({"id": str(start + row), "title": text[:20], "text": text}, file)
                 file.write("\n")
 
@@ -118,12 +118,13 @@ def main(program, encoder, corpus, *passages):
     layer = first_layer(encoder, OUT / "first-layer")
     for count in map(int, passages):
         path, out = OUT / f"{count}.jsonl", OUT / str(count)
-        write_corpus(path, vocabulary, count, draws)
+        write_corpus(path, vocabulary, count, 100, draws)
         report("BM25", count, index(program, path, out), size(out / "index"))
         print(f"  passages {path.stat().st_size / 1e6:.0f} MB, corpus table {size(out / 'corpus') / 1e6:.0f} MB", flush=True)
         shutil.rmtree(out)
+        write_corpus(path, vocabulary, count, 8, draws)
         flags = ["--encoder", layer, "--passage-prefix", "", "--dtype", "f32", "--max-tokens", "16"]
-        report("BM25 and vectors of one layer", count, index(program, path, out, *flags), size(out / "vectors"))
+        report("BM25 and vectors of one layer, eight words each", count, index(program, path, out, *flags), size(out / "vectors"))
         shutil.rmtree(out)
         path.unlink()
     with open(corpus, "rb") as file:
