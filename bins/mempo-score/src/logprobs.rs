@@ -130,8 +130,7 @@ impl Models {
         stage.write_part("logprobs", unit, |file| Ok(write_rows(&rows, file).map(drop)?))
     }
 
-    /// One log-probability per completion id, step by step, and the number of tokens that were run for them: what prompts
-    /// share is run once.
+    /// One log-probability per completion id, step by step, and the number of tokens that were run for them.
     fn score(
         &self,
         model: &Model,
@@ -144,7 +143,7 @@ impl Models {
                 .with_context(|| format!("{}: prompt and completion", key(step)))
                 .bad_input()?;
         }
-        let (logprobs, tokens_computed) = model.shared_logprobs(sequences, &self.options).bad_input()?;
+        let (logprobs, tokens_computed) = self.logprobs(model, sequences)?;
         for (step, logprobs) in steps.iter().zip(&logprobs) {
             if let Some(place) = logprobs.iter().position(|value| !value.is_finite()) {
                 let found = logprobs[place];
@@ -157,6 +156,18 @@ impl Models {
             }
         }
         Ok((logprobs, tokens_computed))
+    }
+
+    /// In float32 what prompts have in common is run once, which changes the last bits at most (nothing with
+    /// `--deterministic`). In bf16 the rounding of a shared pass is not that of training's rows, and would move the first
+    /// ratio away from 1: every sequence has a row of its own.
+    fn logprobs(&self, model: &Model, sequences: &[ScoredSequence]) -> anyhow::Result<(Vec<Vec<f32>>, usize)> {
+        if model.runtime().is_f32() {
+            return model.shared_logprobs(sequences, &self.options).bad_input();
+        }
+        let inputs = sequences.iter().filter(|sequence| !sequence.targets.is_empty());
+        let tokens = inputs.map(|sequence| sequence.targets.end - 1).sum();
+        Ok((model.completion_logprobs(sequences, &self.options).bad_input()?, tokens))
     }
 }
 
@@ -319,6 +330,12 @@ mod tests {
         assert!(summary["sampling_difference_max"].as_f64().unwrap() < 1e-4, "{summary}");
         assert_eq!(summary["model_is_the_sampling_policy"], true);
         assert_eq!(summary["tokens"], chain.steps.iter().map(|step| step.completion_ids.len()).sum::<usize>());
+        let ids = chain.steps.iter().map(|step| step.prompt_ids.len() + step.completion_ids.len()).sum::<usize>();
+        assert_eq!(summary["tokens_asked"], ids);
+        // A model this small runs a token sooner than it could find what to share; no last id is run.
+        assert_eq!(summary["tokens_computed"], ids - chain.steps.len());
+        chain.run(&format!("{COMMAND} --out @rounded").replace("f32", "bf16")).unwrap();
+        assert_eq!(chain.summary("rounded")["tokens_computed"], summary["tokens_computed"]);
     }
 
     #[test]
