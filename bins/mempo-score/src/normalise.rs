@@ -364,7 +364,6 @@ mod tests {
             std_floor: number(&given["std_floor"]),
             memory_std_floor: number(&given["memory_std_floor"]),
             no_std: given["no_std"] == true,
-            ..normalise_options()
         }
     }
 

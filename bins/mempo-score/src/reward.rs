@@ -109,7 +109,7 @@ pub(crate) fn score_rows(
 /// What the judge knows of a task's answer by heart: its mean log-probabilities in nats a token after the question alone, none
 /// where that is past the window.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub(crate) struct ClosedBook {
+pub(crate) struct ByHeart {
     pub(crate) task_id: String,
     /// Geometric mean of the probabilities of all tokens of the answer.
     pub(crate) closed_book_probability: Option<f64>,
@@ -119,11 +119,11 @@ pub(crate) struct ClosedBook {
 }
 
 /// What is known of a task by heart.
-pub(crate) fn closed_book(task: &TaskProbes, answers: &Answers<'_>) -> anyhow::Result<ClosedBook> {
+pub(crate) fn closed_book(task: &TaskProbes, answers: &Answers<'_>) -> anyhow::Result<ByHeart> {
     let key = Key::of_id(&task.task_id);
     let means = answers.of(&task.closed_book).map(|found| Means::new(found, &task.spans, &key, "closed-book"));
     let means = means.transpose()?;
-    Ok(ClosedBook {
+    Ok(ByHeart {
         task_id: task.task_id.clone(),
         closed_book_probability: means.as_ref().map(|means| means.joint.exp()),
         closed_book_logprob: means.as_ref().map(|means| means.joint),

@@ -227,7 +227,7 @@ mod tests {
 
     use super::mean;
     use crate::fixture::{Chain, TASKS, failure};
-    use crate::reward::ClosedBook;
+    use crate::reward::ByHeart;
 
     const COMMAND: &str = "segments --rollouts @rollouts --tasks @tasks --model @model --dtype f32 --device cpu";
 
@@ -332,7 +332,7 @@ mod tests {
         chain.run(&format!("{COMMAND} --bias null --out @null")).unwrap();
         let text = ["00000", "00001"]
             .map(|part| fs_err::read_to_string(chain.path(&format!("null/closed_book/part-{part}.jsonl"))).unwrap());
-        let lines: Vec<ClosedBook> = text.concat().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let lines: Vec<ByHeart> = text.concat().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
         let rows = chain.rows::<Score>("null");
         let rows: Vec<&Score> = rows.chunk_by(|a, b| a.task_id == b.task_id).map(|task| &task[0]).collect();
         assert_eq!(lines.len(), TASKS);
