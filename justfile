@@ -42,12 +42,13 @@ lint:
 schemas:
     MEMPO_UPDATE_SCHEMAS=1 cargo test --locked --package mempo-data schema
 
-# hold golden files, and the engine on model directories, to transformers
+# hold golden files and reference values, and the engine on model directories, to transformers and the formulas
 parity *models="pipelines/demo/base": (setup "python")
     .tools/python/bin/python lib/mempo-text/tests/golden/make.py --check
     .tools/python/bin/python lib/mempo-model/tests/golden/make.py --check
     .tools/python/bin/python lib/mempo-model/tests/golden/make_encoder.py --check
     .tools/python/bin/python bins/mempo-sft/tests/golden/make.py --check
+    .tools/python/bin/python tests/reference/make.py --check
     cargo build --locked --release --package mempo-train --example engine
     .tools/python/bin/python tools/peers/parity.py target/release/examples/engine {{ models }}
 

@@ -1,9 +1,11 @@
 """Reference values for the advantages, the losses and one whole update.
 
 An independent implementation of the formulas in plain Python and PyTorch, in double
-precision. It writes three golden files beside itself:
+precision. It writes five golden files beside itself:
 
     advantages.json   advantages of one task's group of trajectories
+    rows.json         what every step of a task gets of them, from the command line to the row
+    segments.json     how probable memories make an answer on a tiny real model, and what they earn
     losses.json       losses over token log-probabilities, with their gradients
     update.json       one optimiser step on a tiny real model
 
@@ -26,7 +28,13 @@ import torch  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 MODEL = "../../lib/mempo-model/tests/golden/qwen2"
-TOLERANCES = {"advantages.json": 1e-9, "losses.json": 1e-9, "update.json": 1e-5}
+TOLERANCES = {
+    "advantages.json": 1e-9,
+    "rows.json": 1e-9,
+    "segments.json": 1e-5,
+    "losses.json": 1e-9,
+    "update.json": 1e-5,
+}
 
 # Differences are relative to the larger of the two numbers, but to no less than this, so
 # that rounding left over where numbers cancel is not taken for a difference.
@@ -49,27 +57,38 @@ def centred(values):
     return [v - mean for v in values]
 
 
-def normalise(values, least, options):
-    """(v - mean) / max(sample std, std_floor); v - mean with no_std; 0 where degenerate."""
+def normalise(values, least, options, floor):
+    """(v - mean) / max(sample std, floor); v - mean with no_std; 0 where degenerate."""
     if degenerate(values, least):
         return [0.0] * len(values)
     deviations = centred(values)
     if options["no_std"]:
         return deviations
     std = math.sqrt(math.fsum(d * d for d in deviations) / (len(values) - 1))
-    return [d / max(std, options["std_floor"]) for d in deviations]
+    return [d / max(std, floor) for d in deviations]
 
 
-def estimate(values, least, options):
+def floor_of_sums(options):
+    """The floor where rewards of trajectories and memories are added before they are divided."""
+    return max(options["std_floor"], options["memory_std_floor"])
+
+
+def estimate(values, least, options, floor):
     """mempo, grpo, memagent-slime: normalise(v). dr-grpo, memagent: v - mean.
     rloo: n/(n-1) (v - mean). 0 where degenerate."""
     if options["estimator"] in ("mempo", "grpo", "memagent-slime"):
-        return normalise(values, least, options)
+        return normalise(values, least, options, floor)
     if degenerate(values, least):
         return [0.0] * len(values)
     n = len(values)
     scale = {"dr-grpo": 1.0, "memagent": 1.0, "rloo": n / (n - 1)}[options["estimator"]]
     return [scale * d for d in centred(values)]
+
+
+def alpha_now(options):
+    """The weight of memories at this point of the training: from alpha to alpha_end, linearly."""
+    start, end = options["alpha"], options["alpha_end"]
+    return start if end is None else (1.0 - options["progress"]) * start + options["progress"] * end
 
 
 def with_information_gain(options, group):
@@ -81,17 +100,20 @@ def with_information_gain(options, group):
         counted = [value for step, value in trajectory["memories"] if counts(options, trajectory, step)]
         if counted:
             inside[i] = math.fsum(counted) / len(counted)
-    gains = normalise(list(inside.values()), options["min_memory_group"], options)
+    gains = normalise(
+        list(inside.values()), options["min_memory_group"], options, options["memory_std_floor"]
+    )
     for i, gain in zip(inside, gains):
-        rewards[i] += options["alpha"] * gain
+        rewards[i] += alpha_now(options) * gain
     return rewards
 
 
 def trajectory_advantages(options, group):
     """The estimator's formula on R, with combine "infomem" on R + alpha r~."""
     if options["combine"] == "infomem":
-        return estimate(with_information_gain(options, group), 2, options)
-    return estimate([trajectory["reward"] for trajectory in group], 2, options)
+        return estimate(with_information_gain(options, group), 2, options, floor_of_sums(options))
+    rewards = [trajectory["reward"] for trajectory in group]
+    return estimate(rewards, 2, options, options["std_floor"])
 
 
 def counts(options, trajectory, step_index):
@@ -123,23 +145,25 @@ def memory_groups(options, group):
 
 def memory_advantages(options, group, trajectory):
     """combine "advantages": alpha * normalise(M), whatever the estimator.
-    combine "rewards": the estimator's formula on R + alpha * M, less the trajectory advantage;
-    0 where degenerate. combine "infomem": 0, memories count in the trajectory's reward."""
+    combine "rewards": inside a memory the estimator's formula on R + alpha * M stands in the
+    trajectory advantage's place (0 where all sums are equal), so what is added is that less the
+    trajectory advantage. Nothing is added in a group that is too small.
+    combine "infomem": 0, memories count in the trajectory's reward."""
     result = [[0.0] * len(t["memories"]) for t in group]
     if options["combine"] == "infomem":
         return result
-    least, alpha = options["min_memory_group"], options["alpha"]
+    least, alpha = options["min_memory_group"], alpha_now(options)
     for members in memory_groups(options, group):
-        values = [group[i]["memories"][j][1] for i, j in members]
-        if options["combine"] == "rewards":
-            values = [group[i]["reward"] + alpha * m for (i, _), m in zip(members, values)]
-        if degenerate(values, least):
+        if len(members) < max(least, 2):
             continue
+        values = [group[i]["memories"][j][1] for i, j in members]
         if options["combine"] == "advantages":
-            for (i, j), z in zip(members, normalise(values, least, options)):
+            found = normalise(values, least, options, options["memory_std_floor"])
+            for (i, j), z in zip(members, found):
                 result[i][j] = alpha * z
         else:
-            for (i, j), z in zip(members, estimate(values, least, options)):
+            sums = [group[i]["reward"] + alpha * m for (i, _), m in zip(members, values)]
+            for (i, j), z in zip(members, estimate(sums, least, options, floor_of_sums(options))):
                 result[i][j] = z - trajectory[i]
     return result
 
@@ -185,9 +209,9 @@ def attempt(reward, *memories, valid=True, steps=None, last=None):
     }
 
 
-def advantage_cases():
-    """The hand-made cases of advantages.json."""
-    defaults = {
+def default_options():
+    """What the command line means without options, but for min_memory_group, which is 4 there."""
+    return {
         "estimator": "mempo",
         "combine": "advantages",
         "memory_scope": "per-step",
@@ -195,11 +219,19 @@ def advantage_cases():
         "memory_steps": "all",
         "min_memory_group": 2,
         "alpha": 1.0,
+        "alpha_end": None,
+        "progress": 0.0,
         "std_floor": 1e-6,
+        "memory_std_floor": 0.05,
         "no_std": False,
         "trajectory_credit": None,
         "train_final": None,
     }
+
+
+def advantage_cases():
+    """The hand-made cases of advantages.json."""
+    defaults = default_options()
     # Unequal step counts, a trajectory without memories, a malformed one, graded rewards.
     mixed = [
         attempt(1.0, (0, 0.25), (1, 0.75), (2, 0.5)),
@@ -219,8 +251,16 @@ def advantage_cases():
         attempt(0.5001, (0, 0.3002), (1, 0.9)),
         attempt(0.4998, (0, 0.3007), (1, 0.4)),
     ]
+    # The answer is next to impossible after every memory.
+    hopeless = [
+        attempt(1.0, (0, 1e-5), (1, 3e-5)),
+        attempt(0.0, (0, 4e-5), (1, 1e-4)),
+        attempt(0.0, (0, 2e-5), (1, 2e-5)),
+        attempt(0.0, (0, 1.3e-4), (1, 5e-5)),
+    ]
+    hopeless_successes = [{**t, "reward": 1.0} for t in hopeless]
     zeros = [attempt(0.0, (0, 0.0), (1, 0.0)), attempt(0.0, (0, 0.0)), attempt(0.0)]
-    # R + 0.5 M is exactly 1.0 at step 0 although both R and M differ there.
+    # R + 0.5 M is exactly 1.0 at step 0 although both R and M differ there: norm is 0 for all of them.
     cancelling = [
         attempt(1.0, (0, 0.0), (1, 0.5)),
         attempt(0.75, (0, 0.5), (1, 0.25)),
@@ -287,6 +327,8 @@ def advantage_cases():
         ),
         ("rewards-no-std", {**rewards, "no_std": True, "alpha": 0.5}, mixed),
         ("rewards-cancelling", {**rewards, "alpha": 0.5}, cancelling),
+        ("rewards-cancelling-rloo", {**rewards, "alpha": 0.5, "estimator": "rloo"}, cancelling),
+        ("rewards-cancelling-too-few", {**rewards, "alpha": 0.5, "min_memory_group": 4}, cancelling),
         ("rewards-equal-task-rewards", {**rewards, "alpha": 0.5}, only_memories),
         ("rewards-equal-memories", {**rewards, "alpha": 0.5}, same_memories),
         ("rewards-alpha-zero", {**rewards, "alpha": 0.0}, mixed),
@@ -294,6 +336,21 @@ def advantage_cases():
         ("only-memory-rewards-differ", {}, only_memories),
         ("equal-memories", {}, same_memories),
         ("floor", {"std_floor": 0.01}, close),
+        ("memory-floor", {}, hopeless),
+        ("memory-floor-tiny", {"memory_std_floor": 1e-6}, hopeless),
+        ("memory-floor-wide-pooled", {"memory_std_floor": 0.5, "memory_scope": "pooled"}, mixed),
+        ("memory-floor-and-floor", {"memory_std_floor": 0.01, "std_floor": 1.0}, hopeless),
+        ("memory-floor-no-std", {"no_std": True}, hopeless),
+        ("memory-floor-rewards", {**rewards, "alpha": 0.5}, hopeless_successes),
+        ("memory-floor-rewards-wide", {**rewards, "std_floor": 0.2}, hopeless_successes),
+        ("memory-floor-rewards-tiny", {**rewards, "memory_std_floor": 1e-6}, hopeless_successes),
+        ("memory-floor-infomem", infomem, hopeless_successes),
+        ("memory-floor-infomem-wide", {**infomem, "std_floor": 2.0, "alpha": 0.3}, hopeless_successes),
+        ("memory-floor-infomem-tiny", {**infomem, "memory_std_floor": 1e-6}, hopeless_successes),
+        ("alpha-schedule-start", {"alpha": 0.8, "alpha_end": 0.2}, mixed),
+        ("alpha-schedule", {"alpha": 0.8, "alpha_end": 0.2, "progress": 0.25}, mixed),
+        ("alpha-schedule-rewards", {**rewards, "alpha_end": 0.0, "progress": 0.6}, mixed),
+        ("alpha-schedule-infomem", {**infomem, "alpha_end": 0.3, "progress": 1.0}, reading),
         ("floor-pooled", {"std_floor": 0.5, "memory_scope": "pooled", "alpha": 0.5}, close),
         ("all-zero", {}, zeros),
         ("all-zero-rewards-pooled", {**rewards, "memory_scope": "pooled"}, zeros),
@@ -367,6 +424,191 @@ def make_advantages():
         {"name": name, "options": options, "group": group, "expected": advantages(options, group)}
         for name, options, group in advantage_cases()
     ]
+
+
+# ---------------------------------------------------------------------------------------
+# Rows
+# ---------------------------------------------------------------------------------------
+
+# Texts of the tokens that completions of rows.json are made of; some reach over the end of a tag.
+TOKENS = ["a", " ", "b", "<mem>", "</mem>", "<", "mem", ">", ">a", "a</", "<mem>a", "b</mem>", "."]
+
+
+def step_row(text, reward=None, then="tool_call"):
+    """A step of a trajectory: its completion's tokens, what its memory earned (if it has one), what
+    follows the memory."""
+    tokens = text.split("|")
+    joined = "".join(tokens)
+    memory = None
+    if "<mem>" in joined:
+        # The tokens that reach into the memory and its tags.
+        end = joined.index("</mem>") + len("</mem>")
+        starts = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
+        memory = [0, sum(start < end for start in starts)]
+    return {
+        "completion_ids": [TOKENS.index(token) for token in tokens],
+        "memory": memory,
+        "memory_reward": reward,
+        "then": then,
+    }
+
+
+def inside_tags(step):
+    """The tokens wholly between <mem> and </mem>; an empty range at the memory's start if none is."""
+    start, end = step["memory"]
+    texts = [TOKENS[i] for i in step["completion_ids"]]
+    joined = "".join(texts)
+    first, last = joined.index("<mem>") + len("<mem>"), joined.index("</mem>")
+    inside, at = [], 0
+    for place, text in enumerate(texts):
+        if at >= first and at + len(text) <= last and start <= place < end:
+            inside.append(place)
+        at += len(text)
+    return [inside[0], inside[-1] + 1] if inside else [start, start]
+
+
+def group_of(trajectories):
+    """Trajectories as the formulas want them."""
+    group = []
+    for trajectory in trajectories:
+        steps = list(enumerate(trajectory["steps"]))
+        with_memory = [index for index, step in steps if step["memory"]]
+        rewarded = [(i, s["memory_reward"]) for i, s in steps if s["memory_reward"] is not None]
+        last = with_memory[-1] if with_memory else None
+        one = attempt(trajectory["reward"], *rewarded, valid=trajectory["format_valid"], steps=len(steps))
+        group.append({**one, "last_memory": last})
+    return group
+
+
+def loss_weight(options, group, found):
+    """0 for a task whose trajectories all earned the same, if such tasks are to be dropped (with
+    drop-without-memory only if no memory has an advantage either)."""
+    rewards = [trajectory["reward"] for trajectory in group]
+    if options["combine"] == "infomem":
+        rewards = with_information_gain(options, group)
+    silent = all(a == 0.0 for memories in found["memory"] for a in memories)
+    dropped = degenerate(rewards, 2) and {
+        "keep": False,
+        "drop": True,
+        "drop-without-memory": silent,
+    }[options["degenerate"]]
+    return 0.0 if dropped else 1.0
+
+
+def rows(options, trajectories):
+    """[trajectory, step, trajectory advantage, memory advantage, memory start, memory end, loss
+    weight] of every step. Trajectories without a reward have no rows, or count as 0."""
+    indexed = list(enumerate(trajectories))
+    if options["null_rewards"] == "zero":
+        indexed = [(i, {**t, "reward": 0.0 if t["reward"] is None else t["reward"]}) for i, t in indexed]
+    indexed = [(i, t) for i, t in indexed if t["reward"] is not None]
+    group = group_of([t for _, t in indexed])
+    found = advantages(options, group)
+    weight = loss_weight(options, group, found)
+    result = []
+    for place, (index, trajectory) in enumerate(indexed):
+        memories = iter(found["memory"][place])
+        for number, step in enumerate(trajectory["steps"]):
+            memory, span = None, [None, None]
+            if step["memory"]:
+                memory = 0.0 if step["memory_reward"] is None else next(memories)
+                span = inside_tags(step) if options["credit"] == "inside" else step["memory"]
+            own = weight * found["weights"][place][number]
+            result.append([index, number, found["shares"][place][number], memory, *span, own])
+    return result
+
+
+def trajectory_row(reward, *steps, valid=True):
+    """One trajectory of rows.json; its last step answers."""
+    steps = [*steps[:-1], {**steps[-1], "then": "answer"}]
+    return {"reward": reward, "format_valid": valid, "steps": steps}
+
+
+def row_cases():
+    """The hand-made cases of rows.json: options that differ from the defaults, and a task."""
+    plain, split, tight = "<mem>|a|b|</mem>|.", "<|mem|>a|b|a</|mem|>|.", "<mem>a|b</mem>|."
+    empty, without = "<mem>|</mem>|.", "a|b|."
+    # Unequal step counts, a step without a memory, one past the window, a trajectory that failed.
+    mixed = [
+        trajectory_row(1.0, step_row(plain, 0.2), step_row(split, 0.9), step_row(tight, 0.4)),
+        trajectory_row(0.0, step_row(empty, 0.1), step_row(without)),
+        trajectory_row(None, step_row(plain, 0.7), step_row(plain, 0.3)),
+        trajectory_row(1.0, step_row(split, 0.6), step_row(plain), step_row(without), valid=False),
+        trajectory_row(0.0, step_row(without)),
+    ]
+    equal = [
+        trajectory_row(1.0, step_row(plain, 0.2), step_row(split, 0.9)),
+        trajectory_row(1.0, step_row(tight, 0.7), step_row(plain, 0.9)),
+        trajectory_row(None, step_row(plain, 0.4)),
+    ]
+    silent = [
+        trajectory_row(1.0, step_row(plain, 0.5)),
+        trajectory_row(1.0, step_row(split, 0.5), step_row(without)),
+    ]
+    alone = [trajectory_row(1.0, step_row(plain, 0.5), step_row(split, 0.1))]
+    failed = [trajectory_row(None, step_row(plain, 0.5)), trajectory_row(None, step_row(plain, 0.1))]
+    # R + 0.5 M is 1 at the first step whoever it is.
+    cancelling = [
+        trajectory_row(1.0, step_row(plain, 0.0), step_row(plain, 0.5)),
+        trajectory_row(0.75, step_row(split, 0.5), step_row(without)),
+        trajectory_row(0.5, step_row(tight, 1.0), step_row(plain, 0.0)),
+    ]
+    small = {"min_memory_group": 2}
+    zero, inside = {"null_rewards": "zero"}, {"credit": "inside"}
+    drop, both = {"degenerate": "drop"}, {"degenerate": "drop-without-memory"}
+    return [
+        ("defaults", {}, mixed),
+        ("pairs", small, mixed),
+        ("alpha-schedule", {**small, "alpha": 0.8, "alpha_end": 0.2, "progress": 0.25}, mixed),
+        ("alpha-schedule-from-one", {**small, "alpha_end": 0.0, "progress": 0.5}, mixed),
+        ("memory-floor", {**small, "memory_std_floor": 1.0}, mixed),
+        ("floor", {**small, "std_floor": 2.0}, mixed),
+        ("inside", {**small, **inside}, mixed),
+        ("null-zero", {**small, **zero}, mixed),
+        ("null-zero-equal", {**small, **zero}, equal),
+        ("keep", {**small, "degenerate": "keep"}, equal),
+        ("drop", {**small, **drop}, equal),
+        ("drop-without-memory", {**small, **both}, equal),
+        ("drop-without-memory-small", both, equal),
+        ("drop-without-memory-silent", {**small, **both}, silent),
+        ("drop-mixed", {**small, **drop}, mixed),
+        ("drop-zero", {**small, **drop, **zero}, equal),
+        ("drop-alone", {**small, **drop}, alone),
+        ("keep-alone", {**small, "memory_scope": "pooled"}, alone),
+        ("drop-without-memory-alone", {**small, **both, "memory_scope": "pooled"}, alone),
+        ("all-failed", small, failed),
+        ("all-failed-zero", {**small, **drop, **zero}, failed),
+        ("rewards-cancelling", {**small, "combine": "rewards", "alpha": 0.5}, cancelling),
+        ("rewards-cancelling-small", {"combine": "rewards", "alpha": 0.5}, cancelling),
+        ("rewards-well-formed-inside", {**small, **inside, "combine": "rewards", "memory_apply": "well-formed"}, mixed),
+        ("slime", {**small, "estimator": "memagent-slime"}, mixed),
+        ("divide-drop", {**small, **drop, "trajectory_credit": "divide", "train_final": "mask"}, equal),
+    ]
+
+
+def command_line(changes):
+    """Options as words."""
+    words = []
+    for name, value in changes.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def make_rows():
+    """The contents of rows.json."""
+    more = {"min_memory_group": 4, "degenerate": "keep", "null_rewards": "leave-out", "credit": "tags"}
+    return {
+        "tokens": TOKENS,
+        "cases": [
+            {
+                "name": name,
+                "command_line": command_line(changes),
+                "trajectories": trajectories,
+                "expected": rows({**default_options(), **more, **changes}, trajectories),
+            }
+            for name, changes, trajectories in row_cases()
+        ],
+    }
 
 
 # ---------------------------------------------------------------------------------------
@@ -1032,14 +1274,130 @@ def make_update():
 
 
 # ---------------------------------------------------------------------------------------
+# Segments
+# ---------------------------------------------------------------------------------------
+
+
+def mean_logprobs(model, context, answer, spans):
+    """Mean log-probability of the answer's tokens after a context, and of each objective's own."""
+    with torch.no_grad():
+        found, _ = completion_terms(model, context, answer, 1.0)
+    found = found.tolist()
+
+    def mean(values):
+        return math.fsum(values) / len(values)
+
+    return mean(found), [mean(found[start:end]) for start, end in spans]
+
+
+def worth(logprobs, answer, difference):
+    """What a context is worth. Joint: the geometric mean of the probabilities of all tokens of the
+    answer; per-objective: the mean of each objective's own. Or the same of log-probabilities."""
+    joint, objectives = logprobs
+    parts = [joint] if answer == "joint" else objectives
+    values = [math.exp(part) if difference == "probability" else part for part in parts]
+    return math.fsum(values) / len(values)
+
+
+def segment_inputs(model):
+    """A task of three objectives and three trajectories of unequal length: contexts that begin alike."""
+    source = random.Random(21)
+
+    def ids(count):
+        return [int(source.random() * model.config.vocab_size) for _ in range(count)]
+
+    question, opening, answer = ids(40), ids(2), ids(9)
+    memories = []
+    for trajectory, count in enumerate((3, 1, 2)):
+        earlier = list(question)
+        for step in range(count):
+            memory = ids(3 + 7 * step + 2 * trajectory)
+            memories.append(
+                {
+                    "trajectory_index": trajectory,
+                    "step_index": step,
+                    "context_ids": question + memory + opening,
+                    "prefix_ids": earlier + opening,
+                }
+            )
+            earlier += memory + ids(20)
+    return {
+        "answer_ids": answer,
+        "spans": [[0, 3], [4, 5], [6, 9]],
+        "closed_book_ids": question + opening,
+        "memories": memories,
+    }
+
+
+def reference_rewards(memories, values):
+    """Each value less the mean over trajectories of their means."""
+    by_trajectory = {}
+    for memory, value in zip(memories, values):
+        by_trajectory.setdefault(memory["trajectory_index"], []).append(value)
+    means = [math.fsum(own) / len(own) for own in by_trajectory.values()]
+    return [value - math.fsum(means) / len(means) for value in values]
+
+
+def make_segments():
+    """The contents of segments.json."""
+    model = load_model()
+    inputs = segment_inputs(model)
+    answer, spans, memories = inputs["answer_ids"], inputs["spans"], inputs["memories"]
+
+    def scored(context):
+        return mean_logprobs(model, context, answer, spans)
+
+    known = scored(inputs["closed_book_ids"])
+    own = [scored(memory["context_ids"]) for memory in memories]
+    prefix = [scored(memory["prefix_ids"]) for memory in memories]
+    # Steps of a trajectory stand in a row; the first one's bias is the closed book.
+    previous = [known if m["step_index"] == 0 else own[i - 1] for i, m in enumerate(memories)]
+    rewards = []
+    for mean in ("joint", "per-objective"):
+        for difference in ("probability", "logprob"):
+            values = [worth(one, mean, difference) for one in own]
+
+            def less(biases):
+                return [v - worth(b, mean, difference) for v, b in zip(values, biases)]
+
+            by_bias = {
+                "prefix": less(prefix),
+                "previous-memory": less(previous),
+                "null": less([known] * len(own)),
+                "reference": reference_rewards(memories, values),
+                "none": values,
+            }
+            for bias, found in by_bias.items():
+                rewards.append({"answer": mean, "difference": difference, "bias": bias, "rewards": found})
+    return {
+        "model": MODEL,
+        **inputs,
+        "expected": {
+            "closed_book_probability": math.exp(known[0]),
+            "answer_logprobs": [joint for joint, _ in own],
+            "answer_probabilities": [math.exp(joint) for joint, _ in own],
+            "objective_logprobs": [objectives for _, objectives in own],
+            "prefix_probabilities": [math.exp(joint) for joint, _ in prefix],
+            "rewards": rewards,
+        },
+    }
+
+
+# ---------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------
 
 MAKERS = {
     "advantages.json": make_advantages,
+    "rows.json": make_rows,
+    "segments.json": make_segments,
     "losses.json": make_losses,
     "update.json": make_update,
 }
+
+
+# Levels of a file that are spread over lines, where it is not only the outermost one.
+DEPTHS = {"rows.json": 2, "segments.json": 3, "update.json": 3}
 
 
 def plain(value):
@@ -1097,7 +1455,7 @@ def check():
 def write():
     """Writes the files."""
     for name, make in MAKERS.items():
-        text = dumps(plain(make()), 3 if name == "update.json" else 1) + "\n"
+        text = dumps(plain(make()), DEPTHS.get(name, 1)) + "\n"
         (HERE / name).write_text(text)
         print(f"{name}: {len(text)} bytes")
 

@@ -192,11 +192,13 @@ pub(crate) fn normalise_options() -> NormaliseOptions {
         min_memory_group: 4,
         alpha: 1.0,
         std_floor: 1e-6,
+        memory_std_floor: 0.05,
         no_std: false,
     }
 }
 
-fn device() -> DeviceOptions {
+/// One thread of the CPU, in float32.
+pub(crate) fn device() -> DeviceOptions {
     DeviceOptions { device: "cpu".to_owned(), dtype: "f32".to_owned(), threads: Some(1), deterministic: false }
 }
 

@@ -108,13 +108,15 @@ impl Models {
         let attempts = || groups.iter().flatten();
         let steps: Vec<&Step> = attempts().flat_map(|attempt| &attempt.steps).collect();
         let sequences = steps.iter().map(|step| sequence(step)).collect::<anyhow::Result<Vec<_>>>()?;
-        let policy = self.score(&self.policy, &steps, &sequences)?;
+        let (policy, tokens_computed) = self.score(&self.policy, &steps, &sequences)?;
         let reference = match &self.reference {
             Reference::None => None,
             Reference::Policy => Some(policy.clone()),
-            Reference::Other(model) => Some(self.score(model, &steps, &sequences)?),
+            Reference::Other(model) => Some(self.score(model, &steps, &sequences)?.0),
         };
-        let health = health(&steps, &policy, attempts().all(|attempt| attempt.trajectory.policy == digest))?;
+        let mut health = health(&steps, &policy, attempts().all(|attempt| attempt.trajectory.policy == digest))?;
+        health.tokens_asked = sequences.iter().map(|sequence| sequence.ids.len() as u64).sum();
+        health.tokens_computed = tokens_computed as u64;
         write_unit(stage, unit, &health)?;
         let mut reference = reference.map(Vec::into_iter);
         let rows = steps.iter().zip(policy).map(|(step, policy_logprobs)| Logprobs {
@@ -128,15 +130,20 @@ impl Models {
         stage.write_part("logprobs", unit, |file| Ok(write_rows(&rows, file).map(drop)?))
     }
 
-    /// One log-probability per completion id, step by step.
-    fn score(&self, model: &Model, steps: &[&Step], sequences: &[ScoredSequence]) -> anyhow::Result<Vec<Vec<f32>>> {
+    /// One log-probability per completion id, step by step, and the number of tokens that were run for them.
+    fn score(
+        &self,
+        model: &Model,
+        steps: &[&Step],
+        sequences: &[ScoredSequence],
+    ) -> anyhow::Result<(Vec<Vec<f32>>, usize)> {
         for (step, sequence) in steps.iter().zip(sequences) {
             model
                 .check_ids(0, &sequence.ids)
                 .with_context(|| format!("{}: prompt and completion", key(step)))
                 .bad_input()?;
         }
-        let logprobs = model.completion_logprobs(sequences, &self.options).bad_input()?;
+        let (logprobs, tokens_computed) = self.logprobs(model, sequences)?;
         for (step, logprobs) in steps.iter().zip(&logprobs) {
             if let Some(place) = logprobs.iter().position(|value| !value.is_finite()) {
                 let found = logprobs[place];
@@ -148,7 +155,19 @@ impl Models {
                 .quality();
             }
         }
-        Ok(logprobs)
+        Ok((logprobs, tokens_computed))
+    }
+
+    /// In float32 what prompts have in common is run once, which changes the last bits at most (nothing with
+    /// `--deterministic`). In bf16 the rounding of a shared pass is not that of training's rows, and would move the first
+    /// ratio away from 1: every sequence has a row of its own.
+    fn logprobs(&self, model: &Model, sequences: &[ScoredSequence]) -> anyhow::Result<(Vec<Vec<f32>>, usize)> {
+        if model.runtime().is_f32() {
+            return model.shared_logprobs(sequences, &self.options).bad_input();
+        }
+        let inputs = sequences.iter().filter(|sequence| !sequence.targets.is_empty());
+        let tokens = inputs.map(|sequence| sequence.targets.end - 1).sum();
+        Ok((model.completion_logprobs(sequences, &self.options).bad_input()?, tokens))
     }
 }
 
@@ -176,6 +195,11 @@ struct Health {
     worst: Option<String>,
     /// The model is the one that sampled.
     own_policy: bool,
+    /// Prompt and completion ids of the steps, and how many of them the policy ran.
+    #[serde(default)]
+    tokens_asked: u64,
+    #[serde(default)]
+    tokens_computed: u64,
 }
 
 impl Health {
@@ -184,6 +208,8 @@ impl Health {
         self.tokens += other.tokens;
         self.difference_sum += other.difference_sum;
         self.own_policy &= other.own_policy;
+        self.tokens_asked += other.tokens_asked;
+        self.tokens_computed += other.tokens_computed;
         self.meet(other.difference_max, || other.worst.clone());
     }
 
@@ -235,6 +261,8 @@ fn finish(stage: Stage, units: std::ops::Range<usize>, large: [f64; 2]) -> anyho
         "sampling_difference_max": max,
         "sampling_difference_worst": health.worst,
         "model_is_the_sampling_policy": health.own_policy,
+        "tokens_asked": health.tokens_asked,
+        "tokens_computed": health.tokens_computed,
     });
     stage.finish(&[("logprobs", health.steps)], summary)
 }
@@ -275,6 +303,7 @@ mod tests {
             difference_max: 0.5,
             worst: Some("t/trajectory 0/step 1, token 0".to_owned()),
             own_policy: true,
+            ..Health::default()
         };
         assert_eq!(total, expected);
     }
@@ -301,6 +330,12 @@ mod tests {
         assert!(summary["sampling_difference_max"].as_f64().unwrap() < 1e-4, "{summary}");
         assert_eq!(summary["model_is_the_sampling_policy"], true);
         assert_eq!(summary["tokens"], chain.steps.iter().map(|step| step.completion_ids.len()).sum::<usize>());
+        let ids = chain.steps.iter().map(|step| step.prompt_ids.len() + step.completion_ids.len()).sum::<usize>();
+        assert_eq!(summary["tokens_asked"], ids);
+        // A model this small runs a token sooner than it could find what to share; no last id is run.
+        assert_eq!(summary["tokens_computed"], ids - chain.steps.len());
+        chain.run(&format!("{COMMAND} --out @rounded").replace("f32", "bf16")).unwrap();
+        assert_eq!(chain.summary("rounded")["tokens_computed"], summary["tokens_computed"]);
     }
 
     #[test]

@@ -73,7 +73,8 @@ pub(crate) enum Estimator {
 pub(crate) enum Combine {
     /// Each advantage is normalised, then they are added: `A = A^T + alpha A^M` (the paper)
     Advantages,
-    /// Rewards are added, then normalised: `A = norm(R^T + alpha R^M)` inside a memory
+    /// Rewards are added, then normalised: `A = norm(R^T + alpha R^M)` inside a memory, 0 where all sums are equal; a memory of
+    /// a group below --min-memory-group keeps the trajectory's advantage
     Rewards,
     /// What a trajectory's memories gained counts in its own reward: `A = norm(R^T + alpha r)` for all its tokens. `r` is the mean
     /// reward of its memories that count, standardised over the trajectories that have one, whatever --memory-scope says; the
@@ -119,9 +120,15 @@ pub(crate) struct NormaliseOptions {
     /// How much of the training is done, from 0 to 1
     #[arg(long, default_value_t = 0.0, value_parser = share)]
     pub(crate) progress: f64,
-    /// Least standard deviation to divide by
+    /// Least standard deviation that trajectory rewards are divided by, in the unit of the reward
     #[arg(long, default_value_t = 1e-6)]
     pub(crate) std_floor: f64,
+    /// Least standard deviation that memory rewards are divided by, in the unit of `segments --difference`: probability of the
+    /// answer, or nats a token, where 0.05 is a twentieth of that probability. Memories that differ by less get small
+    /// advantages: 1e-5 and 1e-4 are both no answer. Sums of both rewards (--combine rewards and infomem) are divided by no less
+    /// than the larger of the two floors
+    #[arg(long, default_value_t = 0.05)]
+    pub(crate) memory_std_floor: f64,
     /// Centre only, without dividing by the standard deviation
     #[arg(long)]
     pub(crate) no_std: bool,
@@ -137,14 +144,29 @@ impl NormaliseOptions {
         self.alpha + (self.alpha_end.unwrap_or(self.alpha) - self.alpha) * self.progress
     }
 
-    /// The estimator's advantages of a group's rewards.
-    fn estimate(&self, rewards: &[f64], least: usize) -> (Vec<f64>, GroupState) {
-        let centred = Self { no_std: true, ..self.clone() };
+    /// Least deviation that trajectory rewards are divided by, if they are.
+    fn trajectory_floor(&self) -> Option<f64> {
+        (!self.no_std).then_some(self.std_floor)
+    }
+
+    /// Least deviation that memory rewards are divided by, if they are.
+    fn memory_floor(&self) -> Option<f64> {
+        (!self.no_std).then_some(self.memory_std_floor)
+    }
+
+    /// Least deviation that sums of both are divided by, if they are: memories that differ by nothing to speak of must not
+    /// gain weight where trajectories are equal.
+    fn sum_floor(&self) -> Option<f64> {
+        (!self.no_std).then_some(self.std_floor.max(self.memory_std_floor))
+    }
+
+    /// The estimator's advantages of a group's rewards; `floor` counts where it divides by their deviation.
+    fn estimate(&self, rewards: &[f64], least: usize, floor: Option<f64>) -> (Vec<f64>, GroupState) {
         match self.estimator {
-            Estimator::Mempo | Estimator::Grpo | Estimator::MemagentSlime => normalise(rewards, least, self),
-            Estimator::DrGrpo | Estimator::Memagent => normalise(rewards, least, &centred),
+            Estimator::Mempo | Estimator::Grpo | Estimator::MemagentSlime => normalise(rewards, least, floor),
+            Estimator::DrGrpo | Estimator::Memagent => normalise(rewards, least, None),
             Estimator::Rloo => {
-                let (values, state) = normalise(rewards, least, &centred);
+                let (values, state) = normalise(rewards, least, None);
                 let count = rewards.len() as f64;
                 (values.into_iter().map(|value| value * count / (count - 1.0).max(1.0)).collect(), state)
             }
@@ -197,10 +219,10 @@ pub(crate) enum GroupState {
     Small,
 }
 
-/// `(value - mean) / max(std, floor)` with the sample (n - 1) standard deviation; 0 for all if there are fewer than
-/// `least` values or all are equal. Equality is exact: rounding noise in the deviation can not pass for a signal.
+/// `(value - mean) / max(std, floor)` with the sample (n - 1) standard deviation, `value - mean` without a floor; 0 for all if
+/// there are fewer than `least` values or all are equal. Equality is exact: rounding noise in the deviation can not pass for a signal.
 #[allow(clippy::float_cmp, reason = "equal rewards are the same number")]
-pub(crate) fn normalise(values: &[f64], least: usize, options: &NormaliseOptions) -> (Vec<f64>, GroupState) {
+pub(crate) fn normalise(values: &[f64], least: usize, floor: Option<f64>) -> (Vec<f64>, GroupState) {
     let zeros = vec![0.0; values.len()];
     if values.len() < least.max(2) {
         return (zeros, GroupState::Small);
@@ -211,7 +233,7 @@ pub(crate) fn normalise(values: &[f64], least: usize, options: &NormaliseOptions
     let count = values.len() as f64;
     let mean = values.iter().sum::<f64>() / count;
     let squares: f64 = values.iter().map(|value| (value - mean).powi(2)).sum();
-    let scale = if options.no_std { 1.0 } else { (squares / (count - 1.0)).sqrt().max(options.std_floor) };
+    let scale = floor.map_or(1.0, |floor| (squares / (count - 1.0)).sqrt().max(floor));
     (values.iter().map(|value| (value - mean) / scale).collect(), GroupState::Mixed)
 }
 
@@ -233,25 +255,28 @@ pub(crate) fn group_advantages(attempts: &[Rewarded], options: &NormaliseOptions
     let mut memory: Vec<Vec<f64>> = attempts.iter().map(|attempt| vec![0.0; attempt.memories.len()]).collect();
     if options.combine == Combine::Infomem {
         let memory_states = vec![add_gains(attempts, &mut rewards, options)];
-        let (trajectory, trajectory_state) = options.estimate(&rewards, 2);
+        let (trajectory, trajectory_state) = options.estimate(&rewards, 2, options.sum_floor());
         return GroupAdvantages { trajectory, trajectory_state, memory, memory_states };
     }
-    let (trajectory, trajectory_state) = options.estimate(&rewards, 2);
+    let (trajectory, trajectory_state) = options.estimate(&rewards, 2, options.trajectory_floor());
     let mut memory_states = Vec::new();
     let (alpha, least) = (options.alpha(), options.min_memory_group as usize);
     for members in memory_groups(attempts, options).values() {
         let own = |&(attempt, place): &(usize, usize)| attempts[attempt].memories[place].1;
         let both = |member: &(usize, usize)| attempts[member.0].reward + alpha * own(member);
         let (advantages, state) = match options.combine {
-            Combine::Rewards => options.estimate(&members.iter().map(both).collect::<Vec<_>>(), least),
-            _ => normalise(&members.iter().map(own).collect::<Vec<_>>(), least, options),
+            Combine::Rewards => {
+                options.estimate(&members.iter().map(both).collect::<Vec<_>>(), least, options.sum_floor())
+            }
+            _ => normalise(&members.iter().map(own).collect::<Vec<_>>(), least, options.memory_floor()),
         };
         memory_states.push(state);
         for (&(attempt, place), advantage) in members.iter().zip(advantages) {
             memory[attempt][place] = match options.combine {
-                // Inside the memory this advantage stands in the trajectory's place.
-                Combine::Rewards if state == GroupState::Mixed => advantage - trajectory[attempt],
-                Combine::Rewards => 0.0,
+                // Nothing to compare with: the memory keeps the trajectory's advantage.
+                Combine::Rewards if state == GroupState::Small => 0.0,
+                // Inside the memory this advantage stands in the trajectory's place, 0 where all sums are equal.
+                Combine::Rewards => advantage - trajectory[attempt],
                 _ => alpha * advantage,
             };
         }
@@ -263,7 +288,7 @@ pub(crate) fn group_advantages(attempts: &[Rewarded], options: &NormaliseOptions
 fn add_gains(attempts: &[Rewarded], rewards: &mut [f64], options: &NormaliseOptions) -> GroupState {
     let gains = attempts.iter().zip(rewards).filter_map(|(attempt, reward)| Some((reward, attempt.gain(options)?)));
     let (members, gains): (Vec<&mut f64>, Vec<f64>) = gains.unzip();
-    let (gains, state) = normalise(&gains, options.min_memory_group as usize, options);
+    let (gains, state) = normalise(&gains, options.min_memory_group as usize, options.memory_floor());
     for (reward, gain) in members.into_iter().zip(gains) {
         *reward += options.alpha() * gain;
     }
@@ -334,9 +359,11 @@ mod tests {
             memory_steps: choice(&given["memory_steps"]),
             min_memory_group: given["min_memory_group"].as_u64().unwrap() as u32,
             alpha: number(&given["alpha"]),
+            alpha_end: given["alpha_end"].as_f64(),
+            progress: number(&given["progress"]),
             std_floor: number(&given["std_floor"]),
+            memory_std_floor: number(&given["memory_std_floor"]),
             no_std: given["no_std"] == true,
-            ..normalise_options()
         }
     }
 
@@ -430,7 +457,7 @@ mod tests {
         let alone = group_advantages(&toy()[..1], &options(MemoryScope::Pooled, 2));
         assert_eq!((alone.trajectory, alone.trajectory_state), (vec![0.0], GroupState::Small));
         // 0.1 three times: the naive deviation is not exactly 0.
-        let (values, state) = normalise(&[0.1; 3], 2, &options(MemoryScope::Pooled, 2));
+        let (values, state) = normalise(&[0.1; 3], 2, Some(1e-6));
         assert_eq!((values, state), (vec![0.0; 3], GroupState::Equal));
     }
 
@@ -449,10 +476,63 @@ mod tests {
 
     #[test]
     fn the_floor_shrinks_small_differences_and_no_std_leaves_units() {
-        let floored = NormaliseOptions { std_floor: 0.1, ..options(MemoryScope::Pooled, 2) };
-        close(&normalise(&[0.0, 0.01], 2, &floored).0, &[-0.05, 0.05]);
-        let plain = NormaliseOptions { no_std: true, ..options(MemoryScope::Pooled, 2) };
-        close(&normalise(&[0.0, 3.0, 0.0], 2, &plain).0, &[-1.0, 2.0, -1.0]);
+        close(&normalise(&[0.0, 0.01], 2, Some(0.1)).0, &[-0.05, 0.05]);
+        close(&normalise(&[0.0, 3.0, 0.0], 2, None).0, &[-1.0, 2.0, -1.0]);
+        let plain = NormaliseOptions { no_std: true, ..normalise_options() };
+        assert_eq!((plain.trajectory_floor(), plain.memory_floor(), plain.sum_floor()), (None, None, None));
+    }
+
+    /// Four trajectories whose memories make the answer practically impossible, each a little less than the one before.
+    fn hopeless() -> Vec<Rewarded> {
+        let memories = [1e-5, 2e-5, 4e-5, 1.3e-4];
+        (0..).zip(memories).map(|(index, memory)| attempt(f64::from(index % 2), &[(0, memory)])).collect()
+    }
+
+    #[test]
+    fn memories_that_are_all_worth_nothing_earn_nothing() {
+        // Mean 5e-5; deviations -4e-5, -3e-5, -1e-5, 8e-5.
+        let deviations = [-4e-5, -3e-5, -1e-5, 8e-5];
+        let scaled = |scale: f64| deviations.map(|deviation| deviation / scale);
+        let options = normalise_options();
+        let found = group_advantages(&hopeless(), &options);
+        close(&found.memory.concat(), &scaled(0.05));
+        let bare = NormaliseOptions { memory_std_floor: 1e-6, ..options.clone() };
+        let bare = group_advantages(&hopeless(), &bare);
+        close(&bare.memory.concat(), &scaled((9e-9_f64 / 3.0).sqrt()));
+        assert!(bare.memory.concat()[3] > 1.4);
+        // Each floor has its own rewards: 0, 1, 0, 1 have the deviation sqrt(1/3).
+        assert_eq!(found.trajectory, bare.trajectory);
+        let wide = group_advantages(&hopeless(), &NormaliseOptions { std_floor: 2.0, ..options });
+        close(&wide.trajectory, &[-0.25, 0.25, -0.25, 0.25]);
+        assert_eq!(wide.memory, found.memory);
+    }
+
+    #[test]
+    fn the_larger_floor_is_that_of_sums() {
+        let succeed = |attempts: Vec<Rewarded>| -> Vec<Rewarded> {
+            attempts.into_iter().map(|attempt| Rewarded { reward: 1.0, ..attempt }).collect()
+        };
+        let attempts = succeed(hopeless());
+        let rewards = NormaliseOptions { combine: Combine::Rewards, alpha: 0.5, ..normalise_options() };
+        let found = group_advantages(&attempts, &rewards).memory.concat();
+        close(&found, &[-4e-4, -3e-4, -1e-4, 8e-4]);
+        let infomem = |std_floor| NormaliseOptions { combine: Combine::Infomem, std_floor, ..normalise_options() };
+        close(&group_advantages(&attempts, &infomem(1e-6)).trajectory, &[-0.016, -0.012, -0.004, 0.032]);
+        close(&group_advantages(&attempts, &infomem(1.0)).trajectory, &[-8e-4, -6e-4, -2e-4, 16e-4]);
+    }
+
+    #[test]
+    fn equal_sums_leave_memories_nothing() {
+        let attempts = [attempt(1.0, &[(0, 0.0)]), attempt(0.75, &[(0, 0.5)]), attempt(0.5, &[(0, 1.0)])];
+        let options =
+            |least| NormaliseOptions { combine: Combine::Rewards, alpha: 0.5, ..options(MemoryScope::PerStep, least) };
+        let found = group_advantages(&attempts, &options(2));
+        close(&found.trajectory, &[1.0, 0.0, -1.0]);
+        assert_eq!(found.memory_states, [GroupState::Equal]);
+        let whole = found.trajectory.iter().zip(found.memory.concat()).map(|(a, b)| a + b).collect::<Vec<_>>();
+        close(&whole, &[0.0; 3]);
+        let small = group_advantages(&attempts, &options(4));
+        close(&small.memory.concat(), &[0.0; 3]);
     }
 
     proptest! {
@@ -460,16 +540,16 @@ mod tests {
         fn normalised_groups_are_centred_and_ignore_shift_and_scale(
             values in proptest::collection::vec(-4..5_i32, 2..20), shift in -3..4_i32, scale in 1..5_i32,
         ) {
-            let options = options(MemoryScope::Pooled, 2);
+            let floor = Some(1e-6);
             let values: Vec<f64> = values.iter().map(|&value| f64::from(value)).collect();
-            let (found, state) = normalise(&values, 2, &options);
+            let (found, state) = normalise(&values, 2, floor);
             prop_assert!(found.iter().sum::<f64>().abs() < 1e-9);
             if state == GroupState::Mixed {
                 let square: f64 = found.iter().map(|value| value * value).sum();
                 prop_assert!((square - (values.len() - 1) as f64).abs() < 1e-9, "unit variance");
             }
             let moved: Vec<f64> = values.iter().map(|value| value * f64::from(scale) + f64::from(shift)).collect();
-            for (a, b) in found.iter().zip(normalise(&moved, 2, &options).0) {
+            for (a, b) in found.iter().zip(normalise(&moved, 2, floor).0) {
                 prop_assert!((a - b).abs() < 1e-9);
             }
         }
@@ -477,20 +557,24 @@ mod tests {
         #[test]
         fn the_order_of_trajectories_makes_no_difference(
             rewards in proptest::collection::vec((0..2_i32, proptest::collection::vec(0..9_i32, 0..5)), 2..9),
-            turn in 0..9_usize,
+            keys in proptest::collection::vec(any::<u32>(), 9),
         ) {
             let attempts: Vec<Rewarded> = rewards.iter().map(|(reward, memories)| {
                 let memories = (0..).zip(memories).map(|(step, value)| (step, f64::from(*value) / 8.0));
                 attempt(f64::from(*reward), &memories.collect::<Vec<_>>())
             }).collect();
-            let turn = turn % attempts.len();
-            let mut turned = attempts.clone();
-            turned.rotate_left(turn);
-            for scope in [MemoryScope::PerStep, MemoryScope::Pooled, MemoryScope::PerTrajectory] {
-                let mut expected = group_advantages(&attempts, &options(scope, 3));
-                let found = group_advantages(&turned, &options(scope, 3));
-                expected.memory.rotate_left(turn);
-                expected.trajectory.rotate_left(turn);
+            // Any permutation: the order of as many drawn numbers.
+            let mut order: Vec<usize> = (0..attempts.len()).collect();
+            order.sort_by_key(|place| keys[*place]);
+            let permuted: Vec<Rewarded> = order.iter().map(|place| attempts[*place].clone()).collect();
+            for (scope, combine) in [MemoryScope::PerStep, MemoryScope::Pooled, MemoryScope::PerTrajectory]
+                .into_iter().flat_map(|scope| Combine::value_variants().iter().map(move |combine| (scope, *combine)))
+            {
+                let options = NormaliseOptions { combine, ..options(scope, 3) };
+                let mut expected = group_advantages(&attempts, &options);
+                let found = group_advantages(&permuted, &options);
+                expected.memory = order.iter().map(|place| expected.memory[*place].clone()).collect();
+                expected.trajectory = order.iter().map(|place| expected.trajectory[*place]).collect();
                 for (a, b) in expected.memory.concat().iter().zip(found.memory.concat()) {
                     prop_assert!((a - b).abs() < 1e-9);
                 }

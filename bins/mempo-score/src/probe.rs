@@ -94,8 +94,9 @@ impl TaskProbes {
 pub(crate) enum Alias {
     /// The first.
     First,
-    /// The one that is likeliest after the question alone: the form that the judge would write. All contexts of a task
-    /// have the same, so that differences are fair.
+    /// Objective by objective, the one whose own tokens are likeliest after the question alone while the other objectives
+    /// have their first: the form that the judge would write. It is chosen once a task, not anew after each memory, so that
+    /// memory and bias are asked for the same answer
     Likeliest,
 }
 

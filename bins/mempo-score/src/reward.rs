@@ -8,7 +8,7 @@ use clap::{Args, ValueEnum};
 use mempo_data::{Context, Key, Score};
 use mempo_model::ScoredSequence;
 use mempo_run::ResultExt;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::probe::{Bias, MemoryProbes, Probe, TaskProbes};
 use crate::sums::Sums;
@@ -91,11 +91,8 @@ pub(crate) fn score_rows(
     let (mut rows, mut sums) = (Vec::new(), Sums::default());
     answers.count_tokens(&mut sums);
     for task in tasks {
-        let key = Key::of_id(&task.task_id);
-        let closed_book = answers.of(&task.closed_book);
-        let means = closed_book.map(|logprobs| Means::new(logprobs, &task.spans, &key, "closed-book")).transpose()?;
         sums.add("tasks", 1.0);
-        sums.add_known("closed_book_probability", means.map(|means| means.joint.exp()));
+        sums.add_known("closed_book_probability", closed_book(task, answers)?.closed_book_probability);
         let memories = task.memories.iter().map(|memory| score_row(memory, &task.spans, answers, options));
         let mut scored = memories.collect::<anyhow::Result<Vec<Score>>>()?;
         if bias == Bias::Reference {
@@ -107,6 +104,31 @@ pub(crate) fn score_rows(
         rows.append(&mut scored);
     }
     Ok((rows, sums))
+}
+
+/// What the judge knows of a task's answer by heart: its mean log-probabilities in nats a token after the question alone, none
+/// where that is past the window.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ByHeart {
+    pub(crate) task_id: String,
+    /// Geometric mean of the probabilities of all tokens of the answer.
+    pub(crate) closed_book_probability: Option<f64>,
+    pub(crate) closed_book_logprob: Option<f64>,
+    /// Each objective's own.
+    pub(crate) objective_logprobs: Option<Vec<f64>>,
+}
+
+/// What is known of a task by heart.
+pub(crate) fn closed_book(task: &TaskProbes, answers: &Answers<'_>) -> anyhow::Result<ByHeart> {
+    let key = Key::of_id(&task.task_id);
+    let means = answers.of(&task.closed_book).map(|found| Means::new(found, &task.spans, &key, "closed-book"));
+    let means = means.transpose()?;
+    Ok(ByHeart {
+        task_id: task.task_id.clone(),
+        closed_book_probability: means.as_ref().map(|means| means.joint.exp()),
+        closed_book_logprob: means.as_ref().map(|means| means.joint),
+        objective_logprobs: means.map(|means| means.objectives),
+    })
 }
 
 /// Takes from every reward of a task the mean over its trajectories of their mean rewards, and writes the same means of
@@ -283,6 +305,8 @@ mod tests {
         assert_eq!((rows[1].answer_logprob, rows[1].bias_logprob, rows[1].memory_reward), (None, Some(-4.0), None));
         let counts = ["memories", "memories_past_window", "biases_past_window"].map(|name| sums.count(name));
         assert_eq!(counts, [2, 1, 0]);
+        let by_heart = closed_book(&task, &answers).unwrap();
+        assert_eq!((by_heart.closed_book_logprob, by_heart.objective_logprobs), (Some(-4.0), Some(vec![-2.0, -6.0])));
         assert_eq!(sums.mean("closed_book_probability"), Some((-4.0_f64).exp()));
         assert_eq!(sums.mean("memory_reward"), Some((-2.0_f64).exp() - (-4.0_f64).exp()));
     }
@@ -341,5 +365,95 @@ mod tests {
         let kinds: Vec<(&str, i32)> = rows.iter().map(|row| (row.kind.as_str(), row.step_index)).collect();
         assert_eq!(kinds, [("memory", 0), ("bias", 0), ("memory", 1), ("bias", 1)]);
         assert_eq!((rows[0].context_ids.as_slice(), rows[0].answer_ids.as_slice()), (&[1, 2][..], &[7, 8, 9][..]));
+    }
+
+    fn integers(value: &serde_json::Value) -> Vec<i32> {
+        value.as_array().unwrap().iter().map(|id| id.as_i64().unwrap() as i32).collect()
+    }
+
+    fn numbers(value: &serde_json::Value) -> Vec<f64> {
+        value.as_array().unwrap().iter().map(|number| number.as_f64().unwrap()).collect()
+    }
+
+    /// The task of the reference, its memories held against what `bias` conditions on.
+    fn given_task(reference: &serde_json::Value, bias: &str) -> TaskProbes {
+        let answer = integers(&reference["answer_ids"]);
+        let probe = |context: &serde_json::Value| {
+            let ids = [integers(context), answer.clone()].concat();
+            Probe { answer_start: ids.len() - answer.len(), ids }
+        };
+        let closed_book = probe(&reference["closed_book_ids"]);
+        let given = reference["memories"].as_array().unwrap();
+        let memories = given.iter().enumerate().map(|(place, memory)| {
+            let [trajectory, step] =
+                ["trajectory_index", "step_index"].map(|name| memory[name].as_i64().unwrap() as i32);
+            let bias = match bias {
+                "prefix" => Some(probe(&memory["prefix_ids"])),
+                "previous-memory" if step > 0 => Some(probe(&given[place - 1]["context_ids"])),
+                "previous-memory" | "null" => Some(closed_book.clone()),
+                _ => None,
+            };
+            let key = Key::of_step("t", trajectory, step);
+            MemoryProbes { key, memory: probe(&memory["context_ids"]), bias, truncated: false }
+        });
+        let spans = reference["spans"].as_array().unwrap().iter().map(integers);
+        let spans = spans.map(|span| span[0] as usize..span[1] as usize).collect();
+        TaskProbes { task_id: "t".to_owned(), memories: memories.collect(), closed_book, spans }
+    }
+
+    #[track_caller]
+    fn close_to(found: &[Option<f64>], expected: &[f64], least: f64, what: &str) {
+        assert_eq!(found.len(), expected.len(), "{what}");
+        for (found, expected) in found.iter().zip(expected) {
+            // Where a bias is taken off, what is left has the rounding of what it was taken from: `least` of it.
+            let off = (found.unwrap() - expected).abs();
+            assert!(off < 1e-5 * expected.abs().max(least), "{what}: {found:?}, expected {expected}");
+        }
+    }
+
+    /// Numbers that `tests/reference/make.py` computed with transformers in double precision.
+    #[test]
+    fn scores_are_those_of_the_reference() {
+        let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/reference");
+        let text = fs_err::read_to_string(folder.join("segments.json")).unwrap();
+        let reference: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let runtime = crate::fixture::device().resolve().unwrap();
+        let model = mempo_model::Model::load(&folder.join(reference["model"].as_str().unwrap()), &runtime).unwrap();
+        let options = mempo_model::ScoreOptions { temperature: 1.0, tokens_per_batch: 4096 };
+        let expected = &reference["expected"];
+        let mut shared = false;
+        for case in expected["rewards"].as_array().unwrap() {
+            let named = |name: &str| case[name].as_str().unwrap();
+            let bias = Bias::from_str(named("bias"), false).unwrap();
+            let reward = RewardOptions {
+                answer: AnswerMean::from_str(named("answer"), false).unwrap(),
+                difference: Difference::from_str(named("difference"), false).unwrap(),
+            };
+            let task = given_task(&reference, named("bias"));
+            let answers = ask(task.probes(), 256, |sequences| Ok(model.shared_logprobs(sequences, &options)?)).unwrap();
+            shared |= answers.tokens_computed < answers.tokens_asked;
+            let (rows, sums) = score_rows(std::slice::from_ref(&task), &answers, reward, bias).unwrap();
+            let column = |of: fn(&Score) -> Option<f64>| rows.iter().map(of).collect::<Vec<_>>();
+            let least = if reward.difference == Difference::Logprob { 1.0 } else { 1e-3 };
+            let what = format!("{reward:?} {bias:?}");
+            close_to(&column(|row| row.memory_reward), &numbers(&case["rewards"]), least, &what);
+            close_to(&column(|row| row.answer_logprob), &numbers(&expected["answer_logprobs"]), 0.0, "log-probability");
+            close_to(
+                &column(|row| row.answer_probability),
+                &numbers(&expected["answer_probabilities"]),
+                0.0,
+                "probability",
+            );
+            let objectives = rows.iter().flat_map(|row| row.objective_logprobs.clone().unwrap()).map(Some);
+            let of_each: Vec<f64> =
+                expected["objective_logprobs"].as_array().unwrap().iter().flat_map(numbers).collect();
+            close_to(&objectives.collect::<Vec<_>>(), &of_each, 0.0, "objectives");
+            if bias == Bias::Prefix {
+                close_to(&column(|row| row.bias_probability), &numbers(&expected["prefix_probabilities"]), 0.0, "bias");
+            }
+            let by_heart = [expected["closed_book_probability"].as_f64().unwrap()];
+            close_to(&[sums.mean("closed_book_probability")], &by_heart, 0.0, "closed book");
+        }
+        assert!(shared, "equal probes are asked once");
     }
 }

@@ -1,5 +1,6 @@
 //! `mempo-score segments`: how probable each memory makes the gold answer.
 
+use std::io::Write;
 use std::ops::Range;
 use std::path::PathBuf;
 
@@ -14,11 +15,13 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::probe::{Alias, AliasProbe, Chosen, Probe, ProbeOptions, TaskProbes, alias_probes, task_probes};
-use crate::reward::{Answers, RewardOptions, ask, context_rows, mean, score_rows};
+use crate::reward::{Answers, RewardOptions, ask, closed_book, context_rows, mean, score_rows};
 use crate::rollouts::{Attempt, Rollouts, TASKS_PER_UNIT};
 use crate::sums::{Sums, read_units, write_unit};
 
 /// Score every memory by how probable it makes the gold answer (table `scores`)
+///
+/// Beside it, closed_book/part-*.jsonl has a line a task: how probable the answer is after the question alone.
 #[derive(Debug, Args, Serialize)]
 pub(crate) struct SegmentsArguments {
     /// Directory of a finished `mempo-rollout sample`
@@ -129,6 +132,7 @@ impl<'a> Judge<'a> {
             sums.add("contexts", contexts.len() as f64);
             stage.write_part("contexts", unit, |file| Ok(write_rows(&contexts, file).map(drop)?))?;
         }
+        write_closed_book(stage, unit, &tasks, &answers)?;
         write_unit(stage, unit, &sums)?;
         stage.write_part("scores", unit, |file| Ok(write_rows(&rows, file).map(drop)?))
     }
@@ -161,6 +165,17 @@ impl<'a> Judge<'a> {
         let options = ScoreOptions { temperature: 1.0, tokens_per_batch: self.arguments.tokens_per_batch };
         self.model.shared_logprobs(sequences, &options).context("scoring answers").bad_input()
     }
+}
+
+/// One JSON line a task of the unit.
+fn write_closed_book(stage: &Stage, unit: usize, tasks: &[TaskProbes], answers: &Answers<'_>) -> anyhow::Result<()> {
+    stage.write_file(&format!("closed_book/part-{unit:05}.jsonl"), |file| {
+        for task in tasks {
+            serde_json::to_writer(&mut *file, &closed_book(task, answers)?)?;
+            writeln!(file)?;
+        }
+        Ok(())
+    })
 }
 
 /// Of every objective the alias whose tokens are likeliest.
@@ -212,6 +227,7 @@ mod tests {
 
     use super::mean;
     use crate::fixture::{Chain, TASKS, failure};
+    use crate::reward::ByHeart;
 
     const COMMAND: &str = "segments --rollouts @rollouts --tasks @tasks --model @model --dtype f32 --device cpu";
 
@@ -308,6 +324,25 @@ mod tests {
         let closed_book = chain.summary("null")["closed_book_probability_mean"].as_f64();
         let first_steps = null.iter().filter(|row| row.step_index == 0 && row.trajectory_index == 0);
         close(closed_book, first_steps.map(|row| row.bias_probability.unwrap()).sum::<f64>() / TASKS as f64);
+    }
+
+    #[test]
+    fn what_is_known_by_heart_is_written_task_by_task() {
+        let chain = Chain::new();
+        chain.run(&format!("{COMMAND} --bias null --out @null")).unwrap();
+        let text = ["00000", "00001"]
+            .map(|part| fs_err::read_to_string(chain.path(&format!("null/closed_book/part-{part}.jsonl"))).unwrap());
+        let lines: Vec<ByHeart> = text.concat().lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let rows = chain.rows::<Score>("null");
+        let rows: Vec<&Score> = rows.chunk_by(|a, b| a.task_id == b.task_id).map(|task| &task[0]).collect();
+        assert_eq!(lines.len(), TASKS);
+        for (line, row) in lines.iter().zip(rows) {
+            assert_eq!((&line.task_id, line.closed_book_probability), (&row.task_id, row.bias_probability));
+            assert_eq!(line.closed_book_logprob, row.bias_logprob);
+            assert_eq!(line.objective_logprobs.as_ref().unwrap().len(), 2);
+        }
+        let manifest = fs_err::read_to_string(chain.path("null/manifest.json")).unwrap();
+        assert!(manifest.contains("closed_book/part-00001.jsonl"));
     }
 
     #[test]

@@ -24,7 +24,7 @@ fn the_join_gives_what_brute_force_gives() {
     chain.run(SEGMENTS).unwrap();
     for scope in ["per-step", "pooled"] {
         chain
-            .run(&format!("{COMMAND} --memory-scope {scope} --min-memory-group 2 --alpha 0.5 --out @{scope}"))
+            .run(&format!("{COMMAND} --memory-scope {scope} --min-memory-group 2 --memory-std-floor 1e-6 --alpha 0.5 --out @{scope}"))
             .unwrap();
         let rows = chain.rows::<Advantage>(scope);
         let mut groups: BTreeMap<(String, i32), Vec<(Key, f64)>> = BTreeMap::new();
@@ -248,10 +248,10 @@ fn scores_that_do_not_fit_are_refused() {
     assert!(matches!(failure(&error), (Failure::BadInput(..), text) if text.contains("not made from")), "{error:#}");
 }
 
-fn arguments() -> AdvantagesArguments {
+fn arguments(words: &[&str]) -> AdvantagesArguments {
     let line = ["advantages", "--rollouts", "r", "--scores", "s", "--out", "o"];
     let command = AdvantagesArguments::augment_args(clap::Command::new("advantages"));
-    AdvantagesArguments::from_arg_matches(&command.get_matches_from(line)).unwrap()
+    AdvantagesArguments::from_arg_matches(&command.get_matches_from(line.iter().chain(words))).unwrap()
 }
 
 fn row(trajectory_index: i32, step_index: Option<i32>, scored: bool) -> JoinedRow {
@@ -274,7 +274,7 @@ fn row(trajectory_index: i32, step_index: Option<i32>, scored: bool) -> JoinedRo
 
 #[test]
 fn rows_that_are_missing_are_named() {
-    let arguments = arguments();
+    let arguments = arguments(&[]);
     let task = |rows: &[JoinedRow]| Estimation::new(&arguments, None).task(rows);
     let missing = |rows: &[JoinedRow]| failure(&task(rows).unwrap_err()).1;
     assert!(missing(&[row(0, Some(0), false)]).contains("t/trajectory 0/step 0: `scores` has no row"));
@@ -286,4 +286,102 @@ fn rows_that_are_missing_are_named() {
     // A memory whose context was past the window has a row without a reward: it earns nothing.
     let found = task(&[row(0, Some(0), true)]).unwrap();
     assert_eq!((found[0].memory_advantage, found[0].memory_end, found[0].loss_weight), (Some(0.0), Some(3), 1.0));
+}
+
+/// A folder with a tokenizer that has these texts as its tokens and merges nothing.
+fn tokenizer_of(texts: &[&str]) -> Tokenizer {
+    let folder = tempfile::tempdir().unwrap();
+    let places = texts.iter().enumerate().map(|(id, text)| (text.replace(' ', "\u{120}"), json!(id)));
+    let vocabulary: serde_json::Map<String, Value> = places.collect();
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": &bytes, "post_processor": null, "decoder": &bytes,
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    });
+    fs_err::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    Tokenizer::load(folder.path()).unwrap()
+}
+
+fn integer(value: &Value) -> Option<i32> {
+    value.as_i64().map(|number| number as i32)
+}
+
+/// The joined rows of a trajectory of the reference.
+fn given_rows(trajectory_index: i32, given: &Value) -> Vec<JoinedRow> {
+    let steps = given["steps"].as_array().unwrap();
+    let rows = (0..).zip(steps).map(|(step_index, step)| {
+        let cells = |kind: &str, start, end| SegmentCells { kind: kind.to_owned(), start, end };
+        let ids: Vec<i32> = step["completion_ids"].as_array().unwrap().iter().filter_map(integer).collect();
+        let memory = step["memory"].as_array();
+        let memory = memory.map(|range| cells("memory", integer(&range[0]).unwrap(), integer(&range[1]).unwrap()));
+        let then = cells(step["then"].as_str().unwrap(), ids.len() as i32 - 1, ids.len() as i32);
+        JoinedRow {
+            step_count: steps.len() as i32,
+            reward: given["reward"].as_f64().map(|reward| reward as f32),
+            format_valid: given["format_valid"] == true,
+            segments: Some(memory.into_iter().chain([then]).collect()),
+            memory_reward: step["memory_reward"].as_f64(),
+            completion_ids: Some(ids),
+            ..row(trajectory_index, Some(step_index), true)
+        }
+    });
+    rows.collect()
+}
+
+/// Rows written by `tests/reference/make.py` from the formulas alone, asked for on the command line.
+#[test]
+fn rows_are_those_of_the_reference() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/reference/rows.json");
+    let reference: Value = serde_json::from_str(&fs_err::read_to_string(path).unwrap()).unwrap();
+    let texts: Vec<&str> = reference["tokens"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    let tags = mempo_text::Profile::load("mempo").unwrap().tags;
+    for case in reference["cases"].as_array().unwrap() {
+        let words: Vec<&str> = case["command_line"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+        let arguments = arguments(&words);
+        arguments.check().unwrap();
+        let inside_of = (arguments.credit == Credit::Inside).then(|| (tokenizer_of(&texts), tags.clone()));
+        let given = case["trajectories"].as_array().unwrap();
+        let rows: Vec<JoinedRow> = (0..).zip(given).flat_map(|(index, given)| given_rows(index, given)).collect();
+        let found = Estimation::new(&arguments, inside_of).task(&rows).unwrap();
+        let expected = case["expected"].as_array().unwrap();
+        assert_eq!(found.len(), expected.len(), "{}", case["name"]);
+        for (found, expected) in found.iter().zip(expected) {
+            let name = format!("{} {}: {found:?}, expected {expected}", case["name"], found.key());
+            let near = |found: f32, place: usize| (f64::from(found) - expected[place].as_f64().unwrap()).abs() < 1e-6;
+            let places = [Some(found.trajectory_index), Some(found.step_index), found.memory_start, found.memory_end];
+            assert_eq!(places, [0, 1, 4, 5].map(|place: usize| integer(&expected[place])), "{name}");
+            assert!(near(found.trajectory_advantage, 2) && near(found.loss_weight, 6), "{name}");
+            assert_eq!(found.memory_advantage.is_none(), expected[3].is_null(), "{name}");
+            assert!(found.memory_advantage.is_none_or(|advantage| near(advantage, 3)), "{name}");
+        }
+    }
+}
+
+#[test]
+fn the_memorys_weight_follows_the_training() {
+    let chain = Chain::new();
+    chain.run(SEGMENTS).unwrap();
+    let advantages = |line: &str, out: &str| -> Vec<(f32, Option<f32>)> {
+        chain.run(&format!("{COMMAND} --min-memory-group 2 {line} --out @{out}")).unwrap();
+        let rows = chain.rows::<Advantage>(out);
+        rows.iter().map(|row| (row.trajectory_advantage, row.memory_advantage)).collect()
+    };
+    let whole = advantages("", "whole");
+    assert!(whole.iter().any(|(_, memory)| memory.is_some_and(|advantage| advantage != 0.0)));
+    assert_eq!(advantages("--alpha-end 0.2", "start"), whole, "nothing is done yet");
+    for (line, out, alpha) in [
+        ("--alpha-end 0.2 --progress 0.5", "half", 0.6),
+        ("--alpha 0.5 --alpha-end 0.2 --progress 1", "end", 0.2),
+        ("--alpha 0.5 --progress 0.9", "constant", 0.5),
+    ] {
+        for ((trajectory, memory), (same, one)) in advantages(line, out).into_iter().zip(&whole) {
+            assert_eq!(trajectory.to_bits(), same.to_bits());
+            let expected = one.map(|one| one * alpha);
+            assert!(memory.zip(expected).is_none_or(|(memory, expected)| (memory - expected).abs() < 1e-6), "{line}");
+        }
+    }
+    let command = AdvantagesArguments::augment_args(clap::Command::new("advantages"));
+    let error = command.try_get_matches_from(["advantages", "--progress", "1.5"]).unwrap_err();
+    assert!(error.to_string().contains("expected 0 to 1"), "{error}");
 }
