@@ -11,7 +11,8 @@ use crate::normalise::Estimator;
 pub(crate) enum TrajectoryCredit {
     /// All of it: longer trajectories weigh more, unless the update's average evens that out.
     Copy,
-    /// An equal part: the trained steps of a trajectory have its advantage between them.
+    /// An equal part: the trained steps of a trajectory have its advantage between them. A memory's own advantage is not
+    /// divided, so that --alpha weighs more beside it, as many times as there are steps.
     Divide,
 }
 
