@@ -135,7 +135,8 @@ impl AlarmOptions {
                 return Ok(());
             }
             return Err(anyhow!(
-                "{dir}: --alarm-closed-book: it does not say how probable answers are without a memory:                                 give `mempo-score advantages` the --scores of `mempo-score segments`"
+                "{dir}: --alarm-closed-book: it does not say how probable answers are without a memory: \
+                 give `mempo-score advantages` the --scores of `mempo-score segments`"
             ))
             .usage();
         };

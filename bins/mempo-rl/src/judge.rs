@@ -58,7 +58,7 @@ impl Training<'_> {
         members: &[&Planned],
     ) -> anyhow::Result<()> {
         if stats.skipped {
-            let named = self.worst(content, members, |stats| if stats.loss.is_finite() { 0.0 } else { 1.0 })?;
+            let named = self.worst(content, members, |stats| if stats.skipped { 1.0 } else { 0.0 })?;
             warn!(
                 "optimizer step {step}: the gradient is not finite, the weights were left as they were; its trajectories: {named}"
             );
@@ -67,14 +67,14 @@ impl Training<'_> {
         let named = self.worst(content, members, alarm.badness)?;
         Err(anyhow!(
             "optimizer step {step}: {}: {:.4} nats: the policy has collapsed; lower --learning-rate, raise --kl-coefficient, or \
-             start from an earlier checkpoint; see {named}",
+             start from an earlier checkpoint; after it, most in {named}",
             alarm.option,
             alarm.value
         ))
         .quality()
     }
 
-    /// The trajectories that are worst by what each alone comes to, the worst first.
+    /// The trajectories that are worst by what each alone comes to now, the worst first; those that are not learnt left out.
     fn worst(
         &self,
         content: &[PolicyTrajectory],
@@ -86,6 +86,9 @@ impl Training<'_> {
         for (trajectory, planned) in content.iter().zip(members) {
             let stats =
                 self.trainer.policy_stats(std::slice::from_ref(trajectory), options, self.temperature, budget)?;
+            if stats.tokens == 0 {
+                continue;
+            }
             found.push((badness(&stats), format!("{}/trajectory {}", planned.task_id, planned.trajectory_index)));
         }
         found.sort_by(|(left, _), (right, _)| right.total_cmp(left));

@@ -120,7 +120,8 @@ impl TrainArguments {
         }
         if self.policy.importance_cap.is_some() && self.logprobs.is_none() {
             return Err(anyhow!(
-                "--importance-cap weighs the old policy's log-probs against those of sampling, and without --logprobs the two                  are one: give --logprobs"
+                "--importance-cap weighs the old policy's log-probs against those of sampling, and without --logprobs the two \
+                 are one: give --logprobs"
             ));
         }
         Ok(())
@@ -261,7 +262,8 @@ impl<'a> Training<'a> {
             return Ok(());
         }
         Err(anyhow!(
-            "--schedule-steps {total}: this run ends with optimizer step {last} of all runs: give the number of the whole loop"
+            "--schedule-steps {total}: this run ends with optimizer step {last} of all runs: give the number of the whole loop, with \
+             --restart"
         ))
         .usage()
     }

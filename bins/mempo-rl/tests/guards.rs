@@ -100,7 +100,7 @@ fn a_collapsed_policy_stops_the_training() {
     let mut chain = Chain::new(2);
     for (alarm, value, named) in [
         ("--alarm-truncated", "-1", "task-"),
-        ("--alarm-entropy", "100", "see task-"),
+        ("--alarm-entropy", "100", "most in task-"),
         ("--alarm-length", "1000", "/step "),
         ("--alarm-memory-below", "2.1", "/step "),
         ("--alarm-memory-above", "1.9", "/step "),

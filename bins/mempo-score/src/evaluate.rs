@@ -52,7 +52,7 @@ pub(crate) struct EvaluateArguments {
     /// Print these figures alone, each as a table of runs by groups
     #[arg(long, value_name = "METRIC", value_delimiter = ',', value_parser = metric)]
     table: Vec<usize>,
-    /// What the others are compared with (default: the first rollout)
+    /// What the others are compared with (default: the first)
     #[arg(long, value_name = "LABEL")]
     baseline: Option<String>,
     /// Print JSON instead of tables

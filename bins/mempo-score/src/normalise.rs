@@ -54,7 +54,8 @@ impl MemorySteps {
 pub(crate) enum Estimator {
     /// Trajectory and memory advantages, each normalised (MemPO, arXiv 2603.00680, eq. 4 and 8)
     Mempo,
-    /// Trajectory advantages alone, over the group's standard deviation (DeepSeekMath, arXiv 2402.03300)
+    /// Reward minus the group's mean, over its standard deviation (DeepSeekMath, arXiv 2402.03300); memories are paid beside it
+    /// where there are --scores, unless --alpha is 0
     Grpo,
     /// The same without the standard deviation (Dr. GRPO, arXiv 2503.20783)
     DrGrpo,

@@ -107,7 +107,7 @@ impl AdamW {
 
 /// Of all elements: in fp32 over lines of a fixed length, in f64 over the lines. Reductions so short are not divided
 /// between threads, whose number would show in the last bits.
-fn norm(flat: &Tensor) -> f64 {
+pub(crate) fn norm(flat: &Tensor) -> f64 {
     const LINE: i64 = 4096;
     let of_lines = |lines: &Tensor| {
         let norms = lines.norm_scalaropt_dim_dtype(2, [1_i64], false, Kind::Float);

@@ -6,7 +6,7 @@ use mempo_model::{Model, initial_adapter};
 use serde::Serialize;
 use tch::{Kind, Tensor, no_grad_guard};
 
-use crate::adamw::AdamW;
+use crate::adamw::{AdamW, norm};
 use crate::backward::{Backward, Pass, target_hidden};
 use crate::batch::{Arrangement, MicroBatch, Sequence, micro_batch_overhead};
 use crate::flat::{Layout, Slot};
@@ -231,7 +231,7 @@ impl Trainer {
         Ok(sums.stats(options, gradient_norm))
     }
 
-    /// What [`Trainer::policy_step`] would find, without the norm of the gradient; changes nothing.
+    /// What [`Trainer::policy_step`] would find; changes nothing.
     pub fn policy_stats(
         &self,
         trajectories: &[PolicyTrajectory],
@@ -240,8 +240,9 @@ impl Trainer {
         tokens_per_micro_batch: usize,
     ) -> Result<PolicyStats, Error> {
         let sums = self.accumulate_policy(trajectories, options, temperature, tokens_per_micro_batch)?;
+        let gradient_norm = norm(&self.optimizer.gradient);
         let _ = self.optimizer.gradient.shallow_clone().zero_();
-        Ok(sums.stats(options, 0.0))
+        Ok(sums.stats(options, gradient_norm))
     }
 
     /// Writes the state from which [`Trainer::new`] continues bit for bit.
