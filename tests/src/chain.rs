@@ -106,7 +106,7 @@ pub const READING: &[&str] = &[
     "mempo-score logprobs --rollouts rollouts --model base --reference base --dtype f32 --device cpu --out logprobs",
     "mempo-score advantages --rollouts rollouts --scores scores --estimator memagent-slime --out advantages",
     "mempo-rl train --rollouts rollouts --advantages advantages --logprobs logprobs --model base --dtype f32 \
-     --device cpu --alarm-format 0 --aggregation token-mean --trajectories-per-step 24 --out policy",
+     --device cpu --aggregation token-mean --trajectories-per-step 24 --out policy",
     "mempo-sft build --trajectories rollouts --tokenizer base --context memagent --keep all --out examples",
 ];
 

@@ -20,8 +20,8 @@ const NAMED: usize = 3;
 #[derive(Debug, Clone, Args, Serialize)]
 #[expect(clippy::struct_field_names, reason = "fields are flags, and the flags belong together")]
 pub(crate) struct AlarmOptions {
-    /// Stop if a smaller share of trajectories has valid format; 0 for never, where a policy has yet to learn it
-    #[arg(long, value_name = "SHARE", default_value_t = 0.002)]
+    /// Stop if a smaller share of trajectories has valid format; 0 for never, as a policy may have to learn it
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0)]
     alarm_format: f64,
     /// Stop if a larger share of completions was cut off at the length limit; 1 for never
     #[arg(long, value_name = "SHARE", default_value_t = 1.0)]
