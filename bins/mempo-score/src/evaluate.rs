@@ -221,20 +221,13 @@ mod tests {
 
     use crate::fixture::{Chain, failure};
 
-    fn report(chain: &Chain, line: &str) -> Value {
-        chain.run(&format!("evaluate {line} --json --out @report.json")).unwrap();
-        serde_json::from_str(&fs_err::read_to_string(chain.path("report.json")).unwrap()).unwrap()
-    }
-
     #[test]
     fn rollouts_and_answers_stand_side_by_side() {
         let chain = Chain::new();
         let answers =
             chain.tasks.iter().map(|task| json!({"task_id": task.task_id, "answer": "ANY; the purple"}).to_string());
         fs_err::write(chain.path("answers.jsonl"), answers.collect::<Vec<_>>().join("\n")).unwrap();
-        let found = report(
-            &chain,
-            "--rollouts @rollouts --name policy --tasks @tasks --answers majority=@answers.jsonl --by objectives,source",
+        let found = chain.report("--rollouts @rollouts --name policy --tasks @tasks --answers majority=@answers.jsonl --by objectives,source",
         );
         let labels: Vec<&Value> = found["runs"].as_array().unwrap().iter().map(|run| &run["label"]).collect();
         assert_eq!(labels, ["policy", "majority"]);
@@ -265,7 +258,7 @@ mod tests {
     #[test]
     fn a_rollout_does_not_differ_from_itself_and_tables_print() {
         let chain = Chain::new();
-        let found = report(&chain, "--rollouts @rollouts @rollouts --name a b --baseline b");
+        let found = chain.report("--rollouts @rollouts @rollouts --name a b --baseline b");
         assert_eq!(found["differences"].as_array().unwrap().len(), 1);
         assert_eq!(
             found["differences"][0]["groups"][0]["metrics"]["f1_squad.v1"],
@@ -284,7 +277,7 @@ mod tests {
         }
         chain.write_rollouts("other");
         let names = "--name a a b b --baseline b";
-        let found = report(&chain, &format!("--rollouts @rollouts @other @rollouts @other {names} --by objectives"));
+        let found = chain.report(&format!("--rollouts @rollouts @other @rollouts @other {names} --by objectives"));
         assert_eq!(found["runs"].as_array().unwrap().len(), 2);
         assert_eq!(found["runs"][0]["seeds"], json!([0, 1]));
         let all = &found["runs"][0]["groups"][0];
@@ -304,7 +297,7 @@ mod tests {
             row.answer = Some("it is any colour; purple".to_owned());
         }
         chain.write();
-        let metrics = |line: &str| report(&chain, line)["runs"][0]["groups"][0]["metrics"].clone();
+        let metrics = |line: &str| chain.report(line)["runs"][0]["groups"][0]["metrics"].clone();
         let found = metrics("--rollouts @rollouts --tasks @tasks --best-of 2");
         // The other answers are missing; one of them is the engine's fault.
         assert!((found["sub_em.v1"]["value"].as_f64().unwrap() - 17.0 * 0.5 / 33.0).abs() < 1e-12);
@@ -327,7 +320,7 @@ mod tests {
         }
         chain.write();
         let line = "--rollouts @rollouts @rollouts --name a b --tasks @tasks --by document-tokens";
-        let found = report(&chain, line);
+        let found = chain.report(line);
         let groups = found["runs"][0]["groups"].as_array().unwrap();
         let lengths: Vec<&Value> = groups.iter().map(|group| &group["group"]).collect();
         assert_eq!(lengths, [&json!({}), &json!({"document_tokens": 7_000}), &json!({"document_tokens": 14_000})]);

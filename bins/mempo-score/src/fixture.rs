@@ -167,6 +167,12 @@ impl Chain {
         read_rows(&input.table(R::TABLE).unwrap()).unwrap().collect::<Result<_, _>>().unwrap()
     }
 
+    /// What `evaluate` reports as JSON.
+    pub(crate) fn report(&self, line: &str) -> serde_json::Value {
+        self.run(&format!("evaluate {line} --json --out @report.json")).unwrap();
+        serde_json::from_str(&fs_err::read_to_string(self.path("report.json")).unwrap()).unwrap()
+    }
+
     pub(crate) fn summary(&self, stage: &str) -> serde_json::Value {
         let text = fs_err::read_to_string(self.path(stage).join("manifest.json")).unwrap();
         serde_json::from_str::<serde_json::Value>(&text).unwrap()["summary"].clone()

@@ -89,11 +89,6 @@ mod tests {
 
     use crate::fixture::{Chain, failure};
 
-    fn report(chain: &Chain, line: &str) -> Value {
-        chain.run(&format!("evaluate {line} --json --out @report.json")).unwrap();
-        serde_json::from_str(&fs_err::read_to_string(chain.path("report.json")).unwrap()).unwrap()
-    }
-
     #[test]
     fn kept_figures_say_what_their_rollouts_said() {
         let mut chain = Chain::new();
@@ -103,24 +98,24 @@ mod tests {
         chain.write_rollouts("other");
         let options = "--tasks @tasks --by objectives,source --best-of 2";
         let whole = format!("--rollouts @rollouts @other @rollouts --name a a b --baseline b {options}");
-        let found = report(&chain, &format!("{whole} --figures-out @kept.jsonl.zst"));
+        let found = chain.report(&format!("{whole} --figures-out @kept.jsonl.zst"));
         let text = zstd::decode_all(&*fs_err::read(chain.path("kept.jsonl.zst")).unwrap()).unwrap();
         assert_eq!(String::from_utf8(text).unwrap().lines().count(), 2, "a line a name");
         let alone = "--figures @kept.jsonl.zst --baseline b --by objectives,source --best-of 2";
-        assert_eq!(report(&chain, alone), found);
+        assert_eq!(chain.report(alone), found);
 
         // One seed kept, the other here; each name's figures in a file of its own.
         for (name, rollouts) in [("a", "rollouts"), ("b", "rollouts")] {
             let line = format!("--rollouts @{rollouts} --name {name} --tasks @tasks --best-of 2");
-            report(&chain, &format!("{line} --figures-out @{name}.jsonl"));
+            chain.report(&format!("{line} --figures-out @{name}.jsonl"));
         }
         let added =
-            report(&chain, &format!("--rollouts @other --name a --figures @a.jsonl @b.jsonl --baseline b {options}"));
+            chain.report(&format!("--rollouts @other --name a --figures @a.jsonl @b.jsonl --baseline b {options}"));
         let seeds = |report: &Value| report["runs"][0]["seeds"].clone();
         assert_eq!((seeds(&added), seeds(&found)), (json!([0, 1]), json!([0, 1])));
         let metrics = |report: &Value| report["runs"][0]["groups"][0]["metrics"]["em_best.v1"]["value"].clone();
         assert_eq!(metrics(&added), metrics(&found));
-        let without = report(&chain, "--figures @a.jsonl");
+        let without = chain.report("--figures @a.jsonl");
         assert_eq!(without["runs"][0]["groups"].as_array().unwrap().len(), 1);
         assert!(without["runs"][0]["groups"][0]["metrics"].get("em_best.v1").is_none());
     }
@@ -128,7 +123,7 @@ mod tests {
     #[test]
     fn kept_figures_that_do_not_fit_are_refused() {
         let chain = Chain::new();
-        report(&chain, "--rollouts @rollouts --name a --tasks @tasks --figures-out @a.jsonl");
+        chain.report("--rollouts @rollouts --name a --tasks @tasks --figures-out @a.jsonl");
         let refused = |line: &str| {
             let error = chain.run(&format!("evaluate {line}")).unwrap_err();
             let (kind, text) = failure(&error);
@@ -160,7 +155,7 @@ mod tests {
         let mut older = kept;
         older["metrics"][0] = json!("f1_squad.v0");
         fs_err::write(chain.path("older.jsonl"), older.to_string()).unwrap();
-        let metrics = report(&chain, "--figures @older.jsonl")["runs"][0]["groups"][0]["metrics"].clone();
+        let metrics = chain.report("--figures @older.jsonl")["runs"][0]["groups"][0]["metrics"].clone();
         assert_eq!(metrics["f1_squad.v1"]["value"], Value::Null);
         assert!(metrics["em.v1"]["value"].as_f64().is_some());
     }
