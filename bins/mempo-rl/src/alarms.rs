@@ -145,7 +145,7 @@ impl AlarmOptions {
         }
         Err(anyhow!(
             "{dir}: --alarm-closed-book: without any memory the gold answers have a mean probability of {known:.4}: train on other \
-             tasks, or score with a frozen judge (mempo-score segments --model)",
+             tasks (closed_book/ of the --scores has each task's), or score with a frozen judge (mempo-score segments --model)",
         ))
         .quality()
     }

@@ -339,6 +339,29 @@ mod tests {
     }
 
     #[test]
+    fn what_prompts_share_is_run_once() {
+        let mut chain = Chain::new();
+        let shared: Vec<i32> = (0..600).map(|place| 65 + place % 26).collect();
+        for step in &mut chain.steps {
+            let own = step.prompt_ids.split_off(step.prompt_ids.len() - 40);
+            step.prompt_ids = [&shared[..], &own].concat();
+        }
+        chain.write();
+        chain.run(&format!("{COMMAND} --out @logprobs")).unwrap();
+        let summary = chain.summary("logprobs");
+        let [asked, computed] = ["tokens_asked", "tokens_computed"].map(|name| summary[name].as_u64().unwrap());
+        let repeated = (600 * chain.steps.len()) as u64;
+        assert!(computed < asked - repeated * 9 / 10, "{summary}");
+        let model = chain.model();
+        for (row, step) in chain.rows::<Logprobs>("logprobs").iter().zip(&chain.steps) {
+            let alone = Chain::logprobs(&model, &step.prompt_ids, &step.completion_ids);
+            for (shared, alone) in row.policy_logprobs.iter().zip(alone) {
+                assert!((shared - alone).abs() <= 1e-5 * alone.abs().max(1.0), "{}: {shared}, {alone}", key(step));
+            }
+        }
+    }
+
+    #[test]
     fn another_policy_and_the_row_that_shows_it_are_named() {
         let mut chain = Chain::new();
         make_model(&chain.path("other"), 2);
