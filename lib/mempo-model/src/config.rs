@@ -186,8 +186,15 @@ impl Config {
 
     /// Base of the rotary frequencies, from whichever key holds it; 10000 where neither does.
     pub fn rotary_base(&self) -> f64 {
-        let nested = self.rope_parameters.as_ref().and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64);
-        nested.or(self.rope_theta).unwrap_or(10_000.0)
+        self.nested_rotary_base().map(|(_, base)| base).or(self.rope_theta).unwrap_or(10_000.0)
+    }
+
+    /// The base inside `rope_parameters` or `rope_scaling`, with the key that holds it.
+    fn nested_rotary_base(&self) -> Option<(&'static str, f64)> {
+        let base = |rope: &Map<String, Value>| rope.get("rope_theta").and_then(Value::as_f64);
+        let scaling = || self.other.get("rope_scaling").and_then(Value::as_object).and_then(base);
+        let parameters = self.rope_parameters.as_ref().and_then(base);
+        parameters.map(|base| ("rope_parameters", base)).or_else(|| scaling().map(|base| ("rope_scaling", base)))
     }
 
     /// Keys that are unknown here and were ignored, one sentence each.
@@ -247,6 +254,7 @@ impl Config {
             ("num_attention_heads", heads),
             ("num_key_value_heads", groups),
             ("head_dim", self.head_size()),
+            ("num_attention_heads * head_dim", heads.saturating_mul(self.head_size())),
         ];
         if let Some((key, size)) = largest.into_iter().find(|(_, size)| *size > LARGEST_SIZE) {
             return Err(format!("{key} = {size}; expected at most {LARGEST_SIZE}"));
@@ -277,10 +285,9 @@ impl Config {
         if !(0.0..=LARGEST_SPREAD).contains(&self.initializer_range) {
             return Err(format!("initializer_range = {}; expected 0 to {LARGEST_SPREAD}", self.initializer_range));
         }
-        let nested = self.rope_parameters.as_ref().and_then(|rope| rope.get("rope_theta")).and_then(Value::as_f64);
-        match (nested, self.rope_theta) {
-            (Some(nested), Some(top)) if nested.to_bits() != top.to_bits() => {
-                Err(format!("rope_parameters.rope_theta {nested} contradicts rope_theta {top}"))
+        match (self.nested_rotary_base(), self.rope_theta) {
+            (Some((key, nested)), Some(top)) if nested.to_bits() != top.to_bits() => {
+                Err(format!("{key}.rope_theta {nested} contradicts rope_theta {top}"))
             }
             _ => Ok(()),
         }
@@ -295,8 +302,10 @@ impl Config {
             return Ok(());
         }
         let flag = |key: &str| self.other.get(key).filter(|value| !value.is_null());
-        let used = flag("use_sliding_window").is_some_and(|value| value != false) && flag("sliding_window").is_some();
-        let first = flag("max_window_layers").and_then(Value::as_u64).unwrap_or(0);
+        // What transformers takes for keys that are left out: a window, from layer 28 on.
+        let window = self.other.get("sliding_window").is_none_or(|value| !value.is_null());
+        let used = flag("use_sliding_window").is_some_and(|value| value != false) && window;
+        let first = flag("max_window_layers").and_then(Value::as_u64).unwrap_or(28);
         if used && first < self.num_hidden_layers as u64 {
             return Err(format!("use_sliding_window is true from layer {first} on; sliding windows are not supported"));
         }
@@ -340,6 +349,12 @@ mod tests {
             (json!({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000}}), "rope_parameters.rope_type"),
             (json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}), "contradicts"),
             (json!({"use_sliding_window": true, "sliding_window": 4096, "max_window_layers": 1}), "use_sliding_window"),
+            (json!({"use_sliding_window": true, "num_hidden_layers": 30}), "from layer 28 on"),
+            (
+                json!({"rope_scaling": {"rope_type": "default", "rope_theta": 1e6}}),
+                "rope_scaling.rope_theta 1000000 contra",
+            ),
+            (json!({"num_attention_heads": 1 << 20, "head_dim": 1 << 20}), "num_attention_heads * head_dim"),
             (json!({"layer_types": ["full_attention", "sliding_attention"]}), "layer_types"),
             (json!({"num_key_value_heads": 3}), "num_key_value_heads"),
             (json!({"num_attention_heads": 0}), "num_attention_heads"),
@@ -366,6 +381,8 @@ mod tests {
         assert!((check(&json!({})).unwrap().rotary_base() - 5000.0).abs() < f64::EPSILON);
         let nested = json!({"rope_theta": null, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}});
         assert!((check(&nested).unwrap().rotary_base() - 1e6).abs() < f64::EPSILON);
+        let scaling = json!({"rope_theta": null, "rope_scaling": {"rope_type": "default", "rope_theta": 1e6}});
+        assert!((check(&scaling).unwrap().rotary_base() - 1e6).abs() < f64::EPSILON);
         assert!((check(&json!({"rope_theta": null})).unwrap().rotary_base() - 1e4).abs() < f64::EPSILON);
     }
 

@@ -195,9 +195,9 @@ impl<'a> Batch<'a> {
         for row in self.rows.iter_mut().filter(|row| row.work.is_none()) {
             row.session = row.session.filter(|session| waiting.contains(session));
         }
-        while self.rows.len() < self.options.max_rows.min(self.rows.len() + self.queue.len()) {
-            self.rows.push(Row::default());
-        }
+        let free = self.rows.iter().filter(|row| row.session.is_none()).count();
+        let needed = self.rows.len() + self.queue.len().saturating_sub(free);
+        self.rows.resize_with(needed.min(self.options.max_rows).max(self.rows.len()), Row::default);
         self.give_rows(|row| row.session.is_none());
         self.give_rows(|row| row.work.is_none() && row.ended.is_some_and(|ended| ended.elapsed() >= KEPT));
         Ok(())
@@ -363,5 +363,42 @@ impl GenerateEvents for Each<'_> {
             self.found[session] = Some(generated);
         }
         Vec::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use tch::Kind;
+
+    use super::*;
+    use crate::{Config, Runtime};
+
+    #[test]
+    fn there_are_no_more_rows_than_requests() {
+        let config = Config::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/qwen2")).unwrap();
+        let model = Model::initialise(config, 4, &Runtime::cpu(Kind::Float)).unwrap();
+        let options = GenerateOptions {
+            temperature: 1.0,
+            top_p: 1.0,
+            max_tokens: 4,
+            banned_ids: vec![],
+            end_ids: vec![],
+            vocabulary_limit: 199,
+            max_rows: 4,
+        };
+        let request = |session| GenerateRequest { session, prompt_ids: vec![1, 2], seed: 0 };
+        let mut batch = Batch::new(&model, &options).unwrap();
+        for (sessions, rows, queued) in [(0..1, 1, 0), (1..3, 3, 0), (3..9, 4, 5)] {
+            batch.admit(sessions.map(request).collect(), &BTreeSet::new()).unwrap();
+            assert_eq!((batch.rows.len(), batch.queue.len()), (rows, queued));
+        }
+        // Rows that became free are given before there are new ones.
+        let mut batch = Batch::new(&model, &options).unwrap();
+        batch.admit(vec![request(0), request(1)], &BTreeSet::new()).unwrap();
+        batch.rows.iter_mut().for_each(|row| row.work = None);
+        batch.admit(vec![request(2)], &BTreeSet::new()).unwrap();
+        assert_eq!((batch.rows.len(), batch.queue.len()), (2, 0));
     }
 }

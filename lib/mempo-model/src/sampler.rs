@@ -41,22 +41,26 @@ impl Sampler {
     /// One draw a row from hidden states `[B,D]`. The log-probability is that of the whole vocabulary at the
     /// temperature (1 when greedy), whatever was forbidden or cut off.
     pub(crate) fn draw(&self, model: &Model, hidden: &Tensor, uniforms: &[f32]) -> Result<Vec<Draw>, Error> {
-        let logits = model.logits(hidden, self.temperature);
+        self.draw_from(&model.logits(hidden, self.temperature), uniforms)
+    }
+
+    /// The same from logits `[B,V]` that were divided by the temperature.
+    fn draw_from(&self, logits: &Tensor, uniforms: &[f32]) -> Result<Vec<Draw>, Error> {
         let logprobs = logits.log_softmax(-1, Kind::Float);
+        // Before the softmax: what is allowed may be so improbable that nothing of it would be left beside the rest.
+        let allowed = logits.masked_fill(&self.forbidden, f64::NEG_INFINITY);
         if self.temperature == 0.0 {
-            let ids = logits.masked_fill(&self.forbidden, f64::NEG_INFINITY).argmax(-1, true);
-            return draws(&ids, &logprobs);
+            return draws(&allowed.argmax(-1, true), &logprobs);
         }
-        let mut probabilities = logprobs.exp();
-        let _ = probabilities.masked_fill_(&self.forbidden, 0.0);
+        let probabilities = allowed.softmax(-1, Kind::Float);
         if self.top_p < 1.0 {
             let ids = Tensor::from_slice(&self.nucleus_ids(&probabilities, uniforms)).unsqueeze(1);
-            return draws(&ids.to_device(hidden.device()), &logprobs);
+            return draws(&ids.to_device(logits.device()), &logprobs);
         }
         let cumulative = probabilities.cumsum(-1, Kind::Float);
         let size = cumulative.size()[1];
         let totals = cumulative.narrow(1, size - 1, 1);
-        let points = Tensor::from_slice(uniforms).unsqueeze(1).to_device(hidden.device()) * totals;
+        let points = Tensor::from_slice(uniforms).unsqueeze(1).to_device(logits.device()) * totals;
         // The first id whose cumulative probability exceeds the point has a probability above 0.
         let ids = points.searchsorted(&cumulative, false, true, "right", None::<Tensor>).clamp_max(size - 1);
         draws(&ids, &logprobs)
@@ -167,6 +171,19 @@ mod tests {
 
     fn counter(i: u64) -> f32 {
         crate::counter_uniform(99, i)
+    }
+
+    #[test]
+    fn a_forbidden_id_is_never_drawn_however_probable() {
+        let forbidden = Tensor::from_slice(&[true, false, false, false, true]);
+        let logits = Tensor::from_slice(&[11.0_f32, 0.5, 0.0, -1.0, -3.0]).unsqueeze(0) / 0.01;
+        for (temperature, top_p) in [(0.0, 1.0), (0.01, 1.0), (0.01, 0.9)] {
+            let sampler = Sampler { temperature, top_p, forbidden: forbidden.shallow_clone() };
+            for uniform in [0.0, 0.5, 0.999] {
+                let (id, logprob) = sampler.draw_from(&logits, &[uniform]).unwrap()[0];
+                assert!(id == 1 && (logprob + 1050.0).abs() < 0.1, "{temperature} {top_p} {uniform}: {id} {logprob}");
+            }
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ mod packed;
 use std::ffi::{CStr, c_char, c_void};
 use std::ptr::null_mut;
 
-use tch::{TchError, Tensor};
+use tch::{Kind, TchError, Tensor};
 use torch_sys::C_tensor;
 
 pub use deterministic::{fixed_add_product, fixed_attention, fixed_attention_at, fixed_linear, fixed_silu};
@@ -63,9 +63,20 @@ impl AdamW {
         step: &Tensor,
         divisor: &Tensor,
     ) -> Result<(), TchError> {
-        // SAFETY: the pointers are those of live tensors, which the operator checks for type, shape and device; it
-        // changes them in place only, as tch's own in-place operators do through shared handles. C++ exceptions are
-        // caught on the other side.
+        let alike = |tensor: &&Tensor| tensor.size() == weights.size() && tensor.is_contiguous();
+        let single = |tensor: &Tensor| tensor.numel() == 1 && tensor.kind() == Kind::Float;
+        if ![weights, gradient, first, second].iter().all(alike) || !single(step) || !single(divisor) {
+            return Err(TchError::Shape(format!(
+                "weights {:?}, gradient {:?} and moments {:?} and {:?} must be contiguous and of one shape, step and divisor one float each",
+                weights.size(),
+                gradient.size(),
+                first.size(),
+                second.size()
+            )));
+        }
+        // SAFETY: the pointers are those of live tensors of one shape; type and device the operator checks. It changes them
+        // in place only, as tch's own in-place operators do through shared handles. C++ exceptions are caught on the other
+        // side.
         let message = unsafe {
             mempo_fused_adamw(
                 weights.as_ptr().cast_mut(),
@@ -150,7 +161,7 @@ pub fn keep_freed_memory() {
 
 #[cfg(test)]
 mod tests {
-    use tch::{Device, Kind};
+    use tch::Device;
 
     use super::*;
 
@@ -181,5 +192,9 @@ mod tests {
         let second = Tensor::zeros([1], (Kind::Double, Device::Cpu));
         let error = OPTIONS.update([&weights, &gradient, &first, &second], &one(1.0), &one(1.0)).unwrap_err();
         assert!(!error.to_string().is_empty());
+        let long = Tensor::zeros([1 << 20], (Kind::Float, Device::Cpu));
+        let error = OPTIONS.update([&long, &gradient, &first, &first], &one(1.0), &one(1.0)).unwrap_err();
+        assert!(error.to_string().contains("1048576"), "{error}");
+        assert!(OPTIONS.update([&weights, &gradient, &first, &first.zeros_like()], &long, &one(1.0)).is_err());
     }
 }
