@@ -8,7 +8,7 @@ use anyhow::{Context, anyhow};
 use clap::Args;
 use mempo_agent::{
     Agent, ContextOptions, ContextPolicy, Engine, LimitOptions, RewardOptions, SamplingOptions, Start, ToolTable, Unit,
-    context_policy,
+    check_profile, context_policy,
 };
 use mempo_data::{AnsweredQuery, Task, Trajectory, read_rows, write_rows};
 use mempo_model::{Config, DeviceOptions, Model};
@@ -235,7 +235,7 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     let inputs = Inputs::open(&arguments)?;
     let task_files = inputs.tasks.table("tasks")?;
     let recorded_tools = arguments.tools.recorded(&table);
-    let builder = prompt_builder(&arguments, &table)?;
+    let builder = prompt_builder(&arguments, &table, &*context)?;
     fit_to_model(&mut arguments, &builder)?;
     let task_count = count_tasks(&task_files, &arguments, &*context, &builder)?;
     arguments.teacher.check(builder.profile(), context.answers_at_once())?;
@@ -286,9 +286,14 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     stage.finish(&[("trajectories", tally.trajectories), ("steps", tally.steps)], summary)
 }
 
-fn prompt_builder(arguments: &SampleArguments, table: &ToolTable) -> anyhow::Result<PromptBuilder> {
+fn prompt_builder(
+    arguments: &SampleArguments,
+    table: &ToolTable,
+    context: &dyn ContextPolicy,
+) -> anyhow::Result<PromptBuilder> {
     let profile = Profile::load(arguments.profile()).usage()?;
     table.check(&profile).usage()?;
+    check_profile(context, &profile).map_err(anyhow::Error::msg).usage()?;
     PromptBuilder::load(&arguments.model, profile, &table.specs()).bad_input()
 }
 

@@ -11,7 +11,8 @@ use std::sync::Arc;
 
 use anyhow::anyhow;
 use mempo_agent::{
-    ContextOptions, ContextPolicy, Past, RewardKind, ToolTable, context_policy, format_problem, outcome, row_segments,
+    ContextOptions, ContextPolicy, Past, RewardKind, ToolTable, check_profile, context_policy, format_problem, outcome,
+    row_segments,
 };
 use mempo_data::{Objective, Segment, SegmentKind, Status, Step, StopReason, Trajectory};
 use mempo_run::ResultExt;
@@ -80,6 +81,7 @@ impl Encoder {
         let tokenizer = Arc::new(Tokenizer::load(dir).bad_input()?);
         let profile = Profile::load(profile).usage()?;
         tools.check(&profile).usage()?;
+        check_profile(&*context, &profile).map_err(anyhow::Error::msg).usage()?;
         let plain = Profile { system: String::new(), user: "{question}".to_owned(), ..profile.clone() };
         let build = |profile, tools: &[ToolSpec]| {
             PromptBuilder::new(tokenizer.clone(), ChatTemplate::load(dir)?, profile, tools)

@@ -15,7 +15,7 @@ mod relevance;
 use std::borrow::Cow;
 
 use mempo_data::{SegmentKind, Step};
-use mempo_text::{Carried, CarriedStep, PromptBuilder, Segment};
+use mempo_text::{Carried, CarriedStep, MemoryRule, Profile, PromptBuilder, Segment};
 
 pub use self::a_mem::AMem;
 pub use self::closed_book::ClosedBook;
@@ -73,6 +73,25 @@ pub trait ContextPolicy: Send + Sync {
     fn answers_at_once(&self) -> bool {
         false
     }
+}
+
+/// Refuses a profile whose messages have no place for what the policy shows of a document, and of what was read of it.
+pub fn check_profile(context: &dyn ContextPolicy, profile: &Profile) -> Result<(), String> {
+    let (name, found) = (context.name(), &profile.name);
+    if !context.reads_documents() {
+        return Ok(());
+    }
+    if profile.reading.is_none() {
+        return Err(format!(
+            "--context {name} reads documents, and --profile `{found}` has no `reading` to show them in: give `{name}`, or a folder like it"
+        ));
+    }
+    if context.needs_memory() && profile.memory != MemoryRule::Whole {
+        return Err(format!(
+            "--context {name} carries a memory from chunk to chunk, and in --profile `{found}` `memory` is not `whole`: give `{name}`, or a folder like it"
+        ));
+    }
+    Ok(())
 }
 
 /// A step as it was.

@@ -30,7 +30,7 @@ pub use bm25::Bm25Options;
 pub use calculator::Calculator;
 pub use context::{
     AMem, Carry, ClosedBook, ContextOptions, ContextPolicy, FullDocument, Mem1, MemAgent, Mempo, NoPast, Past,
-    RagMemory, React, context_policy,
+    RagMemory, React, check_profile, context_policy,
 };
 pub use engine::{Engine, Environment, Generated, Generation, Request};
 pub use fusion::reciprocal_rank_fusion;

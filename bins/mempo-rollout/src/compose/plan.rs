@@ -11,6 +11,8 @@ use super::permutation::Permutation;
 
 /// After so many passages in succession that do not fit, a document is taken as full.
 const MISSES: usize = 16;
+/// Share of the wanted tokens below which filler is taken, too, where the other passages are too long for what is left.
+const NEARLY_FULL: f64 = 0.9;
 
 /// What a document is made for.
 pub(crate) struct Wanted<'a> {
@@ -107,18 +109,22 @@ impl<'l, 'w> Draw<'l, 'w> {
     /// Goes through documents, then filler, in an order of this round; whether the document is full.
     fn round(&mut self, round: u64) -> anyhow::Result<bool> {
         let before = self.drawn.len();
-        for range in [self.library.documents(), self.library.filler()] {
+        for range in [self.library.documents(), self.library.filler()].into_iter().filter(|range| !range.is_empty()) {
+            self.misses = 0;
             let parts = ["passages", self.wanted.name, &round.to_string(), &range.start.to_string()];
             let order = Permutation::new(seed_of(self.wanted.seed, &parts), range.len());
             for number in order.iter() {
                 self.offer(range.start + number as u32, round)?;
                 if self.misses == MISSES {
-                    return Ok(true);
+                    break;
                 }
+            }
+            if self.misses > 0 && self.tokens as f64 >= NEARLY_FULL * self.wanted.tokens as f64 {
+                return Ok(true);
             }
         }
         if self.misses > 0 || self.tokens == self.wanted.tokens {
-            return Ok(true);
+            return if 2 * self.tokens < self.wanted.tokens { Err(self.too_long()) } else { Ok(true) };
         }
         let has_drawn = self.drawn.len() > before;
         if self.wanted.may_repeat && has_drawn { Ok(false) } else { Err(self.too_little()) }
@@ -148,6 +154,16 @@ impl<'l, 'w> Draw<'l, 'w> {
         }
         let text = format!(" {} ", normalize(&self.library.text(passage)?));
         Ok(self.kept_out.iter().any(|answer| text.contains(answer)))
+    }
+
+    fn too_long(&self) -> anyhow::Error {
+        anyhow!(
+            "{}: its document has {} of --document-tokens {}, and the passages that are left are longer than the rest: cut those of \
+             --documents, or give shorter ones with --filler",
+            self.wanted.name,
+            self.tokens,
+            self.wanted.tokens
+        )
     }
 
     fn too_little(&self) -> anyhow::Error {
@@ -205,9 +221,12 @@ mod tests {
         (0..count).map(|i| format!("Number {i} says {}.", format!("word{} ", i * 31).repeat(1 + i % 7))).collect()
     }
 
+    fn borrowed(texts: &[String]) -> Vec<&'static str> {
+        texts.iter().map(|text| text.clone().leak() as &str).collect()
+    }
+
     fn small(directory: &std::path::Path) -> Library {
         let (documents, filler) = (texts(60), texts(100).split_off(60));
-        let borrowed = |texts: &[String]| texts.iter().map(|text| text.clone().leak() as &str).collect::<Vec<_>>();
         library(directory, &borrowed(&documents), &borrowed(&filler))
     }
 
@@ -252,6 +271,22 @@ mod tests {
         assert!([3, 5].iter().all(|gold| again.passages.iter().filter(|passage| *passage == gold).count() == 1));
         let error = Plan::new(&mut library, &Wanted { tokens: 20, ..WANTED }).unwrap_err().to_string();
         assert!(error.contains("more than --document-tokens 20"), "{error}");
+    }
+
+    #[test]
+    fn passages_too_long_for_what_is_left_give_way_to_filler() {
+        let directory = tempfile::tempdir().unwrap();
+        let long = "It says so. ".repeat(500);
+        let documents: Vec<String> =
+            (0..60).map(|i| if i < 8 { format!("Number {i}.") } else { format!("{i} {long}") }).collect();
+        let filler: Vec<String> = (0..40).map(|i| format!("Chapter {i} says this and that.")).collect();
+        let mut filled = library(&directory.path().join("filled"), &borrowed(&documents), &borrowed(&filler));
+        let wanted = Wanted { tokens: 300, ..WANTED };
+        let plan = Plan::new(&mut filled, &wanted).unwrap();
+        assert!(plan.filler > 5 && tokens(&mut filled, &plan) > 270, "{plan:?}");
+        let mut alone = library(&directory.path().join("alone"), &borrowed(&documents), &[]);
+        let error = Plan::new(&mut alone, &wanted).unwrap_err().to_string();
+        assert!(error.contains("of --document-tokens 300") && error.contains("--filler"), "{error}");
     }
 
     #[test]

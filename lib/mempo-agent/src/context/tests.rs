@@ -197,6 +197,21 @@ fn a_reader_sees_one_chunk_after_the_other_and_then_its_memory() {
 }
 
 #[test]
+fn a_profile_that_cannot_show_what_is_read_is_refused() {
+    let check = |context: &str, profile: &str| {
+        let policy = context_policy(&options(context)).unwrap();
+        check_profile(&*policy, &Profile::load(profile).unwrap())
+    };
+    for (context, profile) in [("memagent", "memagent"), ("full-document", "full-document"), ("mempo", "mempo")] {
+        check(context, profile).unwrap();
+    }
+    for (profile, told) in [("mempo", "no `reading`"), ("full-document", "not `whole`")] {
+        assert!(check("memagent", profile).unwrap_err().contains(told), "{profile}");
+    }
+    assert!(check("full-document", "react").unwrap_err().contains("no `reading`"));
+}
+
+#[test]
 fn long_documents_lose_their_middle_or_their_beginning() {
     let document: Vec<i32> = (0..10).collect();
     let reader = |max_chunks| ContextOptions { chunk_tokens: Some(3), max_chunks, ..options("memagent") };
