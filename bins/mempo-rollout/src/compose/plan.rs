@@ -280,10 +280,10 @@ mod tests {
         let documents: Vec<String> =
             (0..60).map(|i| if i < 8 { format!("Number {i}.") } else { format!("{i} {long}") }).collect();
         let filler: Vec<String> = (0..40).map(|i| format!("Chapter {i} says this and that.")).collect();
-        let mut filled = library(&directory.path().join("filled"), &borrowed(&documents), &borrowed(&filler));
+        let mut both = library(&directory.path().join("filled"), &borrowed(&documents), &borrowed(&filler));
         let wanted = Wanted { tokens: 300, ..WANTED };
-        let plan = Plan::new(&mut filled, &wanted).unwrap();
-        assert!(plan.filler > 5 && tokens(&mut filled, &plan) > 270, "{plan:?}");
+        let plan = Plan::new(&mut both, &wanted).unwrap();
+        assert!(plan.filler > 5 && tokens(&mut both, &plan) > 270, "{plan:?}");
         let mut alone = library(&directory.path().join("alone"), &borrowed(&documents), &[]);
         let error = Plan::new(&mut alone, &wanted).unwrap_err().to_string();
         assert!(error.contains("of --document-tokens 300") && error.contains("--filler"), "{error}");
