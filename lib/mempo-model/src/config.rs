@@ -302,10 +302,10 @@ impl Config {
             return Ok(());
         }
         let flag = |key: &str| self.other.get(key).filter(|value| !value.is_null());
-        // What transformers takes for keys that are left out: a window, from layer 28 on.
+        // A size that is left out is 4,096 to transformers; only null is none.
         let window = self.other.get("sliding_window").is_none_or(|value| !value.is_null());
         let used = flag("use_sliding_window").is_some_and(|value| value != false) && window;
-        let first = flag("max_window_layers").and_then(Value::as_u64).unwrap_or(28);
+        let first = flag("max_window_layers").and_then(Value::as_u64).unwrap_or(0);
         if used && first < self.num_hidden_layers as u64 {
             return Err(format!("use_sliding_window is true from layer {first} on; sliding windows are not supported"));
         }
@@ -349,7 +349,7 @@ mod tests {
             (json!({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5000}}), "rope_parameters.rope_type"),
             (json!({"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}), "contradicts"),
             (json!({"use_sliding_window": true, "sliding_window": 4096, "max_window_layers": 1}), "use_sliding_window"),
-            (json!({"use_sliding_window": true, "num_hidden_layers": 30}), "from layer 28 on"),
+            (json!({"use_sliding_window": true, "max_window_layers": 1}), "use_sliding_window"),
             (
                 json!({"rope_scaling": {"rope_type": "default", "rope_theta": 1e6}}),
                 "rope_scaling.rope_theta 1000000 contra",

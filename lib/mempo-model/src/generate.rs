@@ -197,7 +197,7 @@ impl<'a> Batch<'a> {
         }
         let free = self.rows.iter().filter(|row| row.session.is_none()).count();
         let needed = self.rows.len() + self.queue.len().saturating_sub(free);
-        self.rows.resize_with(needed.min(self.options.max_rows).max(self.rows.len()), Row::default);
+        self.rows.resize_with(needed.min(self.options.max_rows), Row::default);
         self.give_rows(|row| row.session.is_none());
         self.give_rows(|row| row.work.is_none() && row.ended.is_some_and(|ended| ended.elapsed() >= KEPT));
         Ok(())

@@ -108,7 +108,7 @@ impl<'l, 'w> Draw<'l, 'w> {
 
     /// Goes through documents, then filler, in an order of this round; whether the document is full.
     fn round(&mut self, round: u64) -> anyhow::Result<bool> {
-        let before = self.drawn.len();
+        let (before, mut too_long) = (self.drawn.len(), false);
         for range in [self.library.documents(), self.library.filler()].into_iter().filter(|range| !range.is_empty()) {
             self.misses = 0;
             let parts = ["passages", self.wanted.name, &round.to_string(), &range.start.to_string()];
@@ -119,15 +119,19 @@ impl<'l, 'w> Draw<'l, 'w> {
                     break;
                 }
             }
-            if self.misses > 0 && self.tokens as f64 >= NEARLY_FULL * self.wanted.tokens as f64 {
+            too_long |= self.misses == MISSES;
+            if too_long && self.tokens as f64 >= NEARLY_FULL * self.wanted.tokens as f64 {
                 return Ok(true);
             }
         }
-        if self.misses > 0 || self.tokens == self.wanted.tokens {
-            return if 2 * self.tokens < self.wanted.tokens { Err(self.too_long()) } else { Ok(true) };
-        }
+        let is_full = self.misses > 0 || self.tokens == self.wanted.tokens;
         let has_drawn = self.drawn.len() > before;
-        if self.wanted.may_repeat && has_drawn { Ok(false) } else { Err(self.too_little()) }
+        match (is_full, self.wanted.may_repeat && has_drawn) {
+            (false, true) => Ok(false),
+            (false, false) if !too_long => Err(self.too_little()),
+            _ if 2 * self.tokens < self.wanted.tokens => Err(self.too_long()),
+            _ => Ok(true),
+        }
     }
 
     /// Takes a passage if it may be there and fits.
@@ -284,6 +288,12 @@ mod tests {
         let wanted = Wanted { tokens: 300, ..WANTED };
         let plan = Plan::new(&mut both, &wanted).unwrap();
         assert!(plan.filler > 5 && tokens(&mut both, &plan) > 270, "{plan:?}");
+        // Filler that comes to an end leaves it as full as it is; where it may come again, it does.
+        let some = Wanted { tokens: 1100, ..WANTED };
+        let plan = Plan::new(&mut both, &some).unwrap();
+        assert!(plan.filler == 40 && tokens(&mut both, &plan) > 550, "{plan:?}");
+        let again = Plan::new(&mut both, &Wanted { may_repeat: true, ..some }).unwrap();
+        assert!(again.repeated > 5 && tokens(&mut both, &again) > 990, "{again:?}");
         let mut alone = library(&directory.path().join("alone"), &borrowed(&documents), &[]);
         let error = Plan::new(&mut alone, &wanted).unwrap_err().to_string();
         assert!(error.contains("of --document-tokens 300") && error.contains("--filler"), "{error}");
