@@ -135,7 +135,7 @@ fn key_value_bytes(config: &Config) -> f64 {
 fn memory(arguments: &ForecastArguments, config: &Config) -> anyhow::Result<String> {
     let device =
         DeviceOptions { device: "cpu".to_owned(), dtype: "bf16".to_owned(), threads: None, deterministic: false };
-    let budget = MemoryBudget::new(config, &device.resolve()?, &arguments.optimizer);
+    let budget = MemoryBudget::new(config, &device.resolve()?, &arguments.optimizer, 0);
     let tokens = arguments.tokens_per_micro_batch;
     Ok(format!("{}, with micro-batches of {tokens} tokens", gib(budget.total(tokens) as f64)))
 }

@@ -12,6 +12,8 @@ pub(crate) struct Planned {
     pub(crate) step_count: i32,
     /// Prompt and completion tokens of all its steps.
     pub(crate) tokens: u64,
+    /// Those of its longest step.
+    pub(crate) longest: usize,
     pub(crate) reward: f32,
 }
 
@@ -52,6 +54,7 @@ impl Selection {
                     trajectory_index: row.trajectory_index,
                     step_count: row.step_count,
                     tokens: row.processed_tokens.max(0) as u64,
+                    longest: row.peak_tokens.max(0) as usize,
                     reward,
                 }),
                 (Some(_), false) => selection.without_advantages += 1,
@@ -62,6 +65,11 @@ impl Selection {
             }
         }
         Ok(selection)
+    }
+
+    /// Tokens of the longest step of all.
+    pub(crate) fn longest_row(&self) -> usize {
+        self.trajectories.iter().map(|planned| planned.longest).max().unwrap_or(0)
     }
 
     /// The trajectories of a step, in its order.
@@ -126,6 +134,7 @@ mod tests {
                 trajectory_index: (index % 4) as i32,
                 step_count: 2,
                 tokens: 10 * (index as u64 + 1),
+                longest: 10,
                 reward: 0.0,
             })
             .collect()

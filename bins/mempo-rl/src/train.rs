@@ -148,7 +148,7 @@ pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     let plan = plan_steps(&selection.trajectories, epochs, per_step, &|parts| stage.seed(parts));
     info!("{} trajectories, {} optimizer steps", selection.trajectories.len(), plan.len());
     let source = inputs.source(arguments)?;
-    let mut training = Training::open(arguments, &inputs, stage)?;
+    let mut training = Training::open(arguments, &inputs, &selection, stage)?;
     training.check_schedule(plan.len())?;
     training.check_identity(&plan, &selection, &source)?;
     training.walk(&plan, &selection, &source)?;
@@ -187,11 +187,16 @@ pub(crate) struct Training<'a> {
 impl<'a> Training<'a> {
     /// Loads the model with the state of an earlier start, or else the state that came with the model, if there
     /// is one.
-    fn open(arguments: &'a TrainArguments, inputs: &Inputs, stage: Stage) -> anyhow::Result<Self> {
+    fn open(
+        arguments: &'a TrainArguments,
+        inputs: &Inputs,
+        selection: &Selection,
+        stage: Stage,
+    ) -> anyhow::Result<Self> {
         let runtime = arguments.device.resolve().usage()?;
         let base = fs_err::canonicalize(inputs.base.as_ref().unwrap_or(&inputs.model).dir())?;
         let model = Model::load(&base, &runtime).bad_input()?;
-        let budget = MemoryBudget::new(model.config(), &runtime, &arguments.optimizer);
+        let budget = MemoryBudget::new(model.config(), &runtime, &arguments.optimizer, selection.longest_row());
         info!("{}", budget.describe(arguments.tokens_per_micro_batch));
         let (resume, before) = (stage.resume_dir(), inputs.trainer.as_ref().map(Input::dir));
         let saved = resume.as_deref().map_or(Ok(0), read_progress)?;

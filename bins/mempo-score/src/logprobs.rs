@@ -159,8 +159,8 @@ impl Models {
     }
 
     /// In float32 what prompts have in common is run once, which changes the last bits at most (nothing with
-    /// `--deterministic`). In bf16 the rounding of a shared pass is not that of training's rows, and would move the first
-    /// ratio away from 1: every sequence has a row of its own.
+    /// `--deterministic`). In bf16 a shared pass rounds otherwise than rows do, as training has them, which would move the first
+    /// ratio further from 1: every sequence has a row of its own.
     fn logprobs(&self, model: &Model, sequences: &[ScoredSequence]) -> anyhow::Result<(Vec<Vec<f32>>, usize)> {
         if model.runtime().is_f32() {
             return model.shared_logprobs(sequences, &self.options).bad_input();

@@ -123,8 +123,9 @@ pub(crate) fn run(arguments: &TrainArguments) -> anyhow::Result<()> {
     info!("{} examples, {} tokens, {} optimizer steps", lengths.len(), lengths.iter().sum::<usize>(), plan.len());
     info!("{} examples to measure the loss on", measured.len());
 
-    let micro_batch = lengths.iter().copied().max().unwrap_or(0).max(arguments.tokens_per_micro_batch);
-    info!("{}", MemoryBudget::new(&config, &runtime, &arguments.optimizer).describe(micro_batch));
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let budget = MemoryBudget::new(&config, &runtime, &arguments.optimizer, longest);
+    info!("{}", budget.describe(arguments.tokens_per_micro_batch));
 
     let mut training = Training::open(arguments, &runtime, stage, dataset, measured)?;
     training.walk(&plan)?;

@@ -10,6 +10,9 @@ use tch::{Kind, Tensor};
 use crate::score::logprobs_at;
 use crate::{Error, Model};
 
+/// Attention weights of branches that exist at a time, in elements: 256 MB in float32; few in tests, so that there are parts.
+const MOST_WEIGHTS: i64 = if cfg!(test) { 1 << 14 } else { 1 << 26 };
+
 /// A sequence and what may follow parts of it.
 #[derive(Debug, Clone)]
 pub struct Trunk {
@@ -84,8 +87,9 @@ impl Model {
             &mut |_, q, k, v| {
                 let parts = |x: &Tensor| (x.narrow(2, 0, trunk), x.narrow(2, trunk, x.size()[2] - trunk));
                 let ((q, q_own), (k, k_own), (v, v_own)) = (parts(&q), parts(&k), parts(&v));
-                let own = layout.attend(&q_own, (&k, &k_own), (&v, &v_own), &hidden_parts, &future);
-                Tensor::cat(&[self.kernels().causal_attention(&q, &k, &v), own], 2)
+                let mut attended = vec![self.kernels().causal_attention(&q, &k, &v)];
+                attended.extend(layout.attend(&q_own, (&k, &k_own), (&v, &v_own), &hidden_parts, &future));
+                Tensor::cat(&attended, 2)
             },
         );
         let places = hidden.flatten(0, 1).index_select(0, &on_device(&layout.places));
@@ -149,7 +153,7 @@ impl Layout {
     }
 
     /// Branches `[1,H,N A,d]` over keys and values of the trunk `[1,K,S,d]` and their own `[1,K,N A,d]` ->
-    /// `[1,H,N A,d]`. Written out: the weights of so few queries are small, and no kernel takes two parts of keys.
+    /// `[1,H,N A,d]` in parts, as many branches at a time as keep the weights few.
     fn attend(
         &self,
         q: &Tensor,
@@ -157,8 +161,27 @@ impl Layout {
         (v, v_own): (&Tensor, &Tensor),
         hidden: &Tensor,
         future: &Tensor,
+    ) -> Vec<Tensor> {
+        let (width, columns) = (self.width as i64, (self.trunk + self.width) as i64);
+        let branches = (MOST_WEIGHTS / (q.size()[1] * width * columns)).max(1);
+        let cut = |x: &Tensor| x.split(branches * width, 2);
+        let (q, k_own, v_own) = (cut(q), cut(k_own), cut(v_own));
+        let parts = q.iter().zip(k_own.iter().zip(&v_own)).zip(hidden.split(branches, 0));
+        parts
+            .map(|((q, (k_own, v_own)), hidden)| self.attend_part(q, (k, k_own), (v, v_own), &hidden, future))
+            .collect()
+    }
+
+    /// The same at once. Written out: the weights of so few queries are small, and no kernel takes two parts of keys.
+    fn attend_part(
+        &self,
+        q: &Tensor,
+        (k, k_own): (&Tensor, &Tensor),
+        (v, v_own): (&Tensor, &Tensor),
+        hidden: &Tensor,
+        future: &Tensor,
     ) -> Tensor {
-        let (branches, width, trunk) = (self.branches() as i64, self.width as i64, self.trunk as i64);
+        let (branches, width, trunk) = (hidden.size()[0], self.width as i64, self.trunk as i64);
         let (_, heads, _, size) = q.size4().expect("q is [1,H,N A,d]");
         let groups = k.size()[1];
         let share = heads / groups;

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use crate::Model;
 use crate::kernels::{Kernels, fixed_attention_at};
 
-/// Columns are made in steps of this, so that the cache seldom moves.
+/// Columns are made in steps of this.
 const COLUMN_STEP: i64 = 64;
 
 /// Tokens of one pass over prompts, padding included: enough to fill a GPU, or few enough for a CPU's caches.
@@ -18,8 +18,8 @@ fn prompt_tokens(device: Device) -> usize {
 /// Keys and values of all layers. Column and position are the same: every row begins in column 0, whatever its length,
 /// so a row can drop its end and go on from there.
 pub(crate) struct Cache {
-    /// `[2 L, R, C, K, d]`: of each layer keys, then values; what lies past a row's length is finite and meaningless.
-    data: Tensor,
+    /// Of each layer `[2,R,C,K,d]`: keys, then values; what lies past a row's length is finite and meaningless.
+    layers: Vec<Tensor>,
     lengths: Vec<i64>,
 }
 
@@ -34,35 +34,49 @@ pub(crate) struct Continuation<'a> {
 impl Cache {
     pub(crate) fn new(model: &Model) -> Self {
         let (config, runtime) = (model.config(), model.runtime());
-        let shape = [2 * config.num_hidden_layers as i64, 0, 0, config.key_value_heads(), config.head_size()];
-        Self { data: Tensor::zeros(shape, (runtime.kind, runtime.device)), lengths: Vec::new() }
+        let shape = [2, 0, 0, config.key_value_heads(), config.head_size()];
+        let layer = |_| Tensor::zeros(shape, (runtime.kind, runtime.device));
+        Self { layers: (0..config.num_hidden_layers).map(layer).collect(), lengths: Vec::new() }
     }
 
-    /// Makes room for so many rows of so many tokens.
+    /// Columns of every row.
+    fn capacity(&self) -> i64 {
+        self.layers.first().map_or(0, |layer| layer.size()[2])
+    }
+
+    /// Makes room for so many rows of so many tokens. Layer by layer, so that only one of them is there twice; columns grow by a
+    /// quarter at least, so that a history that gets longer step by step is seldom copied.
     pub(crate) fn reserve(&mut self, rows: usize, columns: usize) {
-        let size = self.data.size();
-        let rows = size[1].max(rows as i64);
-        let columns = size[2].max((columns as i64 + COLUMN_STEP - 1) / COLUMN_STEP * COLUMN_STEP);
-        if (rows, columns) != (size[1], size[2]) {
-            let larger = [size[0], rows, columns, size[3], size[4]];
-            // Zeros: a column that is never seen still meets a weight of 0, and 0 times a stray NaN is NaN.
-            let larger = Tensor::zeros(larger, (self.data.kind(), self.data.device()));
-            larger.narrow(1, 0, size[1]).narrow(2, 0, size[2]).copy_(&self.data);
-            self.data = larger;
+        let held = self.capacity();
+        let (rows, columns) = (rows.max(self.lengths.len()), columns as i64);
+        let columns = if columns > held { columns.max(held + held / 4) } else { held };
+        let columns = (columns + COLUMN_STEP - 1) / COLUMN_STEP * COLUMN_STEP;
+        if (rows, columns) == (self.lengths.len(), held) {
+            return;
         }
-        self.lengths.resize(rows as usize, 0);
+        for layer in &mut self.layers {
+            let [_, held_rows, _, heads, size] = layer.size()[..] else { unreachable!("a layer is [2,R,C,K,d]") };
+            // Zeros: a column that is never seen still meets a weight of 0, and 0 times a stray NaN is NaN.
+            let larger = Tensor::zeros([2, rows as i64, columns, heads, size], (layer.kind(), layer.device()));
+            larger.narrow(1, 0, held_rows).narrow(2, 0, held).copy_(layer);
+            *layer = larger;
+        }
+        self.lengths.resize(rows, 0);
     }
 
     /// Puts what lies in row `from` of each pair into row `to`, all at once.
     pub(crate) fn move_rows(&mut self, moves: &[(usize, usize)]) {
         // Row by row: an operator that selects several would first copy the whole cache to have it without gaps.
-        let held = |data: &Tensor, row: usize, length: i64| data.narrow(1, row as i64, 1).narrow(2, 0, length);
-        let taken: Vec<(Tensor, i64)> = moves
-            .iter()
-            .map(|(from, _)| (held(&self.data, *from, self.lengths[*from]).copy(), self.lengths[*from]))
-            .collect();
-        for ((_, to), (row, length)) in moves.iter().zip(taken) {
-            held(&self.data, *to, length).copy_(&row);
+        let held = |layer: &Tensor, row: usize, length: i64| layer.narrow(1, row as i64, 1).narrow(2, 0, length);
+        for layer in &self.layers {
+            let taken = moves.iter().map(|(from, _)| held(layer, *from, self.lengths[*from]).copy());
+            let taken: Vec<Tensor> = taken.collect();
+            for ((from, to), row) in moves.iter().zip(taken) {
+                held(layer, *to, self.lengths[*from]).copy_(&row);
+            }
+        }
+        let lengths: Vec<i64> = moves.iter().map(|(from, _)| self.lengths[*from]).collect();
+        for ((_, to), length) in moves.iter().zip(lengths) {
             self.lengths[*to] = length;
         }
     }
@@ -94,11 +108,11 @@ impl Cache {
         let device = model.runtime().device;
         let ids = model.padded(&chunk.distinct);
         let width = ids.size()[1];
-        let (sources, targets) = chunk.places(self.data.size()[2], width);
+        let (sources, targets) = chunk.places(self.capacity(), width);
         let (sources, targets) = (on(&sources, device), on(&targets, device));
         let fresh = chunk.members.iter().all(|member| member.kept == 0);
         let kernels = model.kernels();
-        let seen = (!fresh).then(|| Seen::new(chunk, width, kernels, &self.data));
+        let seen = (!fresh).then(|| Seen::new(chunk, width, model));
         // Members with a prefix are distinct, one a row.
         let first: Vec<i64> =
             if fresh { vec![0] } else { chunk.members.iter().map(|member| member.kept as i64).collect() };
@@ -106,9 +120,9 @@ impl Cache {
         // Padding stays among the positions there are.
         let positions = positions.clamp_max(model.config().max_position_embeddings as i64 - 1);
         let hidden = model.forward(&ids, &positions, &mut |layer, q, k, v| {
-            let written = [(2 * layer, &k), (2 * layer + 1, &v)].map(|(place, new)| {
+            let written = [(0, &k), (1, &v)].map(|(place, new)| {
                 let new = new.transpose(1, 2).flatten(0, 1).index_select(0, &sources);
-                let cache = self.data.select(0, place as i64);
+                let cache = self.layers[layer].select(0, place);
                 let _ = cache.flatten(0, 1).index_copy_(0, &targets, &new);
                 cache
             });
@@ -125,8 +139,8 @@ impl Cache {
 
     /// One token more in each of the first rows: ids `[B,1]` -> hidden states `[B,D]`.
     pub(crate) fn step(&mut self, model: &Model, ids: &Tensor) -> Tensor {
-        let (rows, device) = (ids.size()[0], self.data.device());
-        let capacity = self.data.size()[2];
+        let (rows, runtime) = (ids.size()[0], model.runtime());
+        let (device, capacity) = (runtime.device, self.capacity());
         let lengths = &mut self.lengths[..rows as usize];
         let positions = on(lengths, device).unsqueeze(1);
         let targets: Vec<i64> =
@@ -136,14 +150,14 @@ impl Cache {
         let columns = seen_columns(longest, model.kernels());
         let mask = lengths.iter().any(|length| *length < longest).then(|| {
             let unseen = Tensor::arange(columns, (Kind::Int64, device)).unsqueeze(0).gt_tensor(&positions);
-            additive_mask(&unseen, self.data.kind()).unsqueeze(1).unsqueeze(1)
+            additive_mask(&unseen, runtime.kind).unsqueeze(1).unsqueeze(1)
         });
         for length in lengths {
             *length += 1;
         }
         let hidden = model.forward(ids, &positions, &mut |layer, q, k, v| {
-            let [keys, values] = [(2 * layer, k), (2 * layer + 1, v)].map(|(place, new)| {
-                let cache = self.data.select(0, place as i64);
+            let [keys, values] = [(0, k), (1, v)].map(|(place, new)| {
+                let cache = self.layers[layer].select(0, place);
                 let _ = cache.flatten(0, 1).index_copy_(0, &targets, &new.squeeze_dim(2));
                 cache.narrow(0, 0, rows).narrow(1, 0, columns).transpose(1, 2)
             });
@@ -203,8 +217,8 @@ struct Seen {
 }
 
 impl Seen {
-    fn new(chunk: &Chunk, width: i64, kernels: Kernels, cache: &Tensor) -> Self {
-        let (device, kind) = (cache.device(), cache.kind());
+    fn new(chunk: &Chunk, width: i64, model: &Model) -> Self {
+        let (kernels, device, kind) = (model.kernels(), model.runtime().device, model.runtime().kind);
         let members = || chunk.members.iter();
         let rows: Vec<i64> = members().map(|member| member.row as i64).collect();
         let kept: Vec<i64> = members().map(|member| member.kept as i64).collect();
@@ -279,5 +293,31 @@ impl<'a> Chunk<'a> {
     fn ends(&self, width: i64) -> Vec<i64> {
         let members = self.members.iter().zip(&self.distinct_of);
         members.map(|(member, distinct)| *distinct as i64 * width + member.ids.len() as i64 - 1).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::{Config, Runtime};
+
+    #[test]
+    fn it_grows_by_a_quarter_at_least_and_keeps_what_it_holds() {
+        let config = Config::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/llama")).unwrap();
+        let model = Model::initialise(config, 4, &Runtime::cpu(Kind::Float)).unwrap();
+        let mut cache = Cache::new(&model);
+        cache.reserve(2, 260);
+        assert_eq!((cache.lengths.len(), cache.capacity()), (2, 320));
+        let held: Vec<Tensor> = cache.layers.iter_mut().map(|layer| layer.uniform_(0.0, 1.0).copy()).collect();
+        cache.reserve(1, 320);
+        assert_eq!((cache.lengths.len(), cache.capacity()), (2, 320));
+        cache.reserve(3, 321);
+        assert_eq!((cache.lengths.len(), cache.capacity()), (3, 448));
+        for (layer, held) in cache.layers.iter().zip(&held) {
+            assert_eq!(&layer.narrow(1, 0, 2).narrow(2, 0, 320), held);
+            assert_eq!(layer.sum(Kind::Double), held.sum(Kind::Double));
+        }
     }
 }

@@ -1,6 +1,6 @@
 //! The operators in which what stands beside a row may reach its last bits, fast or not.
 
-use mempo_native::PackedLinear;
+use mempo_native::{Offsets, PackedLinear};
 use tch::{Device, Kind, Tensor};
 
 /// How they compute.
@@ -16,7 +16,7 @@ pub(crate) enum Kernels {
 
 /// Longest rows whose attention is written out for training on the CPU, where the fused kernel's backward pass takes
 /// about twice as long: the weights `[B,H,T,T]` are then no larger than the rest of a layer's activations.
-const WRITTEN_OUT: i64 = 512;
+pub(crate) const WRITTEN_OUT: i64 = 512;
 
 /// Rows that packed weights are laid out for.
 const PACKED_ROWS: i64 = 16;
@@ -82,11 +82,11 @@ pub(crate) fn fixed_attention_at(q: &Tensor, [k, v]: [&Tensor; 2], first: &Tenso
     expect(mempo_native::fixed_attention_at(q, k, v, first, largest))
 }
 
-/// Causal attention within each of several sequences that lie end to end, from `offsets[i]` to `offsets[i+1]` (int32) and
-/// none longer than `longest`: queries `[1,H,N,d]` over keys and values `[1,K,N,d]` -> `[1,H,N,d]`. On a GPU, in bf16.
-pub(crate) fn varlen_attention(q: &Tensor, k: &Tensor, v: &Tensor, offsets: &Tensor, longest: i64) -> Tensor {
+/// Causal attention within each of several sequences that lie end to end: queries `[1,H,N,d]` over keys and values
+/// `[1,K,N,d]` -> `[1,H,N,d]`. On a GPU, in bf16.
+pub(crate) fn varlen_attention(q: &Tensor, k: &Tensor, v: &Tensor, at: &Offsets) -> Tensor {
     let by_token = |x: &Tensor| x.squeeze_dim(0).transpose(0, 1);
-    let attended = mempo_native::varlen_attention(&by_token(q), &by_token(k), &by_token(v), offsets, longest);
+    let attended = mempo_native::varlen_attention(&by_token(q), &by_token(k), &by_token(v), at);
     expect(attended).transpose(0, 1).unsqueeze(0)
 }
 
@@ -111,4 +111,49 @@ fn written_out_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
     let scores = scores.view([batch, heads, length, length]).masked_fill(&future, f64::NEG_INFINITY);
     let weights = scores.softmax(-1, q.kind()).view([batch, groups, rows, length]);
     weights.matmul(v).view([batch, heads, length, size])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Attention as it is defined, in float64.
+    fn defined(q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+        let share = q.size()[1] / k.size()[1];
+        let [q, k, v] = [q, k, v].map(|x| x.to_kind(Kind::Double));
+        let [k, v] = [k, v].map(|x| x.repeat_interleave_self_int(share, 1, None));
+        let scores = q.matmul(&k.transpose(-1, -2)) / (q.size()[3] as f64).sqrt();
+        let future = Tensor::ones([q.size()[2]; 2], (Kind::Bool, Device::Cpu)).triu(1);
+        scores.masked_fill(&future, f64::NEG_INFINITY).softmax(-1, Kind::Double).matmul(&v)
+    }
+
+    /// On both sides of the length from which libtorch's fused kernel takes over.
+    #[test]
+    fn attention_and_its_gradients_are_as_defined_at_any_length() {
+        tch::manual_seed(8);
+        for (length, heads) in [(7, 2), (WRITTEN_OUT, 2), (WRITTEN_OUT + 1, 2), (WRITTEN_OUT + 1, 6), (900, 2)] {
+            let random = |heads: i64| Tensor::randn([2, heads, length, 16], (Kind::Float, Device::Cpu));
+            let inputs = [random(6) * 3.0, random(heads) * 3.0, random(heads)];
+            let weights = random(6);
+            let run = |attend: &dyn Fn(&Tensor, &Tensor, &Tensor) -> Tensor| {
+                let leaves = inputs.each_ref().map(|input| input.copy().set_requires_grad(true));
+                let out = attend(&leaves[0], &leaves[1], &leaves[2]);
+                let mut found = Tensor::run_backward(&[(&out * &weights).sum(Kind::Double)], &leaves, false, false);
+                found.push(out.detach());
+                found
+            };
+            let expected = run(&|q, k, v| defined(q, k, v));
+            for kernels in [Kernels::Fast, Kernels::Fixed] {
+                let found = run(&|q, k, v| kernels.causal_attention_in_training(q, k, v));
+                for (place, (found, expected)) in found.iter().zip(&expected).enumerate() {
+                    let difference = found.to_kind(Kind::Double) - expected.to_kind(Kind::Double);
+                    let off = (difference.norm() / expected.to_kind(Kind::Double).norm()).double_value(&[]);
+                    assert!(
+                        off < 2e-6,
+                        "{kernels:?}, {length} tokens, {heads} key-value heads: {place} is off by {off}"
+                    );
+                }
+            }
+        }
+    }
 }

@@ -85,6 +85,11 @@ pub enum Rows {
 }
 
 impl Rows {
+    /// A sequence a row.
+    pub fn padded(sequences: &[&[i32]], device: Device) -> Self {
+        Self::Padded(padded(sequences, device))
+    }
+
     fn ids(&self) -> &Tensor {
         match self {
             Self::Padded(ids) => ids,

@@ -4,7 +4,7 @@ use serde::Serialize;
 use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::Error;
-use crate::kernels::Kernels;
+use crate::kernels::{Kernels, WRITTEN_OUT};
 use crate::libtorch::{cuda_library, load_cuda};
 use crate::model::scaled;
 
@@ -66,6 +66,11 @@ impl Runtime {
     /// kind before it is added.
     pub fn add_product(&self, sum: &mut Tensor, left: &Tensor, right: &Tensor) {
         self.kernels().add_product(sum, left, right);
+    }
+
+    /// Whether attention in training keeps its weights `[H,T,T]` of rows of so many tokens for the backward pass.
+    pub fn keeps_attention_weights(&self, tokens: usize) -> bool {
+        self.kernels() == Kernels::Fast && self.device == Device::Cpu && tokens <= WRITTEN_OUT as usize
     }
 
     pub(crate) fn kernels(&self) -> Kernels {

@@ -13,13 +13,22 @@ use crate::{Branch, Error, Model, ScoreOptions, ScoredSequence, Trunk};
 const BLOCK: usize = 32;
 /// Longest branch. Its attention is written out, which a long one would make dear.
 const LONGEST_BRANCH: usize = 192;
-/// Attention weights of a pass, in elements: 256 MB in float32.
-const MOST_WEIGHTS: usize = 1 << 26;
 
-/// A trunk, as a place in the list of sequences, and the sequences that begin as it does with how many ids they share.
+/// A sequence that begins as a trunk does.
+#[derive(Clone, Copy)]
+struct Member {
+    /// Its place in the list of sequences.
+    place: usize,
+    /// Ids that it shares with the trunk.
+    shared: usize,
+    /// Ids of its own that the model sees.
+    own: usize,
+}
+
+/// A trunk, as a place in the list of sequences, and the sequences that begin as it does, itself included.
 struct Group {
     trunk: usize,
-    members: Vec<(usize, usize)>,
+    members: Vec<Member>,
 }
 
 impl Model {
@@ -47,17 +56,16 @@ impl Model {
         let mut alone = Vec::new();
         let mut computed = 0;
         for group in groups(sequences) {
-            if !group.is_worth_it(sequences, overhead) {
-                alone.extend(group.members.iter().map(|(place, _)| *place));
+            let passes = group.passes(options.tokens_per_batch, overhead);
+            if !group.is_worth_it(&passes, overhead) {
+                alone.extend(group.members.iter().map(|member| member.place));
                 continue;
             }
-            for members in group.passes(self, sequences, options) {
-                let trunk = trunk(sequences, &group, members);
-                let longest = trunk.branches.iter().map(|branch| branch.at).max().unwrap_or(0);
-                computed += longest + trunk.branches.iter().map(|branch| branch.targets.end - 1).sum::<usize>();
-                let found = self.branch_logprobs(&trunk, options.temperature)?;
-                for ((place, _), found) in members.iter().zip(found) {
-                    logprobs[*place] = found;
+            for members in passes {
+                computed += longest_shared(members) + members.iter().map(|member| member.own).sum::<usize>();
+                let found = self.branch_logprobs(&trunk(sequences, &group, members), options.temperature)?;
+                for (member, found) in members.iter().zip(found) {
+                    logprobs[member.place] = found;
                 }
             }
         }
@@ -85,7 +93,7 @@ fn inputs(sequence: &ScoredSequence) -> usize {
     if sequence.targets.is_empty() { 0 } else { sequence.targets.end - 1 }
 }
 
-/// Every sequence with targets in one group, longest first.
+/// Every sequence with targets in one group, the longest first; in a group those with most of their own first.
 fn groups(sequences: &[ScoredSequence]) -> Vec<Group> {
     let mut order: Vec<usize> = (0..sequences.len()).filter(|place| inputs(&sequences[*place]) > 0).collect();
     order.sort_by_key(|place| {
@@ -101,15 +109,21 @@ fn groups(sequences: &[ScoredSequence]) -> Vec<Group> {
         if let Some(group) = found {
             let trunk = &sequences[groups[*group].trunk];
             let shared = shared_ids(trunk, sequence);
-            if shared >= BLOCK && inputs(sequence) - shared <= shared.min(LONGEST_BRANCH) {
-                groups[*group].members.push((place, shared));
+            let own = inputs(sequence) - shared;
+            if shared >= BLOCK && own <= shared.min(LONGEST_BRANCH) {
+                groups[*group].members.push(Member { place, shared, own });
                 continue;
             }
         }
         for key in beginnings {
             trunk_of_beginning.entry(key).or_insert(groups.len());
         }
-        groups.push(Group { trunk: place, members: vec![(place, sequence.targets.start)] });
+        let shared = sequence.targets.start;
+        let own = inputs(sequence) - shared;
+        groups.push(Group { trunk: place, members: vec![Member { place, shared, own }] });
+    }
+    for group in &mut groups {
+        group.members.sort_by_key(|member| std::cmp::Reverse(member.own));
     }
     groups
 }
@@ -132,38 +146,56 @@ fn shared_ids(trunk: &ScoredSequence, sequence: &ScoredSequence) -> usize {
 }
 
 impl Group {
-    /// Whether one pass over the trunk costs less than a row a member.
-    fn is_worth_it(&self, sequences: &[ScoredSequence], overhead: usize) -> bool {
-        let apart: usize = self.members.iter().map(|(place, _)| inputs(&sequences[*place])).sum();
-        let own = |(place, shared): &(usize, usize)| inputs(&sequences[*place]) - shared;
-        let width = self.members.iter().map(own).max().unwrap_or(0);
-        let trunk = sequences[self.trunk].targets.start;
-        self.members.len() > 1 && width <= LONGEST_BRANCH && trunk + width * self.members.len() + overhead < apart
+    /// Whether these passes cost less than a row a member.
+    fn is_worth_it(&self, passes: &[&[Member]], overhead: usize) -> bool {
+        let apart: usize = self.members.iter().map(|member| member.shared + member.own).sum();
+        let cost = |members: &&[Member]| padded(members).saturating_add(longest_shared(members) + overhead);
+        let together = passes.iter().map(cost).fold(0, usize::saturating_add);
+        self.members.len() > 1 && self.members[0].own <= LONGEST_BRANCH && together < apart
     }
 
-    /// Members cut into passes that keep the token budget and bound the attention weights.
-    fn passes(
-        &self,
-        model: &Model,
-        sequences: &[ScoredSequence],
-        options: &ScoreOptions,
-    ) -> impl Iterator<Item = &[(usize, usize)]> {
-        let own = |(place, shared): &(usize, usize)| inputs(&sequences[*place]) - shared;
-        let width = self.members.iter().map(own).max().unwrap_or(0).max(1);
-        let trunk = sequences[self.trunk].targets.start;
-        let by_tokens = options.tokens_per_batch.saturating_sub(trunk) / width;
-        let heads = model.config().num_attention_heads as usize;
-        let by_weights = MOST_WEIGHTS / (heads * width * (trunk + width));
-        self.members.chunks(by_tokens.min(by_weights).max(1))
+    /// The cheapest cut into passes whose tokens keep the budget. Each runs the trunk anew; where that takes more than half of the
+    /// budget, or all, branches have half of it beside the trunk.
+    fn passes(&self, tokens_per_batch: usize, overhead: usize) -> Vec<&[Member]> {
+        let trunk = longest_shared(&self.members);
+        let budget = tokens_per_batch.saturating_sub(trunk).max(tokens_per_batch / 2);
+        // What the first `end` members cost at least, and where their last pass begins.
+        let mut best = vec![(0, 0)];
+        for end in 1..=self.members.len() {
+            let costs = (0..end).rev().map_while(|start| {
+                let padded = padded(&self.members[start..end]);
+                let cost = usize::saturating_add(best[start].0, padded).saturating_add(trunk + overhead);
+                (start + 1 == end || padded <= budget).then_some((cost, start))
+            });
+            best.push(costs.min().unwrap_or_default());
+        }
+        let mut passes = Vec::new();
+        let mut end = self.members.len();
+        while end > 0 {
+            let start = best[end].1;
+            passes.push(&self.members[start..end]);
+            end = start;
+        }
+        passes
     }
 }
 
-fn trunk(sequences: &[ScoredSequence], group: &Group, members: &[(usize, usize)]) -> Trunk {
+/// Tokens of branches, padded to the first, which has most of its own.
+fn padded(members: &[Member]) -> usize {
+    members.len() * members.first().map_or(0, |member| member.own)
+}
+
+/// How much of the trunk a pass runs.
+fn longest_shared(members: &[Member]) -> usize {
+    members.iter().map(|member| member.shared).max().unwrap_or(0)
+}
+
+fn trunk(sequences: &[ScoredSequence], group: &Group, members: &[Member]) -> Trunk {
     let trunk = &sequences[group.trunk];
-    let branch = |(place, shared): &(usize, usize)| {
-        let sequence = &sequences[*place];
+    let branch = |member: &Member| {
+        let (sequence, shared) = (&sequences[member.place], member.shared);
         let targets = sequence.targets.start - shared..sequence.targets.end - shared;
-        Branch { at: *shared, ids: sequence.ids[*shared..].to_vec(), targets }
+        Branch { at: shared, ids: sequence.ids[shared..].to_vec(), targets }
     };
     Trunk { ids: trunk.ids[..trunk.targets.start].to_vec(), branches: members.iter().map(branch).collect() }
 }
@@ -186,6 +218,31 @@ mod tests {
 
     fn ids(seed: u64, count: u64) -> Vec<i32> {
         (0..count).map(|i| (counter_hash(seed, i) % 199) as i32).collect()
+    }
+
+    /// A trunk that is longer than the budget is still run once for what the budget's half holds of branches, and narrow branches do
+    /// not pay for a wide one.
+    #[test]
+    fn passes_are_the_cheapest_that_keep_the_budget() {
+        let member = |place: usize, shared: usize, own: usize| Member { place, shared, own };
+        let passes = |members: &[Member], tokens: usize, overhead: usize| -> Vec<usize> {
+            let group = Group { trunk: 0, members: members.to_vec() };
+            group.passes(tokens, overhead).iter().map(|members| members.len()).collect()
+        };
+        let equal: Vec<Member> = (0..16).map(|place| member(place, 1000 - place, 20)).collect();
+        assert_eq!(passes(&equal, 4096, 50), [16]);
+        assert_eq!(passes(&equal, 800, 50), [16], "320 tokens in half of 800");
+        let few = passes(&equal, 200, 50);
+        assert_eq!((few.len(), few.iter().sum::<usize>()), (4, 16), "5 of 20 tokens in half of 200");
+        assert_eq!(passes(&equal, 1, 50), [1; 16]);
+        // One of 150 beside 40 of 5: padding costs 5,800 tokens, another pass over the trunk 100 and what a pass costs.
+        let mut mixed = vec![member(0, 100, 150)];
+        mixed.extend((1..41).map(|place| member(place, 90, 5)));
+        assert_eq!(passes(&mixed, 100_000, 50), [40, 1]);
+        assert_eq!(passes(&mixed, 100_000, 6_000), [41]);
+        let group = Group { trunk: 0, members: mixed };
+        let worth = |overhead| group.is_worth_it(&group.passes(100_000, overhead), overhead);
+        assert!(worth(50) && !worth(usize::MAX / 2));
     }
 
     /// Prefixes of two trajectories, memories of a question, one that is like no other and two that are the same.
@@ -216,7 +273,7 @@ mod tests {
             let plain = ScoreOptions { temperature, tokens_per_batch: 1 };
             let expected = model.completion_logprobs(&sequences, &plain).unwrap();
             let apart: usize = sequences.iter().map(|sequence| sequence.targets.end - 1).sum();
-            for tokens_per_batch in [1, 250, 100_000] {
+            for tokens_per_batch in [1, 60, 250, 100_000] {
                 let options = ScoreOptions { temperature, tokens_per_batch };
                 let (found, computed) = model.share(&sequences, &options, 64).unwrap();
                 for (found, expected) in found.iter().zip(&expected) {
@@ -226,6 +283,8 @@ mod tests {
                         assert!(difference < 1e-5, "{family} {tokens_per_batch}: {found}, alone {expected}");
                     }
                 }
+                // The longest trunk has 140 ids.
+                assert!(computed < apart || tokens_per_batch == 1, "{computed} of {apart} tokens");
                 if tokens_per_batch == 100_000 {
                     assert!(computed * 2 < apart, "{computed} of {apart} tokens");
                     let mut backwards: Vec<ScoredSequence> = sequences.iter().rev().cloned().collect();

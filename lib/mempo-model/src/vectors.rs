@@ -144,8 +144,8 @@ impl Part {
                 "`{NAME}` is {dtype} {shape:?}; expected F16 vectors of {size} numbers, as the encoder makes them"
             )));
         }
-        // A tensor on a CPU reads the map, which stays where it is while the tensor lives.
-        let tensor = borrowed(view.data(), &[rows as i64, size], Kind::Half);
+        #[expect(unsafe_code, reason = "safetensors checked the shape, and the map is kept as long as the tensor")]
+        let tensor = unsafe { borrowed(view.data(), &[rows as i64, size], Kind::Half) };
         if device.is_cuda() {
             let there = tensor.f_to_device(device).map_err(|_| {
                 Error::Device(format!("the vectors do not fit into {device:?}'s memory: search them on the CPU"))

@@ -112,7 +112,8 @@ fn fill(parameter: &Tensor, view: &TensorView, map: &memmap2::Mmap) -> Result<()
         return Err(format!("has shape {shape:?}; expected {:?}", parameter.size()));
     }
     let data = view.data();
-    let source = borrowed(data, &shape, kind);
+    #[expect(unsafe_code, reason = "safetensors checked the shape, and the tensor ends with this function")]
+    let source = unsafe { borrowed(data, &shape, kind) };
     // No parameter is without an axis, or empty along the first.
     let rows = shape[0];
     let row_bytes = data.len() / rows as usize;
@@ -125,17 +126,17 @@ fn fill(parameter: &Tensor, view: &TensorView, map: &memmap2::Mmap) -> Result<()
     Ok(())
 }
 
-/// A tensor over bytes that it must not outlive; a copy of them where they are not aligned, as in some old files.
-pub(crate) fn borrowed(data: &[u8], shape: &[i64], kind: Kind) -> Tensor {
+/// A tensor over bytes; a copy of them where they are not aligned, as in some old files.
+///
+/// # Safety
+/// There are as many bytes as shape and kind say, and they outlive the tensor, which is only read.
+#[expect(unsafe_code, reason = "a tensor has no lifetime")]
+pub(crate) unsafe fn borrowed(data: &[u8], shape: &[i64], kind: Kind) -> Tensor {
     if data.as_ptr().align_offset(kind.elt_size_in_bytes()) != 0 {
         return Tensor::from_data_size(data, shape, kind);
     }
-    #[expect(
-        unsafe_code,
-        reason = "aligned, as long as shape and dtype say (safetensors checked it), only read, and gone before `data` is"
-    )]
-    let tensor = unsafe { Tensor::from_blob(data.as_ptr(), shape, &strides(shape), kind, Device::Cpu) };
-    tensor
+    // SAFETY: aligned, and otherwise as the caller promises.
+    unsafe { Tensor::from_blob(data.as_ptr(), shape, &strides(shape), kind, Device::Cpu) }
 }
 
 /// Row-major strides.

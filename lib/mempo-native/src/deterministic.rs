@@ -46,15 +46,15 @@ unsafe extern "C" {
 /// `x [.., I]`, `weight [O, I]`, `bias [O]` -> `[.., O]`.
 pub fn fixed_linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor, TchError> {
     let bias = bias.map_or_else(null, Tensor::as_ptr);
-    // SAFETY: as `new_tensor` asks; a null bias is allowed.
-    new_tensor(|out| unsafe { mempo_fixed_linear(out, x.as_ptr(), weight.as_ptr(), bias, linear_rows(x.device())) })
+    // SAFETY: live tensors; a null bias is allowed.
+    unsafe { new_tensor(|out| mempo_fixed_linear(out, x.as_ptr(), weight.as_ptr(), bias, linear_rows(x.device()))) }
 }
 
 /// Causal attention `q [B,H,T,d]`, `k`, `v [B,K,T,d]` -> `[B,H,T,d]`, all from position 0 on.
 pub fn fixed_attention(q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor, TchError> {
     let rows = query_rows(q.device());
-    // SAFETY: as `new_tensor` asks.
-    new_tensor(|out| unsafe { mempo_fixed_attention(out, q.as_ptr(), k.as_ptr(), v.as_ptr(), rows, COLUMNS) })
+    // SAFETY: live tensors.
+    unsafe { new_tensor(|out| mempo_fixed_attention(out, q.as_ptr(), k.as_ptr(), v.as_ptr(), rows, COLUMNS)) }
 }
 
 /// The same for queries `[B,H,T,d]` that begin at the positions `first [B]` (int64, on their device, none above
@@ -67,8 +67,8 @@ pub fn fixed_attention_at(
     largest: i64,
 ) -> Result<Tensor, TchError> {
     let (rows, q, k, v, first) = (query_rows(q.device()), q.as_ptr(), k.as_ptr(), v.as_ptr(), first.as_ptr());
-    // SAFETY: as `new_tensor` asks.
-    new_tensor(|out| unsafe { mempo_fixed_attention_at(out, q, k, v, first, largest, rows, COLUMNS) })
+    // SAFETY: live tensors.
+    unsafe { new_tensor(|out| mempo_fixed_attention_at(out, q, k, v, first, largest, rows, COLUMNS)) }
 }
 
 /// `sum [O, I] += left [O, R] · right [R, I]`, the same on any number of threads.
@@ -80,8 +80,8 @@ pub fn fixed_add_product(sum: &mut Tensor, left: &Tensor, right: &Tensor) -> Res
 
 /// `x · sigmoid(x)`, element by element.
 pub fn fixed_silu(x: &Tensor) -> Result<Tensor, TchError> {
-    // SAFETY: as `new_tensor` asks.
-    new_tensor(|out| unsafe { mempo_fixed_silu(out, x.as_ptr()) })
+    // SAFETY: live tensors.
+    unsafe { new_tensor(|out| mempo_fixed_silu(out, x.as_ptr())) }
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ mod packed;
 use std::ffi::{CStr, c_char, c_void};
 use std::ptr::null_mut;
 
-use tch::{Kind, TchError, Tensor};
+use tch::{Device, Kind, TchError, Tensor};
 use torch_sys::C_tensor;
 
 pub use deterministic::{fixed_add_product, fixed_attention, fixed_attention_at, fixed_linear, fixed_silu};
@@ -106,28 +106,56 @@ fn checked(message: *const c_char) -> Result<(), TchError> {
     Err(TchError::Torch(message.to_string_lossy().into_owned()))
 }
 
-/// The tensor that `call` makes. `call` is to pass on pointers of live tensors only, and to set its argument to a new
-/// tensor's pointer, or give a message.
-fn new_tensor(call: impl FnOnce(Out) -> *const c_char) -> Result<Tensor, TchError> {
+/// The tensor that `call` makes.
+///
+/// # Safety
+/// `call` passes on pointers of live tensors only, and sets its argument to a new tensor's pointer or gives a message.
+unsafe fn new_tensor(call: impl FnOnce(Out) -> *const c_char) -> Result<Tensor, TchError> {
     let mut out = null_mut();
     checked(call(&raw mut out))?;
     // SAFETY: without a message the pointer is that of a tensor that nobody else owns.
     Ok(unsafe { Tensor::from_ptr(out) })
 }
 
-/// libtorch's flash attention (Dao 2023) over sequences that lie end to end, from `offsets[i]` to `offsets[i+1]` (int32) and
-/// none longer than `longest`: `q [N,H,d]`, `k`, `v [N,K,d]`, causal within each -> `[N,H,d]`, differentiable. On a GPU, in
-/// bf16 or half precision; an error elsewhere.
-pub fn varlen_attention(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
-    offsets: &Tensor,
+/// Where sequences lie that stand end to end.
+pub struct Offsets {
+    /// `[S+1]`, int32: where each begins, and where the last ends. The kernel believes it.
+    offsets: Tensor,
+    total: i64,
     longest: i64,
-) -> Result<Tensor, TchError> {
-    let [q, k, v, offsets] = [q, k, v, offsets].map(Tensor::as_ptr);
-    // SAFETY: as `new_tensor` asks.
-    new_tensor(|out| unsafe { mempo_varlen_attention(out, q, k, v, offsets, longest) })
+}
+
+impl Offsets {
+    /// Of sequences of these lengths.
+    ///
+    /// # Panics
+    /// Where they are 2³¹ tokens or more, more than the kernel can count.
+    pub fn new(lengths: &[usize], device: Device) -> Self {
+        let mut ends = vec![0_i32];
+        let mut total = 0;
+        for length in lengths {
+            total += length;
+            ends.push(i32::try_from(total).expect("sequences of less than 2^31 tokens"));
+        }
+        let longest = lengths.iter().copied().max().unwrap_or(0) as i64;
+        Self { offsets: Tensor::from_slice(&ends).to_device(device), total: total as i64, longest }
+    }
+}
+
+/// libtorch's flash attention (Dao 2023) over sequences that lie end to end: `q [N,H,d]`, `k`, `v [N,K,d]`, causal within
+/// each -> `[N,H,d]`, differentiable. On a GPU, in bf16 or half precision; an error elsewhere.
+pub fn varlen_attention(q: &Tensor, k: &Tensor, v: &Tensor, at: &Offsets) -> Result<Tensor, TchError> {
+    let fits = |tensor: &Tensor| tensor.dim() == 3 && tensor.size()[0] == at.total;
+    if ![q, k, v].into_iter().all(fits) {
+        let (q, k, v) = (q.size(), k.size(), v.size());
+        return Err(TchError::Shape(format!(
+            "queries {q:?}, keys {k:?} and values {v:?} of sequences of {} tokens in all",
+            at.total
+        )));
+    }
+    let [q, k, v, offsets] = [q, k, v, &at.offsets].map(Tensor::as_ptr);
+    // SAFETY: the tensors are live, and no offset lies outside of them.
+    unsafe { new_tensor(|out| mempo_varlen_attention(out, q, k, v, offsets, at.longest)) }
 }
 
 /// While it lives, this thread computes without gradients and without what libtorch does to make them possible later:
@@ -161,8 +189,6 @@ pub fn keep_freed_memory() {
 
 #[cfg(test)]
 mod tests {
-    use tch::Device;
-
     use super::*;
 
     const OPTIONS: AdamW = AdamW { learning_rate: 0.1, beta1: 0.9, beta2: 0.99, weight_decay: 0.5, epsilon: 1e-8 };
@@ -184,6 +210,17 @@ mod tests {
         close(&second, 0.0025);
         // The bias-corrected moments are g and g²: a step of the learning rate.
         close(&weights, 2.0 * (1.0 - 0.1 * 0.5) - 0.1);
+    }
+
+    #[test]
+    fn offsets_are_those_of_the_tensors() {
+        let at = Offsets::new(&[3, 0, 5], Device::Cpu);
+        assert_eq!(Vec::<i32>::try_from(&at.offsets).unwrap(), [0, 3, 3, 8]);
+        let x = |tokens: i64| Tensor::zeros([tokens, 2, 8], (Kind::BFloat16, Device::Cpu));
+        for (q, k) in [(x(9), x(8)), (x(8), x(7)), (x(8).unsqueeze(0), x(8))] {
+            let error = varlen_attention(&q, &k, &k, &at).unwrap_err().to_string();
+            assert!(error.contains("8 tokens in all"), "{error}");
+        }
     }
 
     #[test]

@@ -26,16 +26,16 @@ impl PackedLinear {
         if weight.device() != Device::Cpu {
             return Err(TchError::Torch("weights are packed on the CPU only".to_owned()));
         }
-        // SAFETY: as `new_tensor` asks.
-        let packed = new_tensor(|out| unsafe { mempo_pack_weight(out, weight.as_ptr(), rows) })?;
+        // SAFETY: live tensors.
+        let packed = unsafe { new_tensor(|out| mempo_pack_weight(out, weight.as_ptr(), rows)) }?;
         Ok(Self { packed, bias: bias.map(Tensor::shallow_clone) })
     }
 
     /// `x [.., I]` -> `[.., O]`, without gradients.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor, TchError> {
         let bias = self.bias.as_ref().map_or_else(null, Tensor::as_ptr);
-        // SAFETY: as `new_tensor` asks; a null bias is allowed.
-        new_tensor(|out| unsafe { mempo_packed_linear(out, x.as_ptr(), self.packed.as_ptr(), bias) })
+        // SAFETY: live tensors; a null bias is allowed.
+        unsafe { new_tensor(|out| mempo_packed_linear(out, x.as_ptr(), self.packed.as_ptr(), bias)) }
     }
 }
 

@@ -18,7 +18,7 @@ pub(crate) struct Backward<'a> {
     pub(crate) leaves: &'a [Tensor],
     /// Where each leaf's gradient lies.
     pub(crate) layout: &'a Layout,
-    /// Flat fp32 buffer that is added to.
+    /// Flat buffer that is added to, in the optimizer's type.
     pub(crate) gradient: &'a Tensor,
     /// Position of the head's weight among the leaves, if it is trained.
     pub(crate) head_slot: Option<usize>,

@@ -129,7 +129,7 @@ impl MicroBatch {
         let count = rows.len() as i64;
         Self {
             ids_bt: match arrangement {
-                Arrangement::Padded => Rows::Padded(padded(&inputs, width).to_device(device)),
+                Arrangement::Padded => Rows::padded(&inputs, device),
                 Arrangement::Packed => Rows::Packed(Packed::new(&inputs, device)),
             },
             rows_r: Tensor::from_slice(&rows).to_device(device),
@@ -137,15 +137,6 @@ impl MicroBatch {
             columns_rk: Tensor::from_slice(&columns).view([count, columns.len() as i64 / count]).to_device(device),
         }
     }
-}
-
-/// `[B, T]`, int64.
-fn padded(rows: &[&[i32]], width: usize) -> Tensor {
-    let mut ids = vec![0_i64; rows.len() * width];
-    for (line, row) in ids.chunks_mut(width).zip(rows) {
-        line.iter_mut().zip(row.iter()).for_each(|(place, &id)| *place = i64::from(id));
-    }
-    Tensor::from_slice(&ids).view([rows.len() as i64, width as i64])
 }
 
 #[cfg(test)]

@@ -17,23 +17,27 @@ pub struct MemoryBudget {
     pub moments: u64,
     /// What a padded token of a micro-batch leaves behind for the backward pass, about.
     pub activations_per_token: u64,
+    /// Tokens of the longest row, which a micro-batch holds whatever its budget.
+    pub longest_row: usize,
 }
 
 impl MemoryBudget {
-    /// Of training a model of this config.
-    pub fn new(config: &Config, runtime: &Runtime, options: &OptimizerOptions) -> Self {
+    /// Of training a model of this config on rows of at most so many tokens.
+    pub fn new(config: &Config, runtime: &Runtime, options: &OptimizerOptions, longest_row: usize) -> Self {
         let parameters = config.parameter_count();
         let state = if options.optimizer_dtype == StateDtype::F32 { 4 } else { 2 };
         let width = if runtime.is_f32() { 4 } else { 2 };
         let adapters = options.lora.parameter_count(config);
         let trained = adapters.unwrap_or(parameters);
         let is_own_master = runtime.is_f32() && adapters.is_none();
+        let weighed = if runtime.keeps_attention_weights(longest_row) { longest_row } else { 0 };
         Self {
             weights: if is_own_master { 0 } else { width * parameters },
             master: 4 * trained,
             gradient: state * trained,
             moments: 2 * state * trained,
-            activations_per_token: width * kept_elements(config, options.recompute),
+            activations_per_token: width * kept_elements(config, options.recompute, weighed),
+            longest_row,
         }
     }
 
@@ -42,23 +46,24 @@ impl MemoryBudget {
         self.weights + self.master + self.gradient + self.moments
     }
 
-    /// All of it, with a micro-batch of so many padded tokens.
+    /// All of it, with micro-batches of so many padded tokens, or of the longest row.
     pub fn total(&self, tokens: usize) -> u64 {
-        self.resident() + self.activations_per_token * tokens as u64
+        self.resident() + self.activations_per_token * tokens.max(self.longest_row) as u64
     }
 
     /// One line for people.
     pub fn describe(&self, tokens: usize) -> String {
-        let Self { weights, master, gradient, moments, activations_per_token } = *self;
+        let Self { weights, master, gradient, moments, activations_per_token, longest_row } = *self;
+        let of = if longest_row > tokens { " (the longest row)" } else { "" };
         format!(
-            "memory: weights {}, master {}, gradient {}, moments {}; about {} a token, so {} with micro-batches of {tokens} \
-             tokens",
+            "memory: weights {}, master {}, gradient {}, moments {}; about {} a token, so {} with micro-batches of {} tokens{of}",
             size(weights),
             size(master),
             size(gradient),
             size(moments),
             size(activations_per_token),
             size(self.total(tokens)),
+            tokens.max(longest_row),
         )
     }
 }
@@ -70,13 +75,17 @@ fn size(bytes: u64) -> String {
 }
 
 /// Elements a token leaves behind: in each layer both norms' inputs and outputs, queries, keys and values before and
-/// after they are turned, what attention gives (twice: by heads and joined), and the four products of the MLP.
-/// With recomputation every layer's input, and one layer in full.
-fn kept_elements(config: &Config, recompute: bool) -> u64 {
+/// after they are turned, what attention gives (twice: by heads and joined), its weights over `weighed` tokens where they are kept,
+/// and the four products of the MLP. With recomputation every layer's input, and one layer in full.
+fn kept_elements(config: &Config, recompute: bool, weighed: usize) -> u64 {
     let queries = config.num_attention_heads * config.head_size();
     let keys = config.key_value_heads() * config.head_size();
-    let layer =
-        4 * config.hidden_size + (queries + 2 * keys) + (queries + keys) + 2 * queries + 4 * config.intermediate_size;
+    let layer = 4 * config.hidden_size
+        + (queries + 2 * keys)
+        + (queries + keys)
+        + 2 * queries
+        + config.num_attention_heads * weighed as i64
+        + 4 * config.intermediate_size;
     let layers = config.num_hidden_layers as u64;
     if recompute { layers * config.hidden_size as u64 + layer as u64 } else { layers * layer as u64 }
 }
@@ -88,7 +97,7 @@ mod tests {
     use super::*;
     use crate::testing::optimizer_options;
 
-    fn budget(dtype: &str, optimizer_dtype: StateDtype) -> MemoryBudget {
+    fn budget(dtype: &str, optimizer_dtype: StateDtype, longest_row: usize) -> MemoryBudget {
         let qwen2_5_7b: Config = serde_json::from_value(serde_json::json!({
             "model_type": "qwen2", "vocab_size": 152_064, "hidden_size": 3584, "intermediate_size": 18_944,
             "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
@@ -98,7 +107,7 @@ mod tests {
         let device =
             DeviceOptions { device: "cpu".to_owned(), dtype: dtype.to_owned(), threads: Some(1), deterministic: false };
         let options = OptimizerOptions { optimizer_dtype, ..optimizer_options() };
-        MemoryBudget::new(&qwen2_5_7b, &device.resolve().unwrap(), &options)
+        MemoryBudget::new(&qwen2_5_7b, &device.resolve().unwrap(), &options, longest_row)
     }
 
     /// The published parameter count is 7,615,616,512.
@@ -106,15 +115,26 @@ mod tests {
     fn qwen2_5_7b_fits_one_gpu_of_139_gib_with_bf16_moments() {
         const PARAMETERS: u64 = 7_615_616_512;
         const GPU: u64 = 139 << 30;
-        let small = budget("bf16", StateDtype::Bf16);
+        let small = budget("bf16", StateDtype::Bf16, 0);
         assert_eq!((small.master, small.resident()), (4 * PARAMETERS, 12 * PARAMETERS));
         assert!(small.total(8192) < GPU, "{}", small.describe(8192));
-        let exact = budget("bf16", StateDtype::F32);
+        let exact = budget("bf16", StateDtype::F32, 0);
         assert_eq!(exact.resident(), 18 * PARAMETERS);
         assert!(exact.total(1024) < GPU && exact.total(8192) > GPU, "{}", exact.describe(8192));
-        assert_eq!(budget("f32", StateDtype::F32).resident(), 16 * PARAMETERS);
+        assert_eq!(budget("f32", StateDtype::F32, 0).resident(), 16 * PARAMETERS);
         assert!(exact.activations_per_token > 5 << 20, "{}", exact.describe(1));
         assert!(small.describe(8192).contains("weights 14.2 GiB, master 28.4 GiB"), "{}", small.describe(8192));
         assert_eq!([0, 1023, 1024, 3 << 19].map(size), ["0.0 bytes", "1023.0 bytes", "1.0 KiB", "1.5 MiB"]);
+    }
+
+    #[test]
+    fn a_row_longer_than_the_micro_batch_counts_and_so_do_attention_weights_that_are_kept() {
+        let long = budget("bf16", StateDtype::Bf16, 9000);
+        assert_eq!(long.total(4096), long.total(9000));
+        assert!(long.describe(4096).ends_with("9000 tokens (the longest row)"), "{}", long.describe(4096));
+        assert!(!long.describe(9000).contains("longest"));
+        // On a CPU 28 layers keep 28 heads' weights over the tokens of a row of 512; the kernel for longer rows keeps none.
+        let short = budget("bf16", StateDtype::Bf16, 512);
+        assert_eq!(short.activations_per_token - long.activations_per_token, 2 * 28 * 28 * 512);
     }
 }

@@ -51,22 +51,8 @@ pub(crate) struct Coefficients {
 }
 
 impl Head<'_> {
-    /// `[R]` fp32 log-probabilities of `targets_r` after `hidden_rd`.
-    pub(crate) fn logprobs(&self, hidden_rd: &Tensor, targets_r: &Tensor) -> Tensor {
-        let _no_grad = no_grad_guard();
-        let parts: Vec<Tensor> = self
-            .chunks(targets_r)
-            .map(|rows| {
-                let (start, length) = (rows.start, rows.end - rows.start);
-                let targets_c1 = targets_r.narrow(0, start, length).unsqueeze(1);
-                self.all_logprobs(&hidden_rd.narrow(0, start, length)).gather(1, &targets_c1, false).squeeze_dim(1)
-            })
-            .collect();
-        Tensor::cat(&parts, 0)
-    }
-
     /// Gradient `[R, D]` (in the hidden states' type) of a loss by `hidden_rd`; that by the head's weight is added to
-    /// `weight_gradient_vd` (fp32), if it is wanted. `coefficients` is asked once a chunk for the loss's derivatives.
+    /// `weight_gradient_vd`, if it is wanted. `coefficients` is asked once a chunk for the loss's derivatives.
     pub(crate) fn backward(
         &self,
         hidden_rd: &Tensor,
@@ -191,8 +177,7 @@ mod tests {
         });
         assert!(found_logprobs.len() > 1, "the case is to be cut into chunks");
         for (name, found, expected) in [
-            ("logprobs", Tensor::cat(&found_logprobs, 0), logprobs.shallow_clone()),
-            ("logprobs alone", head.logprobs(&hidden, &case.targets), logprobs),
+            ("logprobs", Tensor::cat(&found_logprobs, 0), logprobs),
             ("entropies", Tensor::cat(&found_entropies, 0), entropies.detach()),
             ("hidden gradient", found_hidden.shallow_clone(), hidden_gradient),
             ("weight gradient", found_weight, weight_gradient),

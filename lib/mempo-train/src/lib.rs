@@ -7,7 +7,7 @@
 //! - [`batch`](self): sequences are sorted by length and cut into micro-batches by a budget of padded tokens;
 //! - `head`: log-probabilities and the gradient of any loss that depends on them, in closed form and in chunks of rows;
 //! - `policy`: the clipped ratio, the KL term and their derivative per token;
-//! - `adamw`: AdamW over flat fp32 buffers; `flat` lays the parameters out in them;
+//! - `adamw`: AdamW over flat buffers; `flat` lays the parameters out in them;
 //! - `lora`: low-rank adapters, which take the place of the weights in all of this;
 //! - `state`: the fp32 master weights and moments as files, from which training continues bit for bit.
 //!

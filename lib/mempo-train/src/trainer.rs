@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use mempo_model::{Model, initial_adapter};
+use mempo_model::{Model, initial_adapter, logprobs_at};
 use serde::Serialize;
 use tch::{Kind, Tensor, no_grad_guard};
 
@@ -10,7 +10,7 @@ use crate::adamw::{AdamW, norm};
 use crate::backward::{Backward, Pass, target_hidden};
 use crate::batch::{Arrangement, MicroBatch, Sequence, micro_batch_overhead};
 use crate::flat::{Layout, Slot};
-use crate::head::{Coefficients, Head};
+use crate::head::Coefficients;
 use crate::lora::Adapters;
 use crate::memory::Room;
 use crate::policy::{PolicyStats, PolicySums, PolicyTrajectory, check_ids, set_sequence_ratios, weighted_sequences};
@@ -79,7 +79,8 @@ pub struct Trainer {
 }
 
 impl Trainer {
-    /// Takes over a model as `beginning` says.
+    /// Takes over a model as `beginning` says. Without a state the master weights begin as the model has them, rounded where it
+    /// computes in bf16: what was sampled is what is trained.
     pub fn new(mut model: Model, options: &OptimizerOptions, beginning: &Beginning<'_>) -> Result<Self, Error> {
         options.check()?;
         options.lora.check(model.config())?;
@@ -199,13 +200,12 @@ impl Trainer {
         let _no_grad = no_grad_guard();
         let lengths: Vec<usize> = sequences.iter().map(Sequence::input_length).collect();
         let shortest = lengths.iter().copied().min().unwrap_or(0);
-        let (weight_vd, runtime) = (self.model.head_weight(), self.model.runtime());
-        let head = Head { weight_vd, runtime, temperature, entropy: false };
         self.room.fit(tokens_per_micro_batch, shortest, |tokens| {
             let mut logprobs = vec![Vec::new(); sequences.len()];
             for members in self.arrangement.micro_batches(&lengths, tokens, self.overhead) {
                 let batch = MicroBatch::new(sequences, &members, self.arrangement, self.weights.device());
-                let logprobs_r = head.logprobs(&target_hidden(&self.model, &batch), &batch.targets_r);
+                let hidden_rd = target_hidden(&self.model, &batch);
+                let logprobs_r = logprobs_at(&self.model, &hidden_rd, &batch.targets_r, temperature);
                 let mut flat = Vec::<f32>::try_from(&logprobs_r)?.into_iter();
                 for member in members {
                     logprobs[member] = flat.by_ref().take(sequences[member].targets.len()).collect();
