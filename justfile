@@ -43,7 +43,7 @@ schemas:
     MEMPO_UPDATE_SCHEMAS=1 cargo test --locked --package mempo-data schema
 
 # hold golden files and reference values, and the engine on model directories, to transformers and the formulas
-parity *models="pipelines/demo/base": (setup "python")
+parity *models="pipelines/demo/base qwen2 qwen3 llama": (setup "python")
     .tools/python/bin/python lib/mempo-text/tests/golden/make.py --check
     .tools/python/bin/python lib/mempo-model/tests/golden/make.py --check
     .tools/python/bin/python lib/mempo-model/tests/golden/make_encoder.py --check
