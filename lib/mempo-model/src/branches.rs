@@ -79,7 +79,7 @@ impl Model {
         let on_device = |values: &[i64]| Tensor::from_slice(values).to_device(device);
         let trunk = layout.trunk as i64;
         let hidden_parts = Tensor::from_slice(&layout.hidden_columns()).to_device(device);
-        let hidden_parts = hidden_parts.view([layout.branches() as i64, 1, 1, (layout.trunk + layout.width) as i64]);
+        let hidden_parts = hidden_parts.view([layout.branches() as i64, 1, (layout.trunk + layout.width) as i64]);
         let future = Tensor::ones([layout.width as i64; 2], (Kind::Bool, device)).triu(1);
         let hidden = self.forward(
             &on_device(&layout.ids).unsqueeze(0),
@@ -197,9 +197,8 @@ impl Layout {
         let own_scores =
             own_scores.view([groups, branches, share, width, width]).masked_fill(future, f64::NEG_INFINITY);
         let own_scores = own_scores.view([groups, branches, share * width, width]);
-        let scores = Tensor::cat(&[trunk_scores, own_scores], -1).permute([1, 0, 2, 3]);
-        let weights = scores.masked_fill(hidden, f64::NEG_INFINITY).softmax(-1, Kind::Float).to_kind(q.kind());
-        let weights = weights.permute([1, 0, 2, 3]);
+        let mut scores = Tensor::cat(&[trunk_scores, own_scores], -1);
+        let weights = scores.masked_fill_(hidden, f64::NEG_INFINITY).softmax(-1, Kind::Float).to_kind(q.kind());
 
         let over_trunk = weights.narrow(3, 0, trunk).reshape([groups, branches * share * width, trunk]);
         let over_trunk = over_trunk.bmm(&v.squeeze_dim(0));

@@ -40,14 +40,14 @@ impl Model {
         sequences: &[ScoredSequence],
         options: &ScoreOptions,
     ) -> Result<(Vec<Vec<f32>>, usize), Error> {
-        self.share(sequences, options, self.pass_overhead())
+        self.share(sequences, options, self.costs())
     }
 
     fn share(
         &self,
         sequences: &[ScoredSequence],
         options: &ScoreOptions,
-        overhead: usize,
+        costs: Costs,
     ) -> Result<(Vec<Vec<f32>>, usize), Error> {
         for (row, sequence) in sequences.iter().enumerate() {
             self.check_scored(row, sequence)?;
@@ -56,8 +56,8 @@ impl Model {
         let mut alone = Vec::new();
         let mut computed = 0;
         for group in groups(sequences) {
-            let passes = group.passes(options.tokens_per_batch, overhead);
-            if !group.is_worth_it(&passes, overhead) {
+            let passes = group.passes(options.tokens_per_batch, costs);
+            if !group.is_worth_it(&passes, costs) {
                 alone.extend(group.members.iter().map(|member| member.place));
                 continue;
             }
@@ -77,14 +77,35 @@ impl Model {
         Ok((logprobs, computed))
     }
 
-    /// What a pass costs beside its tokens, in tokens: some ten milliseconds of small operations, at the speed that models
-    /// of this size reach. More than anything can save where a sequence is to be computed as if it were alone.
-    fn pass_overhead(&self) -> usize {
-        if self.runtime().deterministic {
-            return usize::MAX / 2;
-        }
-        let tokens_times_parameters = if self.runtime().device.is_cuda() { 300_000_000_000 } else { 600_000_000 };
-        50 + (tokens_times_parameters / self.config().parameter_count().max(1)) as usize
+    /// A pass: some ten milliseconds of small operations, at the speed that models of this size reach; more than anything can save
+    /// where a sequence is to be computed as if it were alone. An attention weight: as measured on a CPU, and about right for a
+    /// GPU, where both are as many times faster.
+    fn costs(&self) -> Costs {
+        const WEIGHT_IN_PARAMETERS: f64 = 1000.0;
+        let parameters = self.config().parameter_count().max(1) as f64;
+        let weights = self.config().num_attention_heads as f64 * self.config().num_hidden_layers as f64;
+        let tokens_times_parameters = if self.runtime().device.is_cuda() { 3e11 } else { 6e8 };
+        let pass =
+            if self.runtime().deterministic { f64::INFINITY } else { 50.0 + tokens_times_parameters / parameters };
+        Costs { pass, column: WEIGHT_IN_PARAMETERS * weights / parameters }
+    }
+}
+
+/// What scoring costs beside the tokens that are run, in tokens.
+#[derive(Clone, Copy)]
+struct Costs {
+    /// A pass.
+    pass: f64,
+    /// Attention of a branch's token to another, whose weight is written out.
+    column: f64,
+}
+
+impl Costs {
+    /// Of a pass over branches and as much of their trunk as they need.
+    fn of(self, members: &[Member]) -> f64 {
+        let (trunk, padded) = (longest_shared(members) as f64, padded(members) as f64);
+        let columns = trunk + members.first().map_or(0, |member| member.own) as f64;
+        self.pass + trunk + padded * (1.0 + columns * self.column)
     }
 }
 
@@ -123,7 +144,7 @@ fn groups(sequences: &[ScoredSequence]) -> Vec<Group> {
         groups.push(Group { trunk: place, members: vec![Member { place, shared, own }] });
     }
     for group in &mut groups {
-        group.members.sort_by_key(|member| std::cmp::Reverse(member.own));
+        group.members.sort_by_key(|member| std::cmp::Reverse((member.own, member.shared)));
     }
     groups
 }
@@ -147,27 +168,24 @@ fn shared_ids(trunk: &ScoredSequence, sequence: &ScoredSequence) -> usize {
 
 impl Group {
     /// Whether these passes cost less than a row a member.
-    fn is_worth_it(&self, passes: &[&[Member]], overhead: usize) -> bool {
+    fn is_worth_it(&self, passes: &[&[Member]], costs: Costs) -> bool {
         let apart: usize = self.members.iter().map(|member| member.shared + member.own).sum();
-        let cost = |members: &&[Member]| padded(members).saturating_add(longest_shared(members) + overhead);
-        let together = passes.iter().map(cost).fold(0, usize::saturating_add);
-        self.members.len() > 1 && self.members[0].own <= LONGEST_BRANCH && together < apart
+        let together: f64 = passes.iter().map(|members| costs.of(members)).sum();
+        self.members.len() > 1 && self.members[0].own <= LONGEST_BRANCH && together < apart as f64
     }
 
-    /// The cheapest cut into passes whose tokens keep the budget. Each runs the trunk anew; where that takes more than half of the
-    /// budget, or all, branches have half of it beside the trunk.
-    fn passes(&self, tokens_per_batch: usize, overhead: usize) -> Vec<&[Member]> {
-        let trunk = longest_shared(&self.members);
-        let budget = tokens_per_batch.saturating_sub(trunk).max(tokens_per_batch / 2);
+    /// The cheapest cut into passes whose tokens keep the budget. Each runs anew as much of the trunk as its branches need; where that
+    /// takes more than half of the budget, or all, branches have half of it beside the trunk.
+    fn passes(&self, tokens_per_batch: usize, costs: Costs) -> Vec<&[Member]> {
+        let budget = |trunk: usize| tokens_per_batch.saturating_sub(trunk).max(tokens_per_batch / 2);
         // What the first `end` members cost at least, and where their last pass begins.
-        let mut best = vec![(0, 0)];
+        let mut best = vec![(0.0, 0)];
         for end in 1..=self.members.len() {
-            let costs = (0..end).rev().map_while(|start| {
-                let padded = padded(&self.members[start..end]);
-                let cost = usize::saturating_add(best[start].0, padded).saturating_add(trunk + overhead);
-                (start + 1 == end || padded <= budget).then_some((cost, start))
-            });
-            best.push(costs.min().unwrap_or_default());
+            let passes = (0..end).rev().map(|start| (start, &self.members[start..end]));
+            let fitting =
+                passes.take_while(|(_, pass)| pass.len() == 1 || padded(pass) <= budget(longest_shared(pass)));
+            let costs = fitting.map(|(start, pass)| (best[start].0 + costs.of(pass), start));
+            best.push(costs.min_by(|a, b| f64::total_cmp(&a.0, &b.0)).unwrap_or_default());
         }
         let mut passes = Vec::new();
         let mut end = self.members.len();
@@ -209,6 +227,8 @@ mod tests {
     use super::*;
     use crate::{Config, Runtime};
 
+    const CHEAP: Costs = Costs { pass: 64.0, column: 0.0 };
+
     fn fresh(family: &str) -> Model {
         let mut config =
             Config::load(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(family)).unwrap();
@@ -225,24 +245,30 @@ mod tests {
     #[test]
     fn passes_are_the_cheapest_that_keep_the_budget() {
         let member = |place: usize, shared: usize, own: usize| Member { place, shared, own };
-        let passes = |members: &[Member], tokens: usize, overhead: usize| -> Vec<usize> {
+        let costs = |pass: f64| Costs { pass, column: 0.0 };
+        let passes = |members: &[Member], tokens: usize, costs: Costs| -> Vec<usize> {
             let group = Group { trunk: 0, members: members.to_vec() };
-            group.passes(tokens, overhead).iter().map(|members| members.len()).collect()
+            group.passes(tokens, costs).iter().map(|members| members.len()).collect()
         };
         let equal: Vec<Member> = (0..16).map(|place| member(place, 1000 - place, 20)).collect();
-        assert_eq!(passes(&equal, 4096, 50), [16]);
-        assert_eq!(passes(&equal, 800, 50), [16], "320 tokens in half of 800");
-        let few = passes(&equal, 200, 50);
+        assert_eq!(passes(&equal, 4096, costs(50.0)), [16]);
+        assert_eq!(passes(&equal, 800, costs(50.0)), [16], "320 tokens in half of 800");
+        let few = passes(&equal, 200, costs(50.0));
         assert_eq!((few.len(), few.iter().sum::<usize>()), (4, 16), "5 of 20 tokens in half of 200");
-        assert_eq!(passes(&equal, 1, 50), [1; 16]);
+        assert_eq!(passes(&equal, 1, costs(50.0)), [1; 16]);
         // One of 150 beside 40 of 5: padding costs 5,800 tokens, another pass over the trunk 100 and what a pass costs.
         let mut mixed = vec![member(0, 100, 150)];
         mixed.extend((1..41).map(|place| member(place, 90, 5)));
-        assert_eq!(passes(&mixed, 100_000, 50), [40, 1]);
-        assert_eq!(passes(&mixed, 100_000, 6_000), [41]);
+        assert_eq!(passes(&mixed, 100_000, costs(50.0)), [40, 1]);
+        assert_eq!(passes(&mixed, 100_000, costs(6_000.0)), [41]);
         let group = Group { trunk: 0, members: mixed };
-        let worth = |overhead| group.is_worth_it(&group.passes(100_000, overhead), overhead);
-        assert!(worth(50) && !worth(usize::MAX / 2));
+        let worth = |costs: Costs| group.is_worth_it(&group.passes(100_000, costs), costs);
+        assert!(worth(costs(50.0)) && !worth(costs(f64::INFINITY)));
+        // Memories of a question beside prefixes of one long trajectory: what they would not see of it is dear to leave out.
+        let memories = (0..30).map(|place| member(place, 100, 20));
+        let both: Vec<Member> = memories.chain((30..40).map(|place| member(place, 1000, 20))).collect();
+        assert_eq!(passes(&both, 100_000, costs(200.0)), [40]);
+        assert_eq!(passes(&both, 100_000, Costs { pass: 200.0, column: 0.01 }), [10, 30]);
     }
 
     /// Prefixes of two trajectories, memories of a question, one that is like no other and two that are the same.
@@ -275,7 +301,7 @@ mod tests {
             let apart: usize = sequences.iter().map(|sequence| sequence.targets.end - 1).sum();
             for tokens_per_batch in [1, 60, 250, 100_000] {
                 let options = ScoreOptions { temperature, tokens_per_batch };
-                let (found, computed) = model.share(&sequences, &options, 64).unwrap();
+                let (found, computed) = model.share(&sequences, &options, CHEAP).unwrap();
                 for (found, expected) in found.iter().zip(&expected) {
                     assert_eq!(found.len(), expected.len());
                     for (found, expected) in found.iter().zip(expected) {
@@ -288,7 +314,7 @@ mod tests {
                 if tokens_per_batch == 100_000 {
                     assert!(computed * 2 < apart, "{computed} of {apart} tokens");
                     let mut backwards: Vec<ScoredSequence> = sequences.iter().rev().cloned().collect();
-                    let mut reversed = model.share(&backwards, &options, 64).unwrap().0;
+                    let mut reversed = model.share(&backwards, &options, CHEAP).unwrap().0;
                     reversed.reverse();
                     assert_eq!(found, reversed);
                     backwards[0].targets = 0..3;

@@ -120,7 +120,7 @@ unsafe fn new_tensor(call: impl FnOnce(Out) -> *const c_char) -> Result<Tensor, 
 /// Where sequences lie that stand end to end.
 pub struct Offsets {
     /// `[S+1]`, int32: where each begins, and where the last ends. The kernel believes it.
-    offsets: Tensor,
+    ends: Tensor,
     total: i64,
     longest: i64,
 }
@@ -138,7 +138,7 @@ impl Offsets {
             ends.push(i32::try_from(total).expect("sequences of less than 2^31 tokens"));
         }
         let longest = lengths.iter().copied().max().unwrap_or(0) as i64;
-        Self { offsets: Tensor::from_slice(&ends).to_device(device), total: total as i64, longest }
+        Self { ends: Tensor::from_slice(&ends).to_device(device), total: total as i64, longest }
     }
 }
 
@@ -153,7 +153,7 @@ pub fn varlen_attention(q: &Tensor, k: &Tensor, v: &Tensor, at: &Offsets) -> Res
             at.total
         )));
     }
-    let [q, k, v, offsets] = [q, k, v, &at.offsets].map(Tensor::as_ptr);
+    let [q, k, v, offsets] = [q, k, v, &at.ends].map(Tensor::as_ptr);
     // SAFETY: the tensors are live, and no offset lies outside of them.
     unsafe { new_tensor(|out| mempo_varlen_attention(out, q, k, v, offsets, at.longest)) }
 }
@@ -215,7 +215,7 @@ mod tests {
     #[test]
     fn offsets_are_those_of_the_tensors() {
         let at = Offsets::new(&[3, 0, 5], Device::Cpu);
-        assert_eq!(Vec::<i32>::try_from(&at.offsets).unwrap(), [0, 3, 3, 8]);
+        assert_eq!(Vec::<i32>::try_from(&at.ends).unwrap(), [0, 3, 3, 8]);
         let x = |tokens: i64| Tensor::zeros([tokens, 2, 8], (Kind::BFloat16, Device::Cpu));
         for (q, k) in [(x(9), x(8)), (x(8), x(7)), (x(8).unsqueeze(0), x(8))] {
             let error = varlen_attention(&q, &k, &k, &at).unwrap_err().to_string();
