@@ -108,6 +108,11 @@ def training(side, model, ids, limits):
     line(f"SFT, {count} sequences of {min(lengths)} to {length}", tokens, found["seconds"], flops / limits["product_16384"])
     print(f"    MFU {flops / found['seconds'] / limits['product_16384']:.2f} of the measured product rate; "
           f"memory in use afterwards {memory_in_use()}")
+    # Its norm, master weights and moments in and out, the gradient in and cleared, the bf16 copy made: in bytes a parameter.
+    width = 2 if small else 4
+    floor = (width + 8 + 4 * width + 2 * width + 4 + 2) * model.total / limits["bytes"]
+    update = found["update_seconds"]
+    print(f"    the update of {model.total / 1e9:.2f} G parameters: {1e3 * update:.1f} ms, {floor / update:.2f} of the limit")
 
 
 def scoring(side, model, ids, limits):
@@ -147,9 +152,6 @@ def bench(engine, name):
         side.close()
         side = Side(engine, directory, "bf16")
         training(side, model, ids, limits)
-        count = 1 << (28 if torch.cuda.is_available() else 24)
-        seconds, floor = side.do("adamw", parameters=count)["seconds"], 28 * count / limits["bytes"]
-        print(f"  AdamW in f32: {seconds / count * 1e12:.1f} ps a parameter, {floor / seconds:.2f} of the limit")
         side.close()
 
 

@@ -29,7 +29,7 @@ enum Job {
     Generate { prompts: Vec<Vec<i32>>, new: usize, greedy: bool },
     /// The answer after every prefix.
     Score { ids: Vec<i32>, prefixes: Vec<usize>, answer: Vec<i32> },
-    /// Optimizer steps over the same sequences.
+    /// Optimizer steps over the same sequences, and updates by themselves.
     Train {
         sequences: Vec<Vec<i32>>,
         steps: usize,
@@ -47,8 +47,6 @@ enum Job {
     Limits,
     /// Which kernels attention runs on.
     Kernels,
-    /// The optimizer's update of so many parameters, in fp32.
-    Adamw { parameters: i64 },
     /// Logits of the whole vocabulary at some places of a sequence.
     Logits { ids: Vec<i32>, places: Vec<i64> },
     /// Mean loss of a sequence, and its gradient by every parameter in a safetensors file.
@@ -78,7 +76,6 @@ fn main() -> anyhow::Result<()> {
             Job::Contexts { sequences, answer } => time_contexts(&model, sequences, answer)?,
             Job::Limits => limits(&runtime),
             Job::Kernels => attention_kernels(&model),
-            Job::Adamw { parameters } => time_adamw(&runtime, parameters)?,
             Job::Logits { ids, places } => logits(&model, &ids, &places)?,
             Job::Gradients { ids, file } => gradients(dir, &runtime, &ids, &file)?,
         };
@@ -175,7 +172,9 @@ fn time_training(
         seconds.push(start.elapsed().as_secs_f64());
     }
     let best = seconds.iter().copied().reduce(f64::min).ok_or_else(|| anyhow!("no steps"))?;
-    Ok(json!({ "seconds": best, "losses": losses }))
+    trainer.sft_step(&[], LEARNING_RATE, tokens_per_micro_batch)?;
+    let update = best_seconds(runtime, || trainer.sft_step(&[], LEARNING_RATE, tokens_per_micro_batch));
+    Ok(json!({ "seconds": best, "losses": losses, "update_seconds": update }))
 }
 
 /// Matrix products of a large and a small number of rows in FLOP/s, copying memory in bytes read and written a second.
@@ -214,15 +213,6 @@ fn attention_kernels(model: &Model) -> Value {
         "decode": choice(&decode, &columns, Some(&mask)),
         "chunk_on_cache": choice(&of([16, heads, 128, size]), &every_head, Some(&chunk_mask)),
     })
-}
-
-fn time_adamw(runtime: &Runtime, parameters: i64) -> anyhow::Result<Value> {
-    let update =
-        mempo_native::AdamW { learning_rate: 1e-4, beta1: 0.9, beta2: 0.999, weight_decay: 0.0, epsilon: 1e-8 };
-    let one = |size: i64| Tensor::ones([size], (Kind::Float, runtime.device));
-    let tensors: [Tensor; 4] = std::array::from_fn(|_| one(parameters));
-    update.update(tensors.each_ref(), &one(1), &one(1))?;
-    Ok(json!({ "seconds": best_seconds(runtime, || update.update(tensors.each_ref(), &one(1), &one(1))) }))
 }
 
 fn row(ids: &[i32], runtime: &Runtime) -> Tensor {
