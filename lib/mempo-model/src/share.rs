@@ -101,11 +101,9 @@ struct Costs {
 }
 
 impl Costs {
-    /// Of a pass over branches and as much of their trunk as they need.
-    fn of(self, members: &[Member]) -> f64 {
-        let (trunk, padded) = (longest_shared(members) as f64, padded(members) as f64);
-        let columns = trunk + members.first().map_or(0, |member| member.own) as f64;
-        self.pass + trunk + padded * (1.0 + columns * self.column)
+    /// Of a pass over so much of a trunk and `count` branches, each padded to `width`.
+    fn of(self, trunk: usize, count: usize, width: usize) -> f64 {
+        self.pass + trunk as f64 + (count * width) as f64 * (1.0 + (trunk + width) as f64 * self.column)
     }
 }
 
@@ -170,7 +168,8 @@ impl Group {
     /// Whether these passes cost less than a row a member.
     fn is_worth_it(&self, passes: &[&[Member]], costs: Costs) -> bool {
         let apart: usize = self.members.iter().map(|member| member.shared + member.own).sum();
-        let together: f64 = passes.iter().map(|members| costs.of(members)).sum();
+        let cost = |pass: &&[Member]| costs.of(longest_shared(pass), pass.len(), pass[0].own);
+        let together: f64 = passes.iter().map(cost).sum();
         self.members.len() > 1 && self.members[0].own <= LONGEST_BRANCH && together < apart as f64
     }
 
@@ -181,11 +180,19 @@ impl Group {
         // What the first `end` members cost at least, and where their last pass begins.
         let mut best = vec![(0.0, 0)];
         for end in 1..=self.members.len() {
-            let passes = (0..end).rev().map(|start| (start, &self.members[start..end]));
-            let fitting =
-                passes.take_while(|(_, pass)| pass.len() == 1 || padded(pass) <= budget(longest_shared(pass)));
-            let costs = fitting.map(|(start, pass)| (best[start].0 + costs.of(pass), start));
-            best.push(costs.min_by(|a, b| f64::total_cmp(&a.0, &b.0)).unwrap_or_default());
+            let (mut cheapest, mut trunk) = ((f64::INFINITY, 0), 0);
+            for start in (0..end).rev() {
+                let (count, width) = (end - start, self.members[start].own);
+                trunk = trunk.max(self.members[start].shared);
+                if count > 1 && count * width > budget(trunk) {
+                    break;
+                }
+                let cost = best[start].0 + costs.of(trunk, count, width);
+                if cost < cheapest.0 {
+                    cheapest = (cost, start);
+                }
+            }
+            best.push(cheapest);
         }
         let mut passes = Vec::new();
         let mut end = self.members.len();
@@ -196,11 +203,6 @@ impl Group {
         }
         passes
     }
-}
-
-/// Tokens of branches, padded to the first, which has most of its own.
-fn padded(members: &[Member]) -> usize {
-    members.len() * members.first().map_or(0, |member| member.own)
 }
 
 /// How much of the trunk a pass runs.
