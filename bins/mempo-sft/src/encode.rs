@@ -347,11 +347,7 @@ impl Encoder {
                 count(&mut encoded.counts.dropped, "completion cut short (steps)", 1);
                 continue;
             }
-            // As the agent saw it: only it knows whether the completion went on from an opened tag.
-            let faulty = !trajectory.format_valid && {
-                let parsed = self.parse(&step.completion_ids);
-                format_problem(self.steps.profile().memory, index, &parsed).is_some()
-            };
+            let faulty = !trajectory.format_valid && self.is_faulty(index, step);
             let completion = Completion { ids: &step.completion_ids, segments: &step.segments, faulty };
             self.push_step(&labels, index, step.prompt_ids.clone(), &completion, encoded);
         }
@@ -366,6 +362,15 @@ impl Encoder {
         };
         self.describe("rollout", &labels, steps, encoded);
         Ok(())
+    }
+
+    /// Whether a step of a trajectory broke the format: as the agent saw it, since only it knows whether a completion went on from
+    /// an opened tag. Where all of a completion is a memory, the agent was reading.
+    fn is_faulty(&self, index: usize, step: &Step) -> bool {
+        let read = self.steps.parse_memory(&step.completion_ids);
+        let reads = read.memory_count == 1 && row_segments(&read) == step.segments;
+        let parsed = if reads { read } else { self.parse(&step.completion_ids) };
+        format_problem(self.steps.profile().memory, index, &parsed).is_some()
     }
 
     /// Stored ids must be this tokenizer's, stored segments ranges of them.

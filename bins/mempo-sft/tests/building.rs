@@ -9,6 +9,7 @@ use std::process::Command;
 use std::sync::Arc;
 
 use fixture::{corpus, manifest, mempo_sft, model_dir, refusal, same_bytes, text, write};
+use mempo_agent::row_segments;
 use mempo_data::{
     Objective, Row, Segment, SegmentKind, SftExample, Status, Step, StopReason, Task, Trajectory, read_rows, write_rows,
 };
@@ -352,6 +353,45 @@ fn a_rollout_gives_the_examples_of_the_same_trajectory_as_chat() {
     let dropped = &manifest(&out)["summary"]["dropped"];
     assert_eq!(dropped["answer not correct (trajectories)"], 1);
     assert_eq!(dropped["failed around the policy (trajectories)"], 1);
+}
+
+/// All of a reading step is its memory, tags or not; the answer that follows has no box.
+#[test]
+fn only_the_steps_of_a_reader_that_broke_the_format_are_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let builder = builder("memagent");
+    let step = |index: i32, text: &str, segments: Vec<Segment>| {
+        let completion_ids = builder.completion_ids_from_text(text);
+        Step {
+            task_id: "task-1".into(),
+            trajectory_index: 0,
+            step_index: index,
+            prompt_ids: builder.prompt("Capital?", &Carried::default()).unwrap(),
+            sampling_logprobs: vec![-0.5; completion_ids.len()],
+            completion_ids,
+            segments,
+            completion: text.into(),
+            observation: None,
+            observation_ids: None,
+            stop_reason: StopReason::Eos,
+        }
+    };
+    let memory = |text: &str| row_segments(&builder.parse_memory(&builder.completion_ids_from_text(text)));
+    let texts = ["Szohôd, it says", "Szohôd"];
+    let mut steps: Vec<Step> = (0..).zip(texts).map(|(index, text)| step(index, text, memory(text))).collect();
+    steps.push(step(2, "Szohôd, without a box", Vec::new()));
+    let rollout = dir.path().join("read");
+    stage_dir(&rollout, |stage| {
+        let trajectory = Trajectory { format_valid: false, ..trajectory(0, 3, Some(0.0), Status::ParseError) };
+        write_table(stage, 0, &[trajectory]);
+        write_table(stage, 0, &steps);
+    });
+    let out = dir.path().join("out");
+    build(&out, &[&rollout], &["--context", "memagent", "--profile", "memagent"]).unwrap();
+    let summary = &manifest(&out)["summary"];
+    assert_eq!(summary["notes"]["steps with format faults"], 1, "{summary}");
+    let written: i32 = steps[..2].iter().map(|step| step.segments[0].end).sum();
+    assert_eq!(summary["targets"]["memory"], written, "{summary}");
 }
 
 /// Its prompt ends with `<answer>`, so the completion alone would look malformed.

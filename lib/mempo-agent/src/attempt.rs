@@ -232,7 +232,7 @@ impl<'t> Attempt<'t> {
         let unfinished = || End { status: Status::MaxSteps, answer: None, error: None };
         let End { status, answer, error } = self.end.unwrap_or_else(unfinished).after(self.fault);
         let mut judged = outcome(&self.task.objectives, answer.as_deref(), self.tags_valid, status, agent.reward);
-        if self.steps.last().is_some_and(|step| !agent.reward.sees(&step.completion)) {
+        if self.steps.last().is_some_and(|step| !agent.reward.sees(&agent.builder.said(&step.completion_ids))) {
             judged.reward = judged.reward.map(|_| 0.0);
         }
         let sizes = self.steps.iter().map(|step| step.prompt_ids.len() + step.completion_ids.len());

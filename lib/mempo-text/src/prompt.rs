@@ -282,6 +282,11 @@ impl PromptBuilder {
         parse_memory(&self.tokenizer, completion_ids, self.without_end_of_turn(completion_ids).len())
     }
 
+    /// A completion's text, without what ends the turn.
+    pub fn said(&self, completion_ids: &[i32]) -> String {
+        self.tokenizer.decode(self.without_end_of_turn(completion_ids))
+    }
+
     /// The id with which the template closes the assistant's turn, if it is a control token. It ends a turn even if
     /// the model's files do not list it.
     pub fn end_of_turn_id(&self) -> Option<i32> {

@@ -47,9 +47,13 @@ fn a_reader_writes_a_memory_for_each_chunk_and_answers_from_the_last() {
 fn a_box_far_from_the_end_earns_nothing_by_memagent_s_rule() {
     let builder = builder("full-document");
     let context = FullDocument { last_tokens: None };
-    for (reward, after, earned) in
-        [(RewardKind::Boxed, 10, 1.0), (RewardKind::Boxed, 300, 0.0), (RewardKind::SubExactMatch, 300, 1.0)]
-    {
+    // The box takes 17 of the 300 characters, what ends the turn none.
+    for (reward, after, earned) in [
+        (RewardKind::Boxed, 10, 1.0),
+        (RewardKind::Boxed, 283, 1.0),
+        (RewardKind::Boxed, 284, 0.0),
+        (RewardKind::SubExactMatch, 300, 1.0),
+    ] {
         let setting = Setting { context: &context, reward, ..Setting::new(&builder) };
         let (trajectory, _) = setting.play(&[&format!("\\boxed{{red; blue}}{}", ".".repeat(after))]);
         assert_eq!((trajectory.status, trajectory.reward), (Status::Ok, Some(earned)), "{reward:?} {after}");
