@@ -23,8 +23,9 @@ pub struct LimitOptions {
     /// Most steps (model calls) of a trajectory that searches; one that reads takes one for each chunk of its document, and one more
     #[arg(long, default_value_t = 16, value_parser = at_least_one)]
     pub max_steps: usize,
-    /// Longest prompt of one step, in tokens; a longer one ends the trajectory as truncated
-    #[arg(long, default_value_t = 8192, value_parser = at_least_one)]
+    /// Longest prompt of one step, in tokens; a longer one ends the trajectory as truncated [full-document: what the model's window
+    /// leaves]
+    #[arg(long, default_value_if("context", "full-document", "1000000000"), default_value_t = 8192, value_parser = at_least_one)]
     pub max_prompt_tokens: usize,
     /// Longest observation, in tokens; a longer one is cut and marked
     #[arg(long, default_value_t = 1024, value_parser = at_least_one)]
@@ -110,6 +111,27 @@ mod tests {
             ["--temperature=-1", "--temperature nan", "--top-p 0", "--top-p 1.1", "--max-steps 0", "--top-k=-1"]
         {
             assert!(parse(words).is_err(), "{words}");
+        }
+    }
+
+    #[test]
+    fn what_fits_a_context_is_its_default() {
+        #[derive(Parser)]
+        struct Line {
+            #[command(flatten)]
+            context: crate::ContextOptions,
+            #[command(flatten)]
+            sampling: SamplingOptions,
+            #[command(flatten)]
+            limits: LimitOptions,
+        }
+        for (context, completion, prompt) in
+            [("mempo", 512, 8192), ("memagent", 1024, 8192), ("full-document", 512, 1_000_000_000)]
+        {
+            let line = Line::try_parse_from(["agent", "--context", context]).ok().unwrap();
+            assert_eq!(line.context.context, context);
+            let found = (line.sampling.max_completion_tokens, line.limits.max_prompt_tokens);
+            assert_eq!(found, (completion, prompt), "{context}");
         }
     }
 }
