@@ -1,9 +1,10 @@
 //! `compose`: questions joined into tasks of n objectives (MEM1, arXiv 2506.15841, section on multi-objective tasks).
 //!
 //! Within one source and split, consecutive questions form non-overlapping blocks; what does not fill a block is dropped.
-//! [`document`] gives each task a long document: [`evidence`] says which passages tell its answers, [`filler`] cuts prose into
+//! [`answered`] leaves out what a policy knows. [`document`] gives each task a long document: [`evidence`] says which passages tell its answers, [`filler`] cuts prose into
 //! others, [`library`] keeps them all on disk, [`plan`] chooses and orders those of one document.
 
+mod answered;
 mod document;
 mod evidence;
 mod filler;
@@ -22,6 +23,7 @@ use mempo_run::{Input, ResultExt, Stage, StageArgs, seed_of};
 use serde::Serialize;
 use serde_json::{Value, json};
 
+use self::answered::Answered;
 use self::document::{Collection, DocumentOptions};
 use crate::question::{COLUMNS, Defaults, Question};
 use crate::rows;
@@ -51,6 +53,11 @@ pub(crate) struct ComposeArguments {
     /// Take the questions in an order drawn from the seed instead of the files' order
     #[arg(long)]
     shuffle: bool,
+    /// Leave out the questions that rollouts on other tasks answered in some trajectory (a gold answer stands in the one given, or the
+    /// other way round), such as closed-book ones on tasks of one question (MemAgent's filter)
+    #[arg(long, value_names = ["TASKS", "ROLLOUTS"], num_args = 2)]
+    #[serde(skip)]
+    unless_answered: Vec<PathBuf>,
     /// Stop after this many tasks
     #[arg(long, value_name = "N")]
     max_tasks: Option<NonZeroUsize>,
@@ -78,6 +85,7 @@ struct Counts {
     questions: u64,
     rejected_answers: u64,
     rejected_questions: u64,
+    answered_questions: u64,
 }
 
 /// Runs `compose`.
@@ -85,8 +93,10 @@ pub(crate) fn run(arguments: &ComposeArguments) -> anyhow::Result<()> {
     arguments.stage.check_free()?;
     let mut inputs = vec![Input::files("questions", &arguments.questions)?];
     inputs.extend(arguments.long.inputs()?);
+    let answered = Answered::open(&arguments.unless_answered)?;
+    let known = answered.as_ref().map(Answered::questions).transpose()?.unwrap_or_default();
     let mut collection = arguments.long.collect(&arguments.stage.out)?;
-    let (questions, counts) = read_questions(arguments, collection.as_mut()).bad_input()?;
+    let (questions, counts) = read_questions(arguments, collection.as_mut(), &known).bad_input()?;
     let blocks = blocks(&questions, arguments);
     let composed = blocks.len() * arguments.objectives.get();
     let n = arguments.objectives;
@@ -96,7 +106,7 @@ pub(crate) fn run(arguments: &ComposeArguments) -> anyhow::Result<()> {
     let tasks: Vec<Task> = blocks.iter().enumerate().map(|(i, block)| task(i, block, &questions, arguments)).collect();
     let documents =
         collection.map(|collection| collection.finish(arguments, &blocks, &tasks)).transpose().bad_input()?;
-    let inputs: Vec<&Input> = inputs.iter().collect();
+    let inputs: Vec<&Input> = inputs.iter().chain(answered.iter().flat_map(Answered::inputs)).collect();
     let Some(stage) = Stage::open("mempo-rollout", "compose", &arguments.stage, arguments, &inputs)? else {
         return Ok(());
     };
@@ -106,6 +116,10 @@ pub(crate) fn run(arguments: &ComposeArguments) -> anyhow::Result<()> {
         "rejected_questions": counts.rejected_questions,
         "unused_questions": questions.len() - composed,
     });
+    if answered.is_some() {
+        summary["answered_questions"] = counts.answered_questions.into();
+        tracing::info!("{} questions left out that were answered", counts.answered_questions);
+    }
     tracing::info!(
         "{} tasks of {n} from {} questions; {} not used, {} without an answer free of `;`",
         tasks.len(),
@@ -136,6 +150,7 @@ fn write_tasks(arguments: &ComposeArguments, stage: &Stage, tasks: &[Task]) -> a
 fn read_questions(
     arguments: &ComposeArguments,
     mut collection: Option<&mut Collection>,
+    known: &HashSet<String>,
 ) -> anyhow::Result<(Vec<Question>, Counts)> {
     let mut questions = Vec::new();
     let mut counts = Counts::default();
@@ -150,13 +165,17 @@ fn read_questions(
         let before = counts.questions;
         for row in rows::read(path, &wanted)? {
             let row = row?;
-            let (question, rejected) = Question::parse(&row, &defaults)?;
+            let (parsed, rejected) = Question::parse(&row, &defaults)?;
+            counts.rejected_questions += u64::from(parsed.is_none());
+            let is_known =
+                |question: &Question| question.objectives.iter().any(|asked| known.contains(&asked.question));
+            counts.answered_questions += u64::from(parsed.as_ref().is_some_and(is_known));
+            let question = parsed.filter(|question| !is_known(question));
             if let Some(collection) = &mut collection {
                 collection.add(&row, question.is_some())?;
             }
             counts.questions += 1;
             counts.rejected_answers += rejected;
-            counts.rejected_questions += u64::from(question.is_none());
             questions.extend(question);
         }
         ensure_rows(path, counts.questions - before)?;

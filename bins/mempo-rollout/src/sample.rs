@@ -231,7 +231,7 @@ pub(crate) fn run(mut arguments: SampleArguments) -> anyhow::Result<()> {
     arguments.stage.stage().check_free()?;
     let context = context_policy(&arguments.context).usage()?;
     arguments.check_from(&*context)?;
-    let table = arguments.tools.table(context.reads_documents())?;
+    let table = arguments.tools.table(&*context)?;
     let inputs = Inputs::open(&arguments)?;
     let task_files = inputs.tasks.table("tasks")?;
     let recorded_tools = arguments.tools.recorded(&table);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::anyhow;
 use clap::{Args, ValueEnum};
-use mempo_agent::{BuiltIn, Calculator, Search, SearchTool, Tool, ToolNames, ToolTable, Toolbox};
+use mempo_agent::{BuiltIn, Calculator, ContextPolicy, Search, SearchTool, Tool, ToolNames, ToolTable, Toolbox};
 use mempo_data::{AnsweredQuery, Document, Row};
 use mempo_run::{Input, ResultExt};
 use mempo_text::{Profile, ToolSpec};
@@ -100,11 +100,11 @@ impl ToolOptions {
         }
     }
 
-    /// The tools, by name; none where documents are read.
-    pub(crate) fn table(&self, reads_documents: bool) -> anyhow::Result<ToolTable> {
+    /// The tools, by name; none where documents are read. Who answers at once is told of `search` only where there is one.
+    pub(crate) fn table(&self, context: &dyn ContextPolicy) -> anyhow::Result<ToolTable> {
         match &self.search {
-            None if reads_documents => return Ok(ToolTable::default()),
-            Some(_) if reads_documents => {
+            None if context.reads_documents() => return Ok(ToolTable::default()),
+            Some(_) if context.reads_documents() => {
                 return Err(anyhow!("--search is given, but --context reads the tasks' documents")).usage();
             }
             _ => {}
@@ -112,6 +112,10 @@ impl ToolOptions {
         let mut table = self.names.read().bad_input()?;
         http_tool::check_urls(&mut table.named)?;
         match (table.built_in.contains(&BuiltIn::Search), &self.search) {
+            (true, None) if context.answers_at_once() => {
+                table.built_in.retain(|tool| *tool != BuiltIn::Search);
+                Ok(table)
+            }
             (true, None) => {
                 Err(anyhow!("the tool `search` needs --search DIR or URL; --tools names other tools")).usage()
             }

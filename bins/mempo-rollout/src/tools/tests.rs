@@ -289,6 +289,9 @@ fn tools_by_name_stand_in_the_prompt_and_the_manifest_and_are_called() {
     let recorded = setting.manifest("sums")["arguments"].clone();
     assert_eq!((&recorded["tools"][0]["name"], recorded.get("tool_urls")), (&json!("calculator"), None));
     assert!(setting.rows::<Trajectory>("sums").iter().all(|row| row.format_valid), "a wrong sum is no wrong format");
+    setting.sample("at-once", "--context closed-book --profile react").unwrap();
+    let prompt = tokenizer.decode(&setting.rows::<Step>("at-once")[0].prompt_ids);
+    assert!(!prompt.contains("Searches a document collection"), "closed book needs no search: {prompt}");
     for (more, told) in [
         ("--tools calculator --search @index", "does not name `search`"),
         ("--tools search", "needs --search"),
