@@ -125,6 +125,10 @@ pub const SMALL_UNITS: &[&str] = &[
     "mempo-score advantages --rollouts rollouts --scores scores --out advantages",
     "mempo-rl train --rollouts rollouts --advantages advantages --logprobs logprobs --model sft --dtype f32 \
      --device cpu --threads 1 --epochs 2 --trajectories-per-step 16 --save-every 3 --out policy",
+    "mempo-rollout compose --document --questions questions.jsonl --documents corpus.jsonl --tokenizer base --objectives 2 \
+     --document-tokens 120 240 --out documents",
+    "mempo-rollout sample --tasks documents --model sft --context memagent --chunk-tokens 60 --group-size 2 --tasks-per-unit 7 \
+     --max-completion-tokens 10 --threads 1 --dtype f32 --device cpu --out readings",
 ];
 
 /// A stage's command line.
@@ -132,7 +136,7 @@ pub const SMALL_UNITS: &[&str] = &[
 pub struct Stage {
     /// The whole line.
     pub line: String,
-    /// What it does: `sample`.
+    /// What it does: `rollout sample`, or `rollout sample, document`.
     pub name: String,
     /// The folder that it writes.
     pub out: String,
@@ -152,7 +156,9 @@ pub fn stages(lines: &[&str]) -> Vec<Stage> {
         let line = line.replace("PROFILE", &profile);
         let words: Vec<&str> = line.split_whitespace().collect();
         let (program, command) = (words[0].trim_start_matches("mempo-"), words[1]);
-        Stage { name: format!("{program} {command}"), out: words[words.len() - 1].to_owned(), line: line.clone() }
+        let reads = line.contains("--document ") || line.contains("--context memagent");
+        let name = format!("{program} {command}{}", if reads { ", document" } else { "" });
+        Stage { name, out: words[words.len() - 1].to_owned(), line: line.clone() }
     };
     lines.iter().map(stage).collect()
 }

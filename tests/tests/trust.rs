@@ -15,7 +15,17 @@ fn shards_give_the_bytes_of_the_whole() {
     let bench = Bench::new(folder.path()).unwrap();
     let cut = |stage: &&Stage| [1, 2, 7].map(|count| shard_trial(&bench, stage, count).unwrap()).contains(&true);
     let cut: Vec<&str> = bench.stages().iter().filter(cut).map(|stage| stage.name.as_str()).collect();
-    assert_eq!(cut, ["sft build", "rollout sample", "score segments", "score logprobs", "score advantages"]);
+    assert_eq!(
+        cut,
+        [
+            "sft build",
+            "rollout sample",
+            "score segments",
+            "score logprobs",
+            "score advantages",
+            "rollout sample, document",
+        ]
+    );
 }
 
 #[test]
