@@ -182,7 +182,7 @@ impl Group {
         for end in 1..=self.members.len() {
             let (mut cheapest, mut trunk) = ((f64::INFINITY, 0), 0);
             for start in (0..end).rev() {
-                let (count, width) = (end - start, self.members[start].own);
+                let (count, width) = (end - start, self.members[start].own.max(1));
                 trunk = trunk.max(self.members[start].shared);
                 if count > 1 && count * width > budget(trunk) {
                     break;
