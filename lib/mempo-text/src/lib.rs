@@ -9,6 +9,7 @@ pub mod answer;
 mod byte_table;
 mod encoder;
 mod error;
+mod fold;
 mod json;
 mod namespaces;
 mod neutralise;
@@ -23,6 +24,7 @@ mod words;
 
 pub use encoder::EncoderTokenizer;
 pub use error::Error;
+pub use fold::fold;
 pub use json::python_json;
 pub use neutralise::{PROTOCOL_TAGS, neutralise};
 pub use profile::{AnswerForm, Hint, MemoryRule, Profile, Tags, Turns};

@@ -1,6 +1,7 @@
 //! All passages that documents can be made of, on disk; in memory 16 bytes each.
 //!
-//! Passages are told apart by title and text: what comes again is one passage. Their texts lie one after another in a file without
+//! Passages are told apart by title and text: what comes again is one passage, also with other white space, in capitals or with
+//! other code points for the same letters, and stands as it came first. Their texts lie one after another in a file without
 //! a name beside the output, as large as they are, which goes with the process. While they are added, 16 bytes more each tell
 //! what has come before. Tokens are counted when they are first asked for.
 
@@ -13,7 +14,7 @@ use std::path::Path;
 
 use anyhow::{Context, anyhow};
 use mempo_run::seed_of;
-use mempo_text::Tokenizer;
+use mempo_text::{Tokenizer, fold};
 
 /// What stands between passages.
 pub(crate) const SEPARATOR: &str = "\n\n";
@@ -59,7 +60,7 @@ impl Shelf {
         }
         let body = if title.is_empty() { text.to_owned() } else { format!("{title}\n{text}") };
         let next = u32::try_from(self.entries.len()).map_err(|_| anyhow!("more than 4294967295 passages"))?;
-        let number = *self.by_fingerprint.entry(seed_of(0, &[&body])).or_insert(next);
+        let number = *self.by_fingerprint.entry(seed_of(0, &[&fold(&body)])).or_insert(next);
         if number == next {
             let bytes = u32::try_from(body.len()).map_err(|_| anyhow!("`{title}`: a passage of 4 GiB or more"))?;
             self.file.write_all(body.as_bytes()).context("passages beside --out")?;
@@ -158,6 +159,8 @@ mod tests {
             [add("A", " é one "), add("", "two"), add("A", "é one"), add("B", " ")],
             [Some(0), Some(1), Some(0), None]
         );
+        let others = [add("A", "é  one"), add("a", "e\u{301}\u{a0}One"), add("A", "é on e")];
+        assert_eq!(others, [Some(0), Some(0), Some(2)]);
         assert_eq!(fs_err::read_dir(directory.path()).unwrap().count(), 0, "the file has no name");
         let mut library = testing::library(directory.path(), &["é one", "two"], &["three"]);
         assert_eq!((library.documents(), library.filler()), (0..2, 2..3));
