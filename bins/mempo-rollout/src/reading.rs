@@ -9,6 +9,20 @@ use mempo_run::ResultExt;
 use mempo_text::{Carried, PromptBuilder};
 use rayon::prelude::*;
 
+/// Refuses a task without the document that the policy is to read.
+pub(crate) fn check_document(context: &dyn ContextPolicy, task: &Task) -> anyhow::Result<()> {
+    let is_there = task.document_ref.is_some() || task.document.as_deref().is_some_and(|text| !text.is_empty());
+    if context.reads_documents() && !is_there {
+        return Err(without_document(context, task)).bad_input();
+    }
+    Ok(())
+}
+
+fn without_document(context: &dyn ContextPolicy, task: &Task) -> anyhow::Error {
+    let (id, name) = (&task.task_id, context.name());
+    anyhow!("task `{id}` has no document, which --context {name} is to read: see `compose --document`")
+}
+
 /// Refuses chunks that, with the longest memory and a task's question, no prompt has room for: its trajectories would end at
 /// once.
 pub(crate) fn check_chunks(
@@ -45,10 +59,7 @@ pub(crate) fn documents(
     }
     let read = |task: &Task| {
         let text = read_document(tasks_dir, task).bad_input()?;
-        let text = text.filter(|text| !text.is_empty()).ok_or_else(|| {
-            let (id, name) = (&task.task_id, context.name());
-            anyhow!("task `{id}` has no document, which --context {name} is to read: see `compose --document`")
-        });
+        let text = text.filter(|text| !text.is_empty()).ok_or_else(|| without_document(context, task));
         Ok(context.prepare(builder.tokenizer().encode_untrusted(&text.bad_input()?)))
     };
     tasks.par_iter().map(read).collect()

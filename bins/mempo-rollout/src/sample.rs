@@ -341,6 +341,7 @@ fn count_tasks(
         if task.objectives.is_empty() {
             return Err(anyhow!("task `{}` has no objectives: there is nothing to answer", task.task_id)).bad_input();
         }
+        reading::check_document(context, &task)?;
         reading::check_chunks(context, builder, &arguments.sampling, &arguments.limits, &task)?;
         count += 1;
     }

@@ -183,6 +183,24 @@ fn check_stop_strings(directory: &Path) {
 }
 
 #[test]
+fn a_task_without_a_document_is_refused_before_anything_is_written() {
+    let directory = tempfile::tempdir().unwrap();
+    let directory = directory.path();
+    write_inputs(directory);
+    write_model(directory);
+    run(directory, "compose --questions @questions.jsonl --out @tasks").unwrap();
+    for context in ["memagent --chunk-tokens 16", "full-document"] {
+        let line = format!(
+            "sample --tasks @tasks --model @model --context {context} --max-completion-tokens 24 --device cpu --dtype f32 \
+             --threads 1 --out @out"
+        );
+        let (code, text) = fails(directory, &line);
+        assert!(code == 4 && text.contains("has no document"), "{line}: {code}: {text}");
+        assert!(!directory.join("out").exists(), "{line}");
+    }
+}
+
+#[test]
 fn bad_input_is_refused_by_name_before_anything_is_written() {
     let directory = tempfile::tempdir().unwrap();
     let directory = directory.path();
