@@ -64,6 +64,10 @@ pub trait ContextPolicy: Send + Sync {
     fn chunk_tokens(&self) -> Option<usize> {
         None
     }
+    /// The part of a document that a step reads, where it reads one; the last may be shorter than the others.
+    fn chunk<'d>(&self, document: &'d [i32], step: usize) -> Option<&'d [i32]> {
+        document.chunks(self.chunk_tokens()?).nth(step)
+    }
     /// Steps that write a memory each and nothing else; the one after them answers.
     fn reading_steps(&self, _document: &[i32]) -> usize {
         0

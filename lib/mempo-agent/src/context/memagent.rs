@@ -22,7 +22,7 @@ impl ContextPolicy for MemAgent {
     fn carried<'a>(&self, past: &Past<'a>) -> Carried<'a> {
         let written = past.steps.last().and_then(|step| Some((step, memory(step)?)));
         let memory = written.map(|(step, memory)| Cow::Borrowed(&step.completion_ids[memory.range]));
-        let chunk = past.document.chunks(self.chunk_tokens).nth(past.steps.len()).map(Cow::Borrowed);
+        let chunk = self.chunk(past.document, past.steps.len()).map(Cow::Borrowed);
         Carried { memory, chunk, ..Carried::default() }
     }
 
