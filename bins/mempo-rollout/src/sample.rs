@@ -139,14 +139,12 @@ struct Inputs {
 
 impl Inputs {
     fn open(arguments: &SampleArguments) -> anyhow::Result<Self> {
-        let profile = Path::new(arguments.profile());
-        let files = [profile.join("profile.json"), profile.join("system.txt")];
         Ok(Self {
             tasks: Input::stage("tasks", &arguments.tasks)?,
             model: Input::model("model", &arguments.model)?,
             search: arguments.tools.input()?,
             encoder: arguments.tools.encoder()?,
-            profile: if profile.is_dir() { Some(Input::files("profile", &files)?) } else { None },
+            profile: Input::profile(arguments.profile())?,
             from: arguments.from.as_ref().map(|dir| Input::stage("from", dir)).transpose()?,
             only_groups: arguments.only_groups.as_ref().map(|dir| Input::stage("only-groups", dir)).transpose()?,
         })

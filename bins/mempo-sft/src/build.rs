@@ -123,7 +123,7 @@ pub(crate) fn run(arguments: &BuildArguments) -> anyhow::Result<()> {
     let (sources, mut inputs) = find_sources(&arguments.trajectories)?;
     let tasks = arguments.tasks.as_deref().map(|dir| Input::stage("tasks", dir)).transpose()?;
     inputs.push(tokenizer_input(&arguments.tokenizer)?);
-    inputs.extend(profile_input(arguments)?);
+    inputs.extend(arguments.profile.as_deref().map(Input::profile).transpose()?.flatten());
     let all_inputs: Vec<&Input> = inputs.iter().chain(&tasks).collect();
     let settings = Settings {
         format: arguments.input_format,
@@ -370,14 +370,6 @@ fn tokenizer_input(dir: &Path) -> anyhow::Result<Input> {
         return Err(anyhow!("{}: no tokenizer.json; expected a model directory", dir.display())).bad_input();
     }
     Input::files("tokenizer", &files)
-}
-
-fn profile_input(arguments: &BuildArguments) -> anyhow::Result<Option<Input>> {
-    let Some(dir) = arguments.profile.as_deref().map(Path::new).filter(|path| path.is_dir()) else { return Ok(None) };
-    let mut files = fs_err::read_dir(dir)?.map(|entry| Ok(entry?.path())).collect::<anyhow::Result<Vec<_>>>()?;
-    files.retain(|path| path.is_file());
-    files.sort();
-    Ok(Some(Input::files("profile", &files)?))
 }
 
 fn read_tasks(input: &Input) -> anyhow::Result<Tasks> {
