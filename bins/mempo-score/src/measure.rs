@@ -99,7 +99,7 @@ pub(crate) enum By {
     Objectives,
     /// Dataset the task comes from.
     Source,
-    /// Length of the task's document, told apart by doublings.
+    /// Length that the task's document was composed at; where only its own is known, those within a quarter are one.
     DocumentTokens,
 }
 
