@@ -39,7 +39,7 @@ pub(crate) struct ExpertArguments {
     top_k: usize,
     /// The profile whose tags are written and whose form the search results have: a built-in name or a folder
     #[arg(long, value_name = "NAME|DIR", default_value = "mempo")]
-    #[serde(skip)]
+    #[serde(serialize_with = "crate::profile_name")]
     profile: String,
     #[command(flatten)]
     #[serde(skip)]
@@ -60,7 +60,9 @@ pub(crate) fn run(arguments: &ExpertArguments) -> anyhow::Result<()> {
     let tasks = Input::stage("tasks", &arguments.tasks)?;
     let search = Input::stage("search", &arguments.search)?;
     let profile = Profile::load(&arguments.profile).bad_input()?;
-    let Some(stage) = Stage::open("mempo-demo", "expert", &arguments.stage, arguments, &[&tasks, &search])? else {
+    let profile_files = Input::profile(&arguments.profile)?;
+    let inputs: Vec<&Input> = [&tasks, &search].into_iter().chain(&profile_files).collect();
+    let Some(stage) = Stage::open("mempo-demo", "expert", &arguments.stage, arguments, &inputs)? else {
         return Ok(());
     };
     let index = SearchIndex::open(&arguments.search.join("index"), Bm25Options::default()).bad_input()?;

@@ -21,6 +21,8 @@ mod random;
 mod reader;
 mod work;
 
+use std::path::Path;
+
 use clap::{CommandFactory, Parser, Subcommand};
 use mempo_run::{CommonArgs, StandardCommand};
 
@@ -54,6 +56,11 @@ enum Command {
     Standard(StandardCommand),
 }
 
+/// A profile's folder counts by its content (an input's digest), not by its path.
+fn profile_name<S: serde::Serializer>(profile: &str, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(if Path::new(profile).is_dir() { "a folder" } else { profile })
+}
+
 /// Does what the command line asks.
 pub fn run(arguments: Arguments) -> anyhow::Result<()> {
     arguments.common.init();
@@ -65,5 +72,79 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
         Command::Invent(arguments) => invent::run(&arguments),
         Command::Majority(arguments) => majority::run(&arguments),
         Command::Standard(command) => command.run(Arguments::command()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use mempo_data::{Objective, Task, write_rows};
+    use mempo_run::{Stage, StageArgs};
+    use serde_json::json;
+
+    use super::*;
+
+    /// Runs a command line in this process; `@NAME` is a path in the directory, `%NAME` one beside this crate.
+    fn run_line(directory: &Path, line: &str) -> anyhow::Result<()> {
+        let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+        let path = |word: &str| match word.split_at(1) {
+            ("@", name) => directory.join(name).display().to_string(),
+            ("%", name) => here.join(name).display().to_string(),
+            _ => word.to_owned(),
+        };
+        let words = std::iter::once("mempo-demo".to_owned()).chain(line.split_whitespace().map(path));
+        run(Arguments::try_parse_from(words)?)
+    }
+
+    fn write_stage(out: &Path, write: impl Fn(&Stage)) {
+        let arguments = StageArgs { out: out.to_owned(), seed: 0, restart: false, shard: None };
+        let stage = Stage::open("test", "test", &arguments, &json!({}), &[]).unwrap().unwrap();
+        write(&stage);
+        stage.finish(&[], json!({})).unwrap();
+    }
+
+    /// A task with a document, its corpus, and a profile.
+    fn write_inputs(directory: &Path) {
+        let hops = json!([{"query": "capital of Peru", "doc_id": "pe/capital", "value": "Lima"}]);
+        let task = Task {
+            task_id: "t".to_owned(),
+            source: "s".to_owned(),
+            split: "train".to_owned(),
+            question: "What is the capital of Peru?".to_owned(),
+            objectives: vec![Objective { question: "What?".to_owned(), answers: vec!["Lima".to_owned()] }],
+            document: Some("Document 1:\nPeru\ncapital: Lima".to_owned()),
+            document_ref: None,
+            metadata: Some(json!({"rows": [{"mention": "Peru", "attribute": "capital", "hops": hops}]}).to_string()),
+        };
+        let tasks = std::slice::from_ref(&task);
+        write_stage(&directory.join("tasks"), |stage| {
+            stage.write_part("tasks", 0, |file| Ok(write_rows(tasks, file).map(drop)?)).unwrap();
+        });
+        write_stage(&directory.join("search"), |_| ());
+        let row = json!({"doc_id": "pe/capital", "title": "Peru", "text": "capital: Lima"});
+        fs_err::write(directory.join("corpus.jsonl"), row.to_string()).unwrap();
+        fs_err::create_dir(directory.join("profile")).unwrap();
+        for name in ["profile.json", "system.txt"] {
+            let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("profiles/memagent").join(name);
+            fs_err::copy(from, directory.join("profile").join(name)).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_profile_that_was_changed_is_noticed() {
+        let directory = tempfile::tempdir().unwrap();
+        let directory = directory.path();
+        write_inputs(directory);
+        let reader = "reader --tasks @tasks --corpus @corpus.jsonl --model %base --context memagent --profile @profile \
+                      --out @reading";
+        let expert = "expert --tasks @tasks --search @search --profile @profile --out @work";
+        run_line(directory, reader).unwrap();
+        run_line(directory, reader).expect("it is finished already");
+        let no_index = run_line(directory, expert).unwrap_err();
+        assert!(!format!("{no_index:#}").contains("profile"), "{no_index:#}");
+        fs_err::write(directory.join("profile/system.txt"), "Read.").unwrap();
+        for line in [reader, expert] {
+            let error = run_line(directory, line).unwrap_err();
+            assert!(format!("{error:#}").contains("profile"), "{line}: {error:#}");
+        }
     }
 }

@@ -41,7 +41,7 @@ pub(crate) struct ReaderArguments {
     model: PathBuf,
     /// Folder of the profile
     #[arg(long, value_name = "NAME|DIR", default_value = "memagent")]
-    #[serde(skip)]
+    #[serde(serialize_with = "crate::profile_name")]
     profile: String,
     #[command(flatten)]
     #[serde(flatten)]
@@ -67,8 +67,9 @@ pub(crate) fn run(arguments: &ReaderArguments) -> anyhow::Result<()> {
     let (corpus, model) =
         (Input::files("corpus", std::slice::from_ref(&arguments.corpus))?, Input::model("model", &arguments.model)?);
     let profile = Profile::load(&arguments.profile).usage()?;
+    let profile_files = Input::profile(&arguments.profile)?;
     let builder = PromptBuilder::load(&arguments.model, profile, &[]).bad_input()?;
-    let inputs = [&tasks, &corpus, &model];
+    let inputs: Vec<&Input> = [&tasks, &corpus, &model].into_iter().chain(&profile_files).collect();
     let Some(stage) = Stage::open("mempo-demo", "reader", &arguments.stage, arguments, &inputs)? else {
         return Ok(());
     };
@@ -180,8 +181,7 @@ impl Reader<'_> {
         let reading = &mut self.readings[trajectory];
         let count = context.reading_steps(reading.document);
         let text = if reading.step < count {
-            let mut chunks = reading.document.chunks(arguments.context.chunk_tokens());
-            let chunk = chunks.nth(reading.step).unwrap_or_default();
+            let chunk = context.chunk(reading.document, reading.step).unwrap_or_default();
             reading.take_in(&builder.tokenizer().decode(chunk), passages, arguments.forget);
             format!("<mem>{}</mem>", reading.memory.render())
         } else if count == 0 {
