@@ -68,9 +68,11 @@ impl Runtime {
         self.kernels().add_product(sum, left, right);
     }
 
-    /// Whether attention in training keeps its weights `[H,T,T]` of rows of so many tokens for the backward pass.
-    pub fn keeps_attention_weights(&self, tokens: usize) -> bool {
-        self.kernels() == Kernels::Fast && self.device == Device::Cpu && tokens <= WRITTEN_OUT as usize
+    /// Attention weights that a token of a row leaves behind in training, at most, in each layer and head: those of rows up to some
+    /// length are kept for the backward pass on a CPU. None of the rows has more than `longest` tokens.
+    pub fn kept_attention_weights(&self, longest: usize) -> usize {
+        let written_out = self.kernels() == Kernels::Fast && self.device == Device::Cpu;
+        if written_out { longest.min(WRITTEN_OUT as usize) } else { 0 }
     }
 
     pub(crate) fn kernels(&self) -> Kernels {

@@ -30,7 +30,7 @@ impl MemoryBudget {
         let adapters = options.lora.parameter_count(config);
         let trained = adapters.unwrap_or(parameters);
         let is_own_master = runtime.is_f32() && adapters.is_none();
-        let weighed = if runtime.keeps_attention_weights(longest_row) { longest_row } else { 0 };
+        let weighed = runtime.kept_attention_weights(longest_row);
         Self {
             weights: if is_own_master { 0 } else { width * parameters },
             master: 4 * trained,
@@ -75,7 +75,7 @@ fn size(bytes: u64) -> String {
 }
 
 /// Elements a token leaves behind: in each layer both norms' inputs and outputs, queries, keys and values before and
-/// after they are turned, what attention gives (twice: by heads and joined), its weights over `weighed` tokens where they are kept,
+/// after they are turned, what attention gives (twice: by heads and joined), `weighed` of its weights a head,
 /// and the four products of the MLP. With recomputation every layer's input, and one layer in full.
 fn kept_elements(config: &Config, recompute: bool, weighed: usize) -> u64 {
     let queries = config.num_attention_heads * config.head_size();
@@ -133,8 +133,9 @@ mod tests {
         assert_eq!(long.total(4096), long.total(9000));
         assert!(long.describe(4096).ends_with("9000 tokens (the longest row)"), "{}", long.describe(4096));
         assert!(!long.describe(9000).contains("longest"));
-        // On a CPU 28 layers keep 28 heads' weights over the tokens of a row of 512; the kernel for longer rows keeps none.
-        let short = budget("bf16", StateDtype::Bf16, 512);
-        assert_eq!(short.activations_per_token - long.activations_per_token, 2 * 28 * 28 * 512);
+        // On a CPU 28 layers keep 28 heads' weights over the tokens of a row up to 512; the kernel for longer rows keeps none.
+        let [none, short] = [0, 100].map(|longest| budget("bf16", StateDtype::Bf16, longest).activations_per_token);
+        assert_eq!(short - none, 2 * 28 * 28 * 100);
+        assert_eq!(long.activations_per_token - none, 2 * 28 * 28 * 512);
     }
 }
