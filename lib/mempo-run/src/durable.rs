@@ -161,8 +161,14 @@ fn sync_tree(folder: &Path) -> std::io::Result<()> {
     sync_folder(folder)
 }
 
-/// An error from writing `path` as a failure with its exit code.
+/// An error from writing `path` as a failure with its exit code, where `temporary` has what was written.
 pub(crate) fn failed(path: &Path, temporary: &Path, source: anyhow::Error) -> anyhow::Error {
+    cannot_write(path, || size(temporary), source)
+}
+
+/// An error from writing `path`, to which so many bytes had been written, as a failure with its exit code; one that already is a
+/// [`Failure`] stays what it is.
+pub fn cannot_write(path: &Path, written: impl FnOnce() -> u64, source: anyhow::Error) -> anyhow::Error {
     if Failure::is_in(&source) {
         return source;
     }
@@ -176,7 +182,7 @@ pub(crate) fn failed(path: &Path, temporary: &Path, source: anyhow::Error) -> an
     let is_full =
         matches!(io_error.kind(), ErrorKind::StorageFull | ErrorKind::QuotaExceeded) || free < NEXT_TO_NOTHING;
     let room = if is_full {
-        let written = size(temporary);
+        let written = written();
         format!(" (needs more than {written} bytes, {free} are free: make room and run the same command again)")
     } else {
         String::new()

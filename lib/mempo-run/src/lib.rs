@@ -48,6 +48,7 @@ mod thin;
 pub use args::{CommonArgs, LogFormat, Shard, ShardedStageArgs, StageArgs};
 pub use check::{finished, is_under_way, verify};
 pub use digest::seed_of;
+pub use durable::cannot_write;
 pub use failure::{Failure, ResultExt, exit_code, main};
 pub use input::Input;
 pub use interrupt::check as check_interrupt;

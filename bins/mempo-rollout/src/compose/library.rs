@@ -10,10 +10,10 @@ use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, anyhow};
-use mempo_run::seed_of;
+use mempo_run::{cannot_write, seed_of};
 use mempo_text::{Tokenizer, fold};
 
 /// What stands between passages.
@@ -29,6 +29,8 @@ struct Entry {
 
 /// Takes passages in.
 pub(crate) struct Shelf {
+    /// What the file was called.
+    path: PathBuf,
     file: BufWriter<File>,
     entries: Vec<Entry>,
     by_fingerprint: HashMap<u64, u32>,
@@ -41,10 +43,13 @@ impl Shelf {
         let out = std::path::absolute(out)?;
         let folder = out.ancestors().skip(1).find(|folder| folder.is_dir()).unwrap_or(Path::new("/"));
         let path = folder.join(format!(".mempo-passages-{}", std::process::id()));
-        let file = fs_err::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path)?;
-        fs_err::remove_file(&path)?;
-        let file = BufWriter::new(file.into_parts().0);
-        Ok(Self { file, entries: Vec::new(), by_fingerprint: HashMap::new(), end: 0 })
+        let open = || -> std::io::Result<File> {
+            let file = fs_err::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path)?;
+            fs_err::remove_file(&path)?;
+            Ok(file.into_parts().0)
+        };
+        let file = BufWriter::new(open().map_err(|error| cannot_write(&path, || 0, error.into()))?);
+        Ok(Self { path, file, entries: Vec::new(), by_fingerprint: HashMap::new(), end: 0 })
     }
 
     /// Passages so far.
@@ -63,7 +68,8 @@ impl Shelf {
         let number = *self.by_fingerprint.entry(seed_of(0, &[&fold(&body)])).or_insert(next);
         if number == next {
             let bytes = u32::try_from(body.len()).map_err(|_| anyhow!("`{title}`: a passage of 4 GiB or more"))?;
-            self.file.write_all(body.as_bytes()).context("passages beside --out")?;
+            let (path, end) = (&self.path, self.end);
+            self.file.write_all(body.as_bytes()).map_err(|error| cannot_write(path, || end, error.into()))?;
             self.entries.push(Entry { offset: self.end, bytes, tokens: 0 });
             self.end += u64::from(bytes);
         }
@@ -72,8 +78,8 @@ impl Shelf {
 
     /// Ends the taking in. Passages from `filler_from` on are the filler.
     pub(crate) fn close(self, filler_from: u32, tokenizer: Tokenizer) -> anyhow::Result<Library> {
-        let file =
-            self.file.into_inner().map_err(std::io::IntoInnerError::into_error).context("passages beside --out")?;
+        let (path, end) = (self.path, self.end);
+        let file = self.file.into_inner().map_err(|error| cannot_write(&path, || end, error.into_error().into()))?;
         Ok(Library { file, entries: self.entries, filler_from, tokenizer })
     }
 }
