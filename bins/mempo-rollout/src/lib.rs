@@ -26,6 +26,8 @@ mod server;
 mod show;
 mod stored;
 mod tally;
+#[cfg(test)]
+mod testing;
 mod tools;
 mod top_up;
 mod vectors;

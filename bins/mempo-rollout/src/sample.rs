@@ -144,7 +144,7 @@ impl Inputs {
             model: Input::model("model", &arguments.model)?,
             search: arguments.tools.input()?,
             encoder: arguments.tools.encoder()?,
-            profile: Input::profile(arguments.profile())?,
+            profile: Profile::files(arguments.profile()).map(|files| Input::files("profile", &files)).transpose()?,
             from: arguments.from.as_ref().map(|dir| Input::stage("from", dir)).transpose()?,
             only_groups: arguments.only_groups.as_ref().map(|dir| Input::stage("only-groups", dir)).transpose()?,
         })

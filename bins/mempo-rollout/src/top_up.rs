@@ -107,30 +107,11 @@ fn rows<R: Row>(parts: &[PathBuf], unit: usize) -> anyhow::Result<Vec<R>> {
 
 #[cfg(test)]
 mod tests {
-    use mempo_data::Status;
-
     use super::*;
+    use crate::testing::trajectory;
 
     fn row(index: i32, reward: Option<f32>) -> Trajectory {
-        Trajectory {
-            task_id: "a".to_owned(),
-            trajectory_index: index,
-            step_count: 1,
-            status: Status::Ok,
-            answer: None,
-            format_valid: true,
-            exact_match: vec![0.0],
-            f1: vec![0.0],
-            reward,
-            generated_tokens: 1,
-            processed_tokens: 1,
-            unique_tokens: 1,
-            peak_tokens: 1,
-            tool_calls: 0,
-            error: None,
-            policy: "p".to_owned(),
-            seed: 0,
-        }
+        Trajectory { reward, ..trajectory("a", index) }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use anyhow::{Context, anyhow};
 use mempo_agent::{ContextOptions, ToolNames};
 use mempo_data::{SftExample, Task, read_rows, write_rows};
 use mempo_run::{Input, ResultExt, ShardedStageArgs, Stage};
-use mempo_text::ToolSpec;
+use mempo_text::{Profile, ToolSpec};
 use rayon::prelude::*;
 use serde::Serialize;
 use tracing::{info, warn};
@@ -123,7 +123,8 @@ pub(crate) fn run(arguments: &BuildArguments) -> anyhow::Result<()> {
     let (sources, mut inputs) = find_sources(&arguments.trajectories)?;
     let tasks = arguments.tasks.as_deref().map(|dir| Input::stage("tasks", dir)).transpose()?;
     inputs.push(tokenizer_input(&arguments.tokenizer)?);
-    inputs.extend(arguments.profile.as_deref().map(Input::profile).transpose()?.flatten());
+    let profile = arguments.profile.as_deref().and_then(Profile::files);
+    inputs.extend(profile.map(|files| Input::files("profile", &files)).transpose()?);
     let all_inputs: Vec<&Input> = inputs.iter().chain(&tasks).collect();
     let settings = Settings {
         format: arguments.input_format,

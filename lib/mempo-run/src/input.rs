@@ -51,13 +51,6 @@ impl Input {
         Ok(Self { name, dir, digest: digest_of(&records), manifest: None, is_whole_dir: false, is_hashed: true })
     }
 
-    /// The files of a profile that is a folder; one that is built in comes with the program.
-    pub fn profile(name_or_dir: &str) -> anyhow::Result<Option<Self>> {
-        let dir = Path::new(name_or_dir);
-        let files = [dir.join("profile.json"), dir.join("system.txt")];
-        dir.is_dir().then(|| Self::files("profile", &files)).transpose()
-    }
-
     /// A Hugging Face model directory: configuration, weights and their index, tokenizer files, chat template.
     ///
     /// Where a stage wrote it, it must be finished, and these files as they were written.

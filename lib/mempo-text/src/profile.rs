@@ -1,6 +1,6 @@
 //! Profiles: how an agent talks, as files. A profile is `profile.json` beside `system.txt`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -175,15 +175,19 @@ impl Profile {
         if let Some((name, json, system)) = BUILT_IN.iter().find(|(name, ..)| *name == name_or_dir) {
             return Self::parse(name, json, system);
         }
-        let dir = Path::new(name_or_dir);
-        if !dir.is_dir() {
+        let Some([json, system]) = Self::files(name_or_dir) else {
             let names: Vec<&str> = BUILT_IN.iter().map(|(name, ..)| *name).collect();
             let message = format!("neither built in ({}) nor a folder with profile.json", names.join(", "));
             return Err(Error::Profile { name: name_or_dir.to_owned(), message });
-        }
-        let json = fs_err::read_to_string(dir.join("profile.json"))?;
-        let system = fs_err::read_to_string(dir.join("system.txt"))?;
-        Self::parse(name_or_dir, &json, &system)
+        };
+        Self::parse(name_or_dir, &fs_err::read_to_string(json)?, &fs_err::read_to_string(system)?)
+    }
+
+    /// The files of a profile that is a folder; nothing of one that is built in, whatever folders there are.
+    pub fn files(name_or_dir: &str) -> Option<[PathBuf; 2]> {
+        let dir = Path::new(name_or_dir);
+        let is_built_in = BUILT_IN.iter().any(|(name, ..)| *name == name_or_dir);
+        (!is_built_in && dir.is_dir()).then(|| ["profile.json", "system.txt"].map(|name| dir.join(name)))
     }
 
     /// One search result as the policy reads it; `number` counts from 1.

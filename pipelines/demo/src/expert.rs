@@ -60,7 +60,7 @@ pub(crate) fn run(arguments: &ExpertArguments) -> anyhow::Result<()> {
     let tasks = Input::stage("tasks", &arguments.tasks)?;
     let search = Input::stage("search", &arguments.search)?;
     let profile = Profile::load(&arguments.profile).bad_input()?;
-    let profile_files = Input::profile(&arguments.profile)?;
+    let profile_files = Profile::files(&arguments.profile).map(|files| Input::files("profile", &files)).transpose()?;
     let inputs: Vec<&Input> = [&tasks, &search].into_iter().chain(&profile_files).collect();
     let Some(stage) = Stage::open("mempo-demo", "expert", &arguments.stage, arguments, &inputs)? else {
         return Ok(());

@@ -21,10 +21,9 @@ mod random;
 mod reader;
 mod work;
 
-use std::path::Path;
-
 use clap::{CommandFactory, Parser, Subcommand};
 use mempo_run::{CommonArgs, StandardCommand};
+use mempo_text::Profile;
 
 /// Data of the demonstration: documents, questions, demonstrations, and what the base model learns from.
 ///
@@ -58,7 +57,7 @@ enum Command {
 
 /// A profile's folder counts by its content (an input's digest), not by its path.
 fn profile_name<S: serde::Serializer>(profile: &str, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(if Path::new(profile).is_dir() { "a folder" } else { profile })
+    serializer.serialize_str(if Profile::files(profile).is_some() { "a folder" } else { profile })
 }
 
 /// Does what the command line asks.
@@ -77,6 +76,8 @@ pub fn run(arguments: Arguments) -> anyhow::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use mempo_data::{Objective, Task, write_rows};
     use mempo_run::{Stage, StageArgs};
     use serde_json::json;

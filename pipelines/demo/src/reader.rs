@@ -67,7 +67,7 @@ pub(crate) fn run(arguments: &ReaderArguments) -> anyhow::Result<()> {
     let (corpus, model) =
         (Input::files("corpus", std::slice::from_ref(&arguments.corpus))?, Input::model("model", &arguments.model)?);
     let profile = Profile::load(&arguments.profile).usage()?;
-    let profile_files = Input::profile(&arguments.profile)?;
+    let profile_files = Profile::files(&arguments.profile).map(|files| Input::files("profile", &files)).transpose()?;
     let builder = PromptBuilder::load(&arguments.model, profile, &[]).bad_input()?;
     let inputs: Vec<&Input> = [&tasks, &corpus, &model].into_iter().chain(&profile_files).collect();
     let Some(stage) = Stage::open("mempo-demo", "reader", &arguments.stage, arguments, &inputs)? else {

@@ -17,7 +17,8 @@ impl Answered {
     /// Of two directories.
     pub(crate) fn open(dirs: &[PathBuf]) -> anyhow::Result<Option<Self>> {
         let [tasks, rollouts] = dirs else { return Ok(None) };
-        let (tasks, rollouts) = (Input::stage("answered-tasks", tasks)?, Input::stage("answered", rollouts)?);
+        let (tasks, rollouts) =
+            (Input::stage("unless-answered-tasks", tasks)?, Input::stage("unless-answered", rollouts)?);
         rollouts.check_made_from("tasks", &tasks, "mempo-rollout sample")?;
         Ok(Some(Self { tasks, rollouts }))
     }
@@ -51,11 +52,12 @@ mod tests {
     use std::path::Path;
 
     use clap::Parser;
-    use mempo_data::{Status, write_rows};
+    use mempo_data::write_rows;
     use mempo_run::{Stage, StageArgs};
 
     use super::super::{ComposeArguments, run};
     use super::*;
+    use crate::testing::trajectory;
 
     #[derive(Parser)]
     struct Line {
@@ -77,24 +79,9 @@ mod tests {
         let tasks = Input::stage("tasks", &directory.join("known")).unwrap();
         let stage = StageArgs { out: directory.join("rollouts"), seed: 0, restart: false, shard: None };
         let stage = Stage::open("mempo-rollout", "sample", &stage, &(), &[&tasks]).unwrap().unwrap();
-        let row = |task: usize, trajectory_index: usize| Trajectory {
-            task_id: format!("task-{task:07}"),
-            trajectory_index: trajectory_index as i32,
-            step_count: 1,
-            status: Status::Ok,
-            answer: answers[task][trajectory_index].map(str::to_owned),
-            format_valid: true,
-            exact_match: vec![0.0],
-            f1: vec![0.0],
-            reward: Some(0.0),
-            generated_tokens: 1,
-            processed_tokens: 1,
-            unique_tokens: 1,
-            peak_tokens: 1,
-            tool_calls: 0,
-            error: None,
-            policy: String::new(),
-            seed: 0,
+        let row = |task: usize, index: usize| Trajectory {
+            answer: answers[task][index].map(str::to_owned),
+            ..trajectory(&format!("task-{task:07}"), index as i32)
         };
         let rows: Vec<Trajectory> = (0..answers.len()).flat_map(|task| [row(task, 0), row(task, 1)]).collect();
         stage.write_part("trajectories", 0, |file| Ok(write_rows(&rows, file).map(drop)?)).unwrap();
