@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use serde::Serialize;
 
 use crate::bootstrap::{Cluster, Estimate, RESAMPLES, bootstrap};
+use crate::cost::Cost;
 use crate::measure::{Group, METRICS, TaskFigures};
 
 /// The figures of a group of tasks.
@@ -20,6 +21,9 @@ pub(crate) struct GroupFigures {
     pub(crate) clusters: u64,
     #[serde(serialize_with = "by_name")]
     pub(crate) metrics: Vec<Estimate>,
+    /// What sampling them took, where runs are of one group each.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) cost: Option<Cost>,
 }
 
 /// Writes estimates as a map from metric name, without those that were not asked for.
@@ -128,6 +132,7 @@ fn figures(means: &[Mean<'_>], seeds: usize, group: &Group, minus: Option<&Group
         metrics: bootstrap(&clusters, seed, RESAMPLES, |sums| {
             (0..METRICS.len()).map(|metric| if sums.is_empty() { None } else { estimate(sums, metric) }).collect()
         }),
+        cost: None,
     }
 }
 

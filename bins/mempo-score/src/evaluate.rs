@@ -11,12 +11,12 @@ use mempo_run::{Input, ResultExt, print_data, print_table};
 
 use crate::baseline::{LabelledFile, read_answers};
 use crate::bootstrap::{LEVEL, RESAMPLES};
-use crate::contrast::{group_figures, interaction_figures, paired_figures};
+use crate::contrast::{GroupFigures, group_figures, interaction_figures, paired_figures};
 use crate::facts::Facts;
 use crate::kept::{kept, read_kept};
-use crate::measure::{By, METRICS, Measure, groups_of};
+use crate::measure::{By, Measure, groups_of};
 use crate::measured::{self, Measured};
-use crate::report::{Difference, Intervals, Report, Run, Table};
+use crate::report::{Difference, Figure, Intervals, Report, Run, Table};
 
 /// Report F1, exact match and token counts with intervals, several rollouts side by side
 ///
@@ -49,9 +49,10 @@ pub(crate) struct EvaluateArguments {
     /// means, and no substitute for them
     #[arg(long, value_name = "K")]
     best_of: Option<NonZeroUsize>,
-    /// Print these figures alone, each as a table of runs by groups
-    #[arg(long, value_name = "METRIC", value_delimiter = ',', value_parser = metric)]
-    table: Vec<usize>,
+    /// Print these figures alone, each as a table of runs by groups: metrics, `seconds` and `peak_memory_mib` (by groups
+    /// where each rollout is of one group: one length, say)
+    #[arg(long, value_name = "FIGURE", value_delimiter = ',', value_parser = Figure::of)]
+    table: Vec<Figure>,
     /// What the others are compared with (default: the first)
     #[arg(long, value_name = "LABEL")]
     baseline: Option<String>,
@@ -79,9 +80,9 @@ pub(crate) fn run(arguments: &EvaluateArguments) -> anyhow::Result<()> {
     if arguments.json {
         print_data(&json);
     } else if !arguments.table.is_empty() {
-        for (place, metric) in arguments.table.iter().enumerate() {
+        for (place, figure) in arguments.table.iter().enumerate() {
             print_data(if place > 0 { "\n" } else { "" });
-            print(report.metric_table(*metric));
+            print(report.figure_table(*figure));
         }
     } else {
         print(report.settings_table());
@@ -114,9 +115,12 @@ fn evaluate(arguments: &EvaluateArguments) -> anyhow::Result<Report> {
         write_whole(path, &kept(path, &measured, best_of)?)?;
     }
     let mut with_tasks = false;
-    for task in measured.iter_mut().flat_map(|run| &mut run.tasks) {
-        with_tasks |= task.group.source.is_some();
-        task.group = task.group.only(&arguments.by);
+    for run in &mut measured {
+        with_tasks |= run.tasks.iter().any(|task| task.group.source.is_some());
+        let groups = run.tasks.iter_mut().map(|task| &mut task.group);
+        for group in groups.chain(run.costs.iter_mut().map(|run| &mut run.group)) {
+            *group = group.only(&arguments.by);
+        }
     }
     Ok(Report {
         best_of: Some(best_of).filter(|&count| count > 0),
@@ -148,12 +152,6 @@ fn measure(arguments: &EvaluateArguments, best_of: usize) -> anyhow::Result<Vec<
         measured.push(Measured::of_answers(&rows, file.label.clone(), &measure));
     }
     Ok(measured)
-}
-
-/// The place of a metric by its name.
-fn metric(name: &str) -> Result<usize, String> {
-    let names = || METRICS.iter().map(|metric| metric.name);
-    names().position(|known| known == name).ok_or_else(|| format!("one of {}", names().collect::<Vec<_>>().join(", ")))
 }
 
 /// One label a rollout; where none is given, none stands for two.
@@ -190,11 +188,14 @@ fn report(measured: Vec<Measured>, baseline: &str, with_tasks: bool, seed: u64) 
             .collect(),
     });
     let differences = differences.collect();
+    let figures = |run: &Measured, group| {
+        let cost = run.cost_of(group);
+        GroupFigures { cost, ..group_figures(&run.tasks, group, seed) }
+    };
     let runs = measured.into_iter().map(|run| Run {
-        groups: found.iter().map(|group| group_figures(&run.tasks, group, seed)).collect(),
+        groups: found.iter().map(|group| figures(&run, group)).collect(),
         label: run.label,
         settings: run.settings,
-        cost: run.cost,
         policies: run.policies,
         seeds: run.tasks.iter().map(|task| task.seed).collect::<BTreeSet<_>>().into_iter().collect(),
     });
@@ -219,6 +220,7 @@ mod tests {
     use mempo_run::Failure;
     use serde_json::{Value, json};
 
+    use super::Figure;
     use crate::fixture::{Chain, failure};
 
     #[test]
@@ -327,8 +329,9 @@ mod tests {
         let grown = &found["differences"][0]["interactions"];
         assert_eq!(grown.as_array().unwrap().len(), 1);
         assert_eq!((&grown[0]["group"], &grown[0]["minus"]), (lengths[2], lengths[1]));
-        chain.run(&format!("evaluate {line} --table sub_em.v1,em.v1 --best-of 2")).unwrap();
-        assert!(super::metric("sub_em").unwrap_err().contains("sub_em.v1"));
+        assert!(groups[0]["cost"]["seconds"].as_f64().is_some() && groups[1].get("cost").is_none(), "both in one run");
+        chain.run(&format!("evaluate {line} --table sub_em.v1,seconds,peak_memory_mib --best-of 2")).unwrap();
+        assert!(Figure::of("sub_em").unwrap_err().contains("sub_em.v1"));
 
         chain.tasks[3].metadata = None;
         chain.write();

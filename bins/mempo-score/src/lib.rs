@@ -12,6 +12,7 @@ mod advantages;
 mod baseline;
 mod bootstrap;
 mod contrast;
+mod cost;
 mod credit;
 mod evaluate;
 mod explain;

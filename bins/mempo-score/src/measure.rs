@@ -174,6 +174,25 @@ impl Group {
         }
     }
 
+    /// What both say; nothing where they differ.
+    pub(crate) fn shared(&self, other: &Self) -> Self {
+        Self {
+            objectives: self.objectives.filter(|_| self.objectives == other.objectives),
+            source: self.source.clone().filter(|_| self.source == other.source),
+            document_tokens: self.document_tokens.filter(|_| self.document_tokens == other.document_tokens),
+        }
+    }
+
+    /// Whether no task can be of both.
+    pub(crate) fn excludes(&self, other: &Self) -> bool {
+        fn differ<T: PartialEq>(own: Option<&T>, other: Option<&T>) -> bool {
+            own.is_some() && other.is_some() && own != other
+        }
+        differ(self.objectives.as_ref(), other.objectives.as_ref())
+            || differ(self.source.as_ref(), other.source.as_ref())
+            || differ(self.document_tokens.as_ref(), other.document_tokens.as_ref())
+    }
+
     pub(crate) fn holds(&self, task: &TaskFigures) -> bool {
         *self == Self::default() || *self == task.group
     }

@@ -1,7 +1,6 @@
 //! An evaluation as tables for the terminal and as JSON.
 
-use mempo_run::Manifest;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::bootstrap::Estimate;
 use crate::contrast::GroupFigures;
@@ -35,33 +34,10 @@ pub(crate) struct Run {
     pub(crate) label: String,
     /// How it was sampled; nothing for answers from a file.
     pub(crate) settings: Option<Settings>,
-    pub(crate) cost: Cost,
     /// Digests of the checkpoints that sampled.
     pub(crate) policies: Vec<String>,
     pub(crate) seeds: Vec<u64>,
     pub(crate) groups: Vec<GroupFigures>,
-}
-
-/// What sampling took, of all runs of a name.
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
-pub(crate) struct Cost {
-    /// Seconds; of a run that was interrupted, those of its last process.
-    pub(crate) seconds: f64,
-    /// The most memory that a process had in RAM at a time.
-    pub(crate) peak_memory_bytes: Option<u64>,
-}
-
-impl Cost {
-    /// What a stage's manifest says.
-    pub(crate) fn of(manifest: &Manifest) -> Self {
-        Self { seconds: manifest.wall_seconds, peak_memory_bytes: manifest.peak_memory_bytes }
-    }
-
-    /// Takes in that of another run.
-    pub(crate) fn add(&mut self, other: &Self) {
-        self.seconds += other.seconds;
-        self.peak_memory_bytes = self.peak_memory_bytes.max(other.peak_memory_bytes);
-    }
 }
 
 /// `label - baseline` over the tasks and seeds that both have.
@@ -75,11 +51,59 @@ pub(crate) struct Difference {
     pub(crate) interactions: Vec<GroupFigures>,
 }
 
+/// What can be told of a group of tasks.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Figure {
+    /// Of these [`METRICS`].
+    Metric(usize),
+    Seconds,
+    PeakMemory,
+}
+
+impl Figure {
+    fn all() -> impl Iterator<Item = Self> {
+        (0..METRICS.len()).map(Self::Metric).chain([Self::Seconds, Self::PeakMemory])
+    }
+
+    fn key(self) -> &'static str {
+        match self {
+            Self::Metric(metric) => METRICS[metric].name,
+            Self::Seconds => "seconds",
+            Self::PeakMemory => "peak_memory_mib",
+        }
+    }
+
+    /// That of a name.
+    pub(crate) fn of(name: &str) -> Result<Self, String> {
+        let names = || Self::all().map(Self::key).collect::<Vec<_>>().join(", ");
+        Self::all().find(|figure| figure.key() == name).ok_or_else(|| format!("one of {}", names()))
+    }
+
+    fn is_known(self, of: &GroupFigures) -> bool {
+        match self {
+            Self::Metric(metric) => of.metrics[metric].value.is_some(),
+            Self::Seconds => of.cost.is_some(),
+            Self::PeakMemory => of.cost.as_ref().is_some_and(|cost| cost.peak_memory_bytes.is_some()),
+        }
+    }
+
+    /// What a table says of it; of differences that are `signed`.
+    fn cell(self, of: &GroupFigures, signed: bool) -> String {
+        let cost = of.cost.as_ref();
+        let known = match self {
+            Self::Metric(metric) => return render_estimate(METRICS[metric].share, of.metrics[metric], signed),
+            Self::Seconds => cost.map(|cost| format!("{:.0}", cost.seconds)),
+            Self::PeakMemory => cost.and_then(|cost| cost.peak_memory_bytes).map(|bytes| (bytes >> 20).to_string()),
+        };
+        known.unwrap_or_else(|| "-".to_owned())
+    }
+}
+
 /// Header and rows.
 pub(crate) type Table = (Vec<String>, Vec<Vec<String>>);
 
 impl Report {
-    /// How each run was sampled and what that took, one column a run.
+    /// How each run was sampled, one column a run.
     pub(crate) fn settings_table(&self) -> Table {
         let row = |name: &str, value: &dyn Fn(&Run) -> Option<String>| {
             let cells = self.runs.iter().map(|run| value(run).unwrap_or_else(|| "-".to_owned()));
@@ -104,8 +128,6 @@ impl Report {
             row("group_size", &setting(|settings| settings.group_size.to_string())),
             row("policy", &policies),
             row("seed", &seeds),
-            row("seconds", &|run| run.settings.as_ref().map(|_| format!("{:.0}", run.cost.seconds))),
-            row("peak memory, MiB", &|run| run.cost.peak_memory_bytes.map(|bytes| (bytes >> 20).to_string())),
         ];
         let labels = self.runs.iter().map(|run| run.label.clone());
         (std::iter::once("setting".to_owned()).chain(labels).collect(), rows)
@@ -119,18 +141,19 @@ impl Report {
     }
 
     /// One figure of every run, a row a run, a column a group.
-    pub(crate) fn metric_table(&self, metric: usize) -> Table {
+    pub(crate) fn figure_table(&self, figure: Figure) -> Table {
         let groups = self.runs.first().map_or(&[][..], |run| &run.groups);
-        let header =
-            std::iter::once(self.metric_name(metric)).chain(groups.iter().map(|found| render_group(&found.group)));
+        let name = self.name(figure);
+        let header = std::iter::once(name).chain(groups.iter().map(|found| render_group(&found.group)));
         let row = |run: &Run| {
-            let cell = |found: &GroupFigures| render_estimate(METRICS[metric].share, found.metrics[metric], false);
-            std::iter::once(run.label.clone()).chain(run.groups.iter().map(cell)).collect()
+            let cells = run.groups.iter().map(|found| figure.cell(found, false));
+            std::iter::once(run.label.clone()).chain(cells).collect()
         };
         (header.collect(), self.runs.iter().map(row).collect())
     }
 
-    fn metric_name(&self, metric: usize) -> String {
+    fn name(&self, figure: Figure) -> String {
+        let Figure::Metric(metric) = figure else { return figure.key().to_owned() };
         let Metric { name, share, best, .. } = &METRICS[metric];
         let best = self.best_of.filter(|_| *best).map(|count| format!(", best of {count}")).unwrap_or_default();
         format!("{name}{}{best}", if *share { ", %" } else { "" })
@@ -154,13 +177,10 @@ impl Report {
         self.differences.iter().map(column).collect()
     }
 
-    /// Rows are the metrics of each group, but for those that are known of none; `signed` figures are differences.
+    /// Rows are the figures of each group, but for those that are known of none; `signed` ones are differences.
     fn figures(&self, columns: &[Column<'_>], signed: bool) -> Table {
-        let known = |metric: usize| {
-            let mut figures = columns.iter().flat_map(|column| column.groups);
-            figures.any(|figures| figures.metrics[metric].value.is_some())
-        };
-        let metrics: Vec<usize> = (0..METRICS.len()).filter(|metric| known(*metric)).collect();
+        let is_known = |figure: &Figure| columns.iter().flat_map(|column| column.groups).any(|of| figure.is_known(of));
+        let known: Vec<Figure> = Figure::all().filter(is_known).collect();
         let mut rows = Vec::new();
         for (place, first) in columns.first().map_or(&[][..], |column| column.groups).iter().enumerate() {
             let minus = first.minus.as_ref().map(|minus| format!(" - {}", render_group(minus)));
@@ -171,10 +191,8 @@ impl Report {
             };
             push("tasks", &|figures| figures.tasks.to_string());
             push("trajectories", &|figures| figures.trajectories.to_string());
-            for &metric in &metrics {
-                push(&self.metric_name(metric), &|figures| {
-                    render_estimate(METRICS[metric].share, figures.metrics[metric], signed)
-                });
+            for figure in &known {
+                push(&self.name(*figure), &|figures| figure.cell(figures, signed));
             }
         }
         let names = columns.iter().map(|column| column.name.clone());
@@ -217,7 +235,7 @@ mod tests {
     fn figures(group: Group, value: f64) -> GroupFigures {
         let estimate = |metric: &Metric| Estimate { value: (!metric.best).then_some(value), low: None, high: None };
         let metrics = METRICS.iter().map(estimate).collect();
-        GroupFigures { group, minus: None, seeds: 1, tasks: 3, trajectories: 6, clusters: 3, metrics }
+        GroupFigures { group, minus: None, seeds: 1, tasks: 3, trajectories: 6, clusters: 3, metrics, cost: None }
     }
 
     #[test]
@@ -225,23 +243,16 @@ mod tests {
         let run = |label: &str, values: [f64; 2]| {
             let long = Group { document_tokens: Some(14_000), ..Group::default() };
             let groups = vec![figures(Group::default(), values[0]), figures(long, values[1])];
-            Run {
-                label: label.to_owned(),
-                settings: None,
-                cost: Cost::default(),
-                policies: vec![],
-                seeds: vec![],
-                groups,
-            }
+            Run { label: label.to_owned(), settings: None, policies: vec![], seeds: vec![], groups }
         };
         let intervals = Intervals { method: "", clusters: "task", level: LEVEL, resamples: 0, seed: 0 };
         let runs = vec![run("before", [0.5, 0.25]), run("after", [0.75, 0.7])];
         let report = Report { intervals, best_of: Some(5), runs, differences: vec![] };
-        let place = |name| METRICS.iter().position(|metric| metric.name == name).unwrap();
-        let (header, rows) = report.metric_table(place("sub_em.v1"));
+        let table = |name| report.figure_table(Figure::of(name).unwrap());
+        let (header, rows) = table("sub_em.v1");
         assert_eq!(header, ["sub_em.v1, %", "all", "document_tokens=14000"]);
         assert_eq!(rows, [["before", "50.0", "25.0"], ["after", "75.0", "70.0"]]);
-        let (header, rows) = report.metric_table(place("sub_em_best.v1"));
+        let (header, rows) = table("sub_em_best.v1");
         assert_eq!((header[0].as_str(), rows[0][1].as_str()), ("sub_em_best.v1, %, best of 5", "-"));
         let (_, rows) = report.figures_table();
         assert_eq!(
