@@ -43,7 +43,7 @@ schemas:
     MEMPO_UPDATE_SCHEMAS=1 cargo test --locked --package mempo-data schema
 
 # hold golden files and reference values, and the engine on model directories, to transformers and the formulas
-parity *models="pipelines/demo/base qwen2 qwen3 llama": (setup "python")
+parity *models="pipelines/demo/base qwen2 qwen3 llama": (setup "python") (setup "prose")
     .tools/python/bin/python lib/mempo-text/tests/golden/make.py --check
     .tools/python/bin/python lib/mempo-model/tests/golden/make.py --check
     .tools/python/bin/python lib/mempo-model/tests/golden/make_encoder.py --check
@@ -109,7 +109,7 @@ bench-reading *lengths="7000 112000 448000": build
     python3 tools/setup.py novels
     {{ just_executable() }} memagent-demo questions
     target/debug/mempo-sft init --config pipelines/demo/base-config.json --corpus runs/demo-1/data/corpus.jsonl --added-tokens pipelines/demo/added-tokens.json --out runs/bench-reading-model
-    python3 tools/peers/reading.py target/debug runs/bench-reading-model pipelines/demo/profiles/memagent runs/demo-1/data/corpus.jsonl runs/memagent-demo/questions-test.jsonl 160 {{ env('MEMPO_TRAJECTORIES', '4') }} {{ lengths }}
+    python3 tools/peers/reading.py target/debug runs/bench-reading-model pipelines/demo/profiles/memagent runs/demo-1/data/corpus.jsonl runs/memagent-demo/questions-test.jsonl {{ env('MEMPO_CHUNK', '160') }} {{ env('MEMPO_TRAJECTORIES', '4') }} {{ lengths }}
 
 # time, memory and disk of `mempo-rollout index` for made-up passages, by words, of the demo's documents by MiniLM's vectors, and time of a search among a million vectors
 bench-index profile="release" *passages="100000 1000000": (setup "minilm") (setup "factbook")

@@ -6,6 +6,7 @@ gradient of every parameter within 1e-5 of its norm (to a reference in f64), of 
 transformers' own where that is more.
 """
 
+import json
 import math
 import random
 import sys
@@ -20,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = 50
 LONGEST = 4096
+TEXTS = 10
 SMALL = dict(vocab_size=2000, hidden_size=96, intermediate_size=160, num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
              max_position_embeddings=LONGEST, initializer_range=0.08, eos_token_id=None, bos_token_id=None, pad_token_id=None)
 FAMILIES = {
@@ -43,11 +45,12 @@ def random_model(family, folder):
 
 
 def text_ids(directory, config):
-    """Random ones for a model without a tokenizer, or else this repository's prose. Without the padding id, whose embedding transformers gives no gradient."""
+    """Random ones for a model without a tokenizer, or else prose of Wikipedia. Without the padding id, whose embedding transformers gives no gradient."""
     if not (Path(directory) / "tokenizer.json").exists():
         draw = random.Random(5)
         return [draw.randrange(config.vocab_size) for _ in range(5 * LONGEST)]
-    text = "\n".join((ROOT / name).read_text() for name in ("docs/LOG.md", "README.md", "ARCHITECTURE.md", "LICENSE"))
+    rows = (ROOT / ".tools/prose/wikipedia.jsonl").read_text().splitlines()[:TEXTS]
+    text = "\n".join(json.loads(row)["text"] for row in rows)
     ids = AutoTokenizer.from_pretrained(directory).encode(text, add_special_tokens=False)
     return [number for number in ids if number != config.pad_token_id]
 

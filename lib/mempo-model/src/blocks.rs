@@ -1,7 +1,7 @@
 //! What the families share: norm, projections, attention, MLP.
 
 use mempo_native::PackedLinear;
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::adapter::Adapter;
 use crate::builder::Builder;
@@ -12,6 +12,12 @@ use crate::rotary::RotaryAt;
 /// How a layer attends: `(layer, q [B,H,T,d], k [B,K,T,d], v [B,K,T,d]) -> [B,H,T,d]`. The caller's choice, because it
 /// holds the cache, if there is one.
 pub(crate) type Attend<'a> = dyn FnMut(usize, Tensor, Tensor, Tensor) -> Tensor + 'a;
+
+/// Ids `[B,T]` -> `[B,T,D]` in float32: the sum that every layer adds to is not rounded to what products are computed in, which
+/// is where most of the error of a deep model in bf16 would come from.
+pub(crate) fn embed(table: &Tensor, ids: &Tensor) -> Tensor {
+    Tensor::embedding(table, ids, -1, false, false).to_kind(Kind::Float)
+}
 
 /// Root-mean-square norm (Zhang & Sennrich 2019, eq. 4).
 pub(crate) struct RmsNorm {
@@ -26,9 +32,10 @@ impl RmsNorm {
         Self { weight, epsilon: config.rms_norm_eps }
     }
 
-    /// `[.., size] -> [.., size]`.
+    /// `[.., size] -> [.., size]`, computed in the input's number format and given in the weight's.
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        x.rms_norm(self.weight.size(), Some(&self.weight), self.epsilon)
+        let weight = self.weight.to_kind(x.kind());
+        x.rms_norm(self.weight.size(), Some(&weight), self.epsilon).to_kind(self.weight.kind())
     }
 }
 
@@ -46,6 +53,14 @@ impl Linear {
     pub(crate) fn new(weight: Tensor, bias: Option<Tensor>, kernels: Kernels, adapter: Option<Adapter>) -> Self {
         let packed = kernels.pack(&weight, bias.as_ref());
         Self { weight, bias, kernels, packed, adapter }
+    }
+
+    /// Of a head without bias and adapter, `[N, D] -> [N, V]`, as [`Kernels::logits`].
+    pub(crate) fn logits(&self, hidden: &Tensor) -> Tensor {
+        match &self.packed {
+            Some(packed) => expect(packed.forward(hidden)),
+            None => self.kernels.logits(hidden, &self.weight),
+        }
     }
 
     /// `[.., I] -> [.., O]`.

@@ -243,7 +243,7 @@ impl Model {
 
     /// Hidden states `[N,D]` -> logits over a temperature `[N,V]`, as [`Runtime::logits`].
     pub(crate) fn logits(&self, hidden: &Tensor, temperature: f64) -> Tensor {
-        scaled(&self.head.forward(hidden), temperature)
+        scaled(&self.head.logits(hidden), temperature)
     }
 
     pub(crate) fn kernels(&self) -> Kernels {

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use crate::blocks::{Attend, Attention, Mlp, RmsNorm};
+use crate::blocks::{Attend, Attention, Mlp, RmsNorm, embed};
 use crate::builder::Builder;
 use crate::config::Config;
 use crate::model::Decoder;
@@ -33,7 +33,7 @@ impl Qwen3 {
 
 impl Decoder for Qwen3 {
     fn embed(&self, ids: &Tensor) -> Tensor {
-        Tensor::embedding(&self.embed_tokens, ids, -1, false, false)
+        embed(&self.embed_tokens, ids)
     }
 
     fn layer(&self, index: usize, hidden: &Tensor, rotary: &RotaryAt, attend: &mut Attend) -> Tensor {

@@ -54,7 +54,7 @@ impl Runtime {
     /// 0 (greedy) counts as 1. Log-probabilities are [`Tensor::log_softmax`] of these, in sampling, scoring and training.
     /// Without gradients.
     pub fn logits(&self, hidden: &Tensor, head_weight: &Tensor, temperature: f64) -> Tensor {
-        scaled(&self.linear(hidden, head_weight), temperature)
+        scaled(&self.kernels().logits(hidden, head_weight), temperature)
     }
 
     /// `x [.., I]`, `weight [O, I]` -> `[.., O]`.

@@ -26,7 +26,7 @@ impl MemoryBudget {
     pub fn new(config: &Config, runtime: &Runtime, options: &OptimizerOptions, longest_row: usize) -> Self {
         let parameters = config.parameter_count();
         let state = if options.optimizer_dtype == StateDtype::F32 { 4 } else { 2 };
-        let width = if runtime.is_f32() { 4 } else { 2 };
+        let width: u64 = if runtime.is_f32() { 4 } else { 2 };
         let adapters = options.lora.parameter_count(config);
         let trained = adapters.unwrap_or(parameters);
         let is_own_master = runtime.is_f32() && adapters.is_none();
@@ -36,7 +36,7 @@ impl MemoryBudget {
             master: 4 * trained,
             gradient: state * trained,
             moments: 2 * state * trained,
-            activations_per_token: width * kept_elements(config, options.recompute, weighed),
+            activations_per_token: kept_bytes(config, width, options.recompute, weighed),
             longest_row,
         }
     }
@@ -74,20 +74,21 @@ fn size(bytes: u64) -> String {
     format!("{:.1} {}", bytes as f64 / f64::from(1_u32 << (10 * unit)), UNITS[unit as usize])
 }
 
-/// Elements a token leaves behind: in each layer both norms' inputs and outputs, queries, keys and values before and
-/// after they are turned, what attention gives (twice: by heads and joined), `weighed` of its weights a head,
-/// and the four products of the MLP. With recomputation every layer's input, and one layer in full.
-fn kept_elements(config: &Config, recompute: bool, weighed: usize) -> u64 {
+/// Bytes a token leaves behind: in each layer both norms' inputs, in fp32, and in elements of `width` both norms' outputs, queries,
+/// keys and values before and after they are turned, what attention gives (twice: by heads and joined), `weighed` of its weights
+/// a head, and the four products of the MLP. With recomputation every layer's input, and one layer in full.
+fn kept_bytes(config: &Config, width: u64, recompute: bool, weighed: usize) -> u64 {
     let queries = config.num_attention_heads * config.head_size();
     let keys = config.key_value_heads() * config.head_size();
-    let layer = 4 * config.hidden_size
+    let input = 4 * config.hidden_size as u64;
+    let products = 2 * config.hidden_size
         + (queries + 2 * keys)
         + (queries + keys)
         + 2 * queries
         + config.num_attention_heads * weighed as i64
         + 4 * config.intermediate_size;
-    let layers = config.num_hidden_layers as u64;
-    if recompute { layers * config.hidden_size as u64 + layer as u64 } else { layers * layer as u64 }
+    let (layers, layer) = (config.num_hidden_layers as u64, 2 * input + width * products as u64);
+    if recompute { layers * input + layer } else { layers * layer }
 }
 
 #[cfg(test)]
