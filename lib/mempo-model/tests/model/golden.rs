@@ -117,7 +117,7 @@ fn bound_views_of_a_flat_buffer_compute_the_same_and_follow_it() {
         let before = logits(&model, &ids);
         let flat =
             Tensor::cat(&model.parameters().iter().map(|(_, tensor)| tensor.flatten(0, -1)).collect::<Vec<_>>(), 0);
-        let bind = |model: &mut mempo_model::Model, requires_grad: bool| {
+        let bind = |model: &mut Model, requires_grad: bool| {
             let mut start = 0;
             let view = |tensor: &Tensor| {
                 start += tensor.numel() as i64;
