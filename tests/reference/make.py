@@ -497,11 +497,13 @@ def loss_weight(options, group, found):
 
 def rows(options, trajectories):
     """[trajectory, step, trajectory advantage, memory advantage, memory start, memory end, loss
-    weight] of every step. Trajectories without a reward have no rows, or count as 0."""
+    weight] of every step. Trajectories without a reward have no rows, or count as 0; malformed ones pay the penalty."""
     indexed = list(enumerate(trajectories))
     if options["null_rewards"] == "zero":
         indexed = [(i, {**t, "reward": 0.0 if t["reward"] is None else t["reward"]}) for i, t in indexed]
     indexed = [(i, t) for i, t in indexed if t["reward"] is not None]
+    penalty = options["malformed_penalty"]
+    indexed = [(i, {**t, "reward": t["reward"] - (0.0 if t["format_valid"] else penalty)}) for i, t in indexed]
     group = group_of([t for _, t in indexed])
     found = advantages(options, group)
     weight = loss_weight(options, group, found)
@@ -582,6 +584,9 @@ def row_cases():
         ("rewards-cancelling-small", {"combine": "rewards", "alpha": 0.5}, cancelling),
         ("rewards-well-formed-inside", {**small, **inside, "combine": "rewards", "memory_apply": "well-formed"}, mixed),
         ("slime", {**small, "estimator": "memagent-slime"}, mixed),
+        ("malformed", {**small, "malformed_penalty": 0.5}, mixed),
+        ("malformed-equal", {**small, **drop, **zero, "malformed_penalty": 1.0}, equal),
+        ("malformed-success", {**small, "malformed_penalty": 0.25, "memory_apply": "success"}, mixed),
         ("divide-drop", {**small, **drop, "trajectory_credit": "divide", "train_final": "mask"}, equal),
     ]
 
@@ -596,7 +601,7 @@ def command_line(changes):
 
 def make_rows():
     """The contents of rows.json."""
-    more = {"min_memory_group": 4, "degenerate": "keep", "null_rewards": "leave-out", "credit": "tags"}
+    more = {"min_memory_group": 4, "degenerate": "keep", "null_rewards": "leave-out", "malformed_penalty": 0.0, "credit": "tags"}
     return {
         "tokens": TOKENS,
         "cases": [

@@ -83,6 +83,11 @@ pub(crate) struct AdvantagesArguments {
     /// Trajectories without a reward
     #[arg(long, value_enum, default_value = "leave-out")]
     null_rewards: NullRewards,
+    /// What is taken from the reward of a trajectory whose format is not valid. Where few earn anything, nothing else tells a
+    /// step that breaks off or repeats itself from one that does not
+    #[arg(long, value_name = "P", value_parser = penalty)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    malformed_penalty: Option<f64>,
     /// Tokens of a memory that get its advantage
     #[arg(long, value_enum, default_value = "tags")]
     credit: Credit,
@@ -97,6 +102,12 @@ pub(crate) struct AdvantagesArguments {
     #[command(flatten)]
     #[serde(skip)]
     stage: ShardedStageArgs,
+}
+
+/// A number of at least 0.
+fn penalty(text: &str) -> Result<f64, String> {
+    let value: f64 = text.parse().map_err(|_| "expected a number".to_owned())?;
+    if value.is_finite() && value >= 0.0 { Ok(value) } else { Err("expected a number of at least 0".to_owned()) }
 }
 
 /// Joins trajectories, steps and scores by key, computes advantages task by task, writes `advantages`.
@@ -212,7 +223,9 @@ impl<'a> Estimation<'a> {
             let memories = chunk.iter().filter(|row| row.memory().is_some());
             let last_memory = memories.clone().next_back().and_then(|row| row.step_index);
             let memories = memories.filter_map(|row| Some((row.step_index?, row.memory_reward?))).collect();
-            let (reward, format_valid) = (f64::from(reward), first.format_valid);
+            let format_valid = first.format_valid;
+            let penalty = self.arguments.malformed_penalty.filter(|_| !format_valid).unwrap_or(0.0);
+            let reward = f64::from(reward) - penalty;
             attempts.push(Rewarded { reward, format_valid, memories, last_memory });
             chunks.push(chunk);
         }
