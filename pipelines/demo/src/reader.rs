@@ -1,26 +1,24 @@
 //! `reader`: long-document tasks -> what a scripted reader wrote chunk by chunk, as a rollout to be learnt from.
 
-use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use clap::Args;
 use mempo_agent::{
     Agent, ContextOptions, ContextPolicy, Engine, Environment, Generation, LimitOptions, OnToolFailure, Request,
     RewardKind, Start, Toolbox, context_policy,
 };
-use mempo_data::{Document, StopReason, Task, read_document, read_rows, write_rows};
+use mempo_data::{StopReason, Task, read_document, read_rows, write_rows};
 use mempo_run::{Input, ResultExt, Stage, StageArgs};
 use mempo_text::{Profile, PromptBuilder};
 use serde::Serialize;
 use serde_json::json;
 
 use crate::expert::steps_of;
-use crate::questions::Steps;
 use crate::random::Random;
-use crate::work::{Memory, UNKNOWN};
+use crate::reading::{Habits, Reading, World};
 
-/// Let a scripted reader work on tasks with a document, with a memory that forgets.
+/// Let a scripted reader work on tasks with a document, with a memory that forgets and goes wrong.
 ///
 /// Writes the tables of a rollout (`trajectories`, `steps`), with prompts as `mempo-rollout sample` lays them out, so that
 /// `mempo-sft build` reads it as any other. The reader writes down what answers a question once the passage that tells stands
@@ -46,9 +44,9 @@ pub(crate) struct ReaderArguments {
     #[command(flatten)]
     #[serde(flatten)]
     context: ContextOptions,
-    /// Probability of dropping each known fact whenever the memory is rewritten
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
-    forget: f64,
+    #[command(flatten)]
+    #[serde(flatten)]
+    habits: Habits,
     #[command(flatten)]
     #[serde(skip)]
     stage: StageArgs,
@@ -59,9 +57,7 @@ const TASKS_PER_UNIT: usize = 64;
 
 /// Runs `reader`.
 pub(crate) fn run(arguments: &ReaderArguments) -> anyhow::Result<()> {
-    if !(0.0..=1.0).contains(&arguments.forget) {
-        return Err(anyhow!("--forget {}: expected a probability", arguments.forget)).usage();
-    }
+    arguments.habits.check().usage()?;
     let context = context_policy(&arguments.context).usage()?;
     let tasks = Input::stage("tasks", &arguments.tasks)?;
     let (corpus, model) =
@@ -73,10 +69,10 @@ pub(crate) fn run(arguments: &ReaderArguments) -> anyhow::Result<()> {
     let Some(stage) = Stage::open("mempo-demo", "reader", &arguments.stage, arguments, &inputs)? else {
         return Ok(());
     };
-    let passages = passages(&arguments.corpus).bad_input()?;
-    let work = Work { arguments, stage: &stage, context: &*context, builder: &builder, passages };
     let (mut trajectories, mut steps, mut right) = (0, 0, 0.0);
     let all = read_rows::<Task>(&tasks.table("tasks")?)?.collect::<Result<Vec<_>, _>>()?;
+    let world = World::new(&arguments.corpus, &all).bad_input()?;
+    let work = Work { arguments, stage: &stage, context: &*context, builder: &builder, world };
     for (unit, tasks) in all.chunks(TASKS_PER_UNIT).enumerate() {
         stage.check_interrupt()?;
         let rows = work.read(tasks)?;
@@ -91,22 +87,12 @@ pub(crate) fn run(arguments: &ReaderArguments) -> anyhow::Result<()> {
     stage.finish(&[("trajectories", trajectories), ("steps", steps)], summary)
 }
 
-/// The passages by id, each as documents show it.
-fn passages(corpus: &Path) -> anyhow::Result<HashMap<String, String>> {
-    let text = fs_err::read_to_string(corpus)?;
-    let rows = text.lines().map(|line| {
-        let Document { doc_id, title, text } = serde_json::from_str(line).context("not a row of the corpus")?;
-        Ok((doc_id, format!("{title}\n{text}")))
-    });
-    rows.collect()
-}
-
 struct Work<'a> {
     arguments: &'a ReaderArguments,
     stage: &'a Stage,
     context: &'a dyn ContextPolicy,
     builder: &'a PromptBuilder,
-    passages: HashMap<String, String>,
+    world: World,
 }
 
 impl Work<'_> {
@@ -144,19 +130,9 @@ impl Work<'_> {
     }
 
     fn reading<'d>(&self, task: &Task, document: &'d [i32]) -> anyhow::Result<Reading<'d>> {
-        let questions = steps_of(task).bad_input()?;
         let random = Random::new(self.stage.seed(&["reader", &task.task_id]));
-        Ok(Reading { questions, document, memory: Memory::default(), step: 0, random })
+        Ok(Reading::new(steps_of(task).bad_input()?, document, random))
     }
-}
-
-/// A document that is being read.
-struct Reading<'d> {
-    questions: Vec<Steps>,
-    document: &'d [i32],
-    memory: Memory,
-    step: usize,
-    random: Random,
 }
 
 /// The scripted reader as an engine: it looks at the chunk of a step, not at the prompt.
@@ -177,43 +153,22 @@ impl Engine for Reader<'_> {
 
 impl Reader<'_> {
     fn write(&mut self, trajectory: usize) -> Generation {
-        let Work { arguments, context, builder, passages, .. } = self.work;
+        let Work { arguments, context, builder, world, .. } = self.work;
         let reading = &mut self.readings[trajectory];
         let count = context.reading_steps(reading.document);
-        let text = if reading.step < count {
+        let decode = |ids: &[i32]| builder.tokenizer().decode(ids);
+        let (text, is_learnt) = if reading.step < count {
             let chunk = context.chunk(reading.document, reading.step).unwrap_or_default();
-            reading.take_in(&builder.tokenizer().decode(chunk), passages, arguments.forget);
-            format!("<mem>{}</mem>", reading.memory.render())
-        } else if count == 0 {
-            reading.take_in(&builder.tokenizer().decode(reading.document), passages, 0.0);
-            reading.answer()
+            reading.read(&decode(chunk), world, &arguments.habits)
         } else {
-            reading.answer()
+            if count == 0 {
+                reading.read(&decode(reading.document), world, &Habits::faultless());
+            }
+            (reading.answer(), true)
         };
         reading.step += 1;
         let ids = builder.completion_ids_from_text(&text);
-        Generation { logprobs: vec![f32::NAN; ids.len()], ids, stop_reason: StopReason::StopString }
-    }
-}
-
-impl Reading<'_> {
-    /// Rewrites the memory: some of what was known is forgotten, what the chunk tells is added.
-    fn take_in(&mut self, chunk: &str, passages: &HashMap<String, String>, forget: f64) {
-        let told = self.questions.iter().filter_map(|question| {
-            let hop = question.hops.last()?;
-            let passage = passages.get(&hop.doc_id)?;
-            let end = passage.find(&hop.value)? + hop.value.len();
-            chunk.contains(&passage[..end]).then(|| (question.mention.clone(), hop.value.clone()))
-        });
-        let told: Vec<(String, String)> = told.collect();
-        self.memory.forget(usize::MAX, forget, &mut self.random);
-        for (mention, value) in told {
-            self.memory.learn(&mention, &value, true);
-        }
-    }
-
-    fn answer(&self) -> String {
-        let answers = self.questions.iter().map(|question| self.memory.answer(&question.mention).unwrap_or(UNKNOWN));
-        format!("<answer>{}</answer>", answers.collect::<Vec<_>>().join("; "))
+        let stop_reason = if is_learnt { StopReason::StopString } else { StopReason::MaxTokens };
+        Generation { logprobs: vec![f32::NAN; ids.len()], ids, stop_reason }
     }
 }
