@@ -543,6 +543,10 @@ def row_cases():
         trajectory_row(1.0, step_row(tight, 0.7), step_row(plain, 0.9)),
         trajectory_row(None, step_row(plain, 0.4)),
     ]
+    malformed = [
+        trajectory_row(1.0, step_row(plain, 0.2), step_row(split, 0.9)),
+        trajectory_row(1.0, step_row(tight, 0.7), step_row(plain, 0.9), valid=False),
+    ]
     silent = [
         trajectory_row(1.0, step_row(plain, 0.5)),
         trajectory_row(1.0, step_row(split, 0.5), step_row(without)),
@@ -585,7 +589,8 @@ def row_cases():
         ("rewards-well-formed-inside", {**small, **inside, "combine": "rewards", "memory_apply": "well-formed"}, mixed),
         ("slime", {**small, "estimator": "memagent-slime"}, mixed),
         ("malformed", {**small, "malformed_penalty": 0.5}, mixed),
-        ("malformed-equal", {**small, **drop, **zero, "malformed_penalty": 1.0}, equal),
+        ("malformed-among-equal", {**small, **drop, "malformed_penalty": 0.5}, malformed),
+        ("malformed-all", {**small, **drop, "malformed_penalty": 0.5}, [malformed[1], malformed[1]]),
         ("malformed-success", {**small, "malformed_penalty": 0.25, "memory_apply": "success"}, mixed),
         ("divide-drop", {**small, **drop, "trajectory_credit": "divide", "train_final": "mask"}, equal),
     ]

@@ -83,8 +83,8 @@ pub(crate) struct AdvantagesArguments {
     /// Trajectories without a reward
     #[arg(long, value_enum, default_value = "leave-out")]
     null_rewards: NullRewards,
-    /// What is taken from the reward of a trajectory whose format is not valid. Where few earn anything, nothing else tells a
-    /// step that breaks off or repeats itself from one that does not
+    /// Subtract P from the reward of a trajectory whose format is not valid. Where few earn anything, nothing else tells steps that
+    /// break off or repeat themselves from others. (A step of `--context memagent` that only rewrites the memory has no format)
     #[arg(long, value_name = "P", value_parser = penalty)]
     #[serde(skip_serializing_if = "Option::is_none")]
     malformed_penalty: Option<f64>,
@@ -316,7 +316,7 @@ fn count_states(attempts: &[Rewarded], found: &GroupAdvantages, sums: &mut Sums)
         match found.trajectory_state {
             GroupState::Mixed => "trajectory_mixed",
             GroupState::Small => "trajectory_too_small",
-            GroupState::Equal if all(|reward| reward <= 0.0) => "trajectory_all_zero",
+            GroupState::Equal if all(|reward| reward == 0.0) => "trajectory_all_zero",
             GroupState::Equal if all(|reward| reward >= 1.0) => "trajectory_all_one",
             GroupState::Equal => "trajectory_all_equal",
         },

@@ -36,10 +36,10 @@ impl Cost {
 
 impl RunCost {
     /// Of a finished run of these tasks.
-    pub(crate) fn new(manifest: &Manifest, tasks: &[TaskFigures]) -> Self {
+    pub(crate) fn new(cost: Cost, tasks: &[TaskFigures]) -> Self {
         let groups = tasks.iter().map(|task| task.group.clone());
         let group = groups.reduce(|all, group| all.shared(&group)).unwrap_or_default();
-        Self { cost: Cost::of(manifest), group }
+        Self { cost, group }
     }
 }
 

@@ -49,7 +49,7 @@ pub(crate) struct EvaluateArguments {
     /// means, and no substitute for them
     #[arg(long, value_name = "K")]
     best_of: Option<NonZeroUsize>,
-    /// Print these figures alone, each as a table of runs by groups: metrics, `seconds` and `peak_memory_mib` (by groups
+    /// Print these figures alone, each as a table of runs by groups: metrics, `seconds` and `peak_memory_mib` of RAM (by groups
     /// where each rollout is of one group: one length, say)
     #[arg(long, value_name = "FIGURE", value_delimiter = ',', value_parser = Figure::of)]
     table: Vec<Figure>,
@@ -332,6 +332,18 @@ mod tests {
         assert!(groups[0]["cost"]["seconds"].as_f64().is_some() && groups[1].get("cost").is_none(), "both in one run");
         chain.run(&format!("evaluate {line} --table sub_em.v1,seconds,peak_memory_mib --best-of 2")).unwrap();
         assert!(Figure::of("sub_em").unwrap_err().contains("sub_em.v1"));
+
+        // Sampled length by length: what each took is known, and all of it.
+        let all = std::mem::take(&mut chain.trajectories);
+        for (place, name) in ["short", "long"].into_iter().enumerate() {
+            let is_of = |task_id: &str| task_id.trim_start_matches("task-").parse::<usize>().unwrap() % 2 == place;
+            chain.trajectories = all.iter().filter(|row| is_of(&row.task_id)).cloned().collect();
+            chain.write_rollouts(name);
+        }
+        let found = chain.report("--rollouts @short @long --name a a --tasks @tasks --by document-tokens");
+        let seconds = |place: usize| found["runs"][0]["groups"][place]["cost"]["seconds"].as_f64().unwrap();
+        assert!((seconds(0) - seconds(1) - seconds(2)).abs() < 1e-9);
+        chain.trajectories = all;
 
         chain.tasks[3].metadata = None;
         chain.write();

@@ -11,6 +11,7 @@ use mempo_data::{has_extension, text_lines};
 use mempo_run::ResultExt;
 use serde::{Deserialize, Serialize};
 
+use crate::cost::RunCost;
 use crate::measure::{METRICS, TaskFigures};
 use crate::measured::Measured;
 
@@ -78,6 +79,10 @@ impl Kept {
                 .flat_map(|place| place.map_or([0.0; 2], |place| [columns[2 * place], columns[2 * place + 1]]))
                 .collect();
         }
+        if self.run.costs.is_empty() && self.run.settings.is_some() {
+            // Kept before costs were told apart: of all runs of the name together.
+            self.run.costs.push(RunCost::new(self.run.cost.clone(), &self.run.tasks));
+        }
         Ok(self.run)
     }
 }
@@ -122,7 +127,7 @@ mod tests {
 
     #[test]
     fn kept_figures_that_do_not_fit_are_refused() {
-        let chain = Chain::new();
+        let mut chain = Chain::new();
         chain.report("--rollouts @rollouts --name a --tasks @tasks --figures-out @a.jsonl");
         let refused = |line: &str| {
             let error = chain.run(&format!("evaluate {line}")).unwrap_err();
@@ -150,6 +155,18 @@ mod tests {
             let (usage, text) = refused("--figures @broken.jsonl");
             assert!(!usage && text.contains(expected), "{text}");
         }
+
+        // Of figures that tell no costs run by run, and a new seed beside them, what a group took is not known by half.
+        let mut unsplit = kept.clone();
+        unsplit.as_object_mut().unwrap().remove("costs");
+        fs_err::write(chain.path("unsplit.jsonl"), unsplit.to_string()).unwrap();
+        chain.trajectories.iter_mut().for_each(|row| row.seed = 1);
+        chain.write_rollouts("other");
+        let line = "--rollouts @other --name a --tasks @tasks --by source --figures";
+        let costs = |report: &Value| -> Vec<bool> {
+            report["runs"][0]["groups"].as_array().unwrap().iter().map(|group| group.get("cost").is_some()).collect()
+        };
+        assert_eq!(costs(&chain.report(&format!("{line} @unsplit.jsonl"))), [true, false, false]);
 
         // A metric that came later is nothing, one that went is left out.
         let mut older = kept;

@@ -48,9 +48,8 @@ impl Measured {
             policies.extend(new);
             tasks.push(task_figures(&group, measure));
         }
-        let manifest = rollouts.input.manifest();
-        let cost = manifest.map(Cost::of).unwrap_or_default();
-        let costs = manifest.map(|manifest| RunCost::new(manifest, &tasks)).into_iter().collect();
+        let cost = rollouts.input.manifest().map(Cost::of).unwrap_or_default();
+        let costs = vec![RunCost::new(cost.clone(), &tasks)];
         Ok(Self { label, settings: Some(rollouts.settings), cost, costs, policies, tasks })
     }
 

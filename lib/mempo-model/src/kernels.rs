@@ -38,6 +38,7 @@ impl Kernels {
     /// Hidden states `[N,D]` and the head's matrix `[V,D]` -> logits `[N,V]`: in float32 where a GPU gives products of bf16 unrounded,
     /// else as [`Self::linear`] has them.
     pub(crate) fn logits(self, hidden: &Tensor, head_weight: &Tensor) -> Tensor {
+        // Whatever refuses the one product, the other is tried, and says what is wrong with both.
         let is_wide = self != Self::Fixed && hidden.device().is_cuda() && hidden.kind() == Kind::BFloat16;
         let wide = is_wide.then(|| hidden.f_mm_dtype(&head_weight.tr(), Kind::Float).ok()).flatten();
         wide.unwrap_or_else(|| self.linear(hidden, head_weight, None))

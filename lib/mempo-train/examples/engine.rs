@@ -223,7 +223,7 @@ fn logits(model: &Model, ids: &[i32], places: &[i64]) -> anyhow::Result<Value> {
     let _guard = tch::no_grad_guard();
     let hidden = model.hidden(&row(ids, model.runtime())).squeeze_dim(0);
     let hidden = hidden.index_select(0, &Tensor::from_slice(places).to_device(model.runtime().device));
-    let logits = hidden.linear(model.head_weight(), None::<Tensor>).to_kind(Kind::Float);
+    let logits = model.runtime().logits(&hidden, model.head_weight(), 1.0);
     let rows: Vec<Vec<f32>> = Vec::try_from(logits)?;
     Ok(json!({ "logits": rows }))
 }

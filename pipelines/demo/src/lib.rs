@@ -2,7 +2,7 @@
 //!
 //! [`data`] makes documents and questions of the Factbook and keeps those whose documents a search finds; [`expert`]
 //! works on tasks by really searching and writes down what it did, forgetting some of it; [`reader`] reads documents chunk by
-//! chunk, as [`reading`] does it and [`spoil`] spoils it; [`base`] writes what the small base model learns from: the same work by an expert who forgets nothing, on made-up
+//! chunk ([`reading`]: what is written of each; [`spoil`]: how a memory goes wrong and is mended); [`base`] writes what the small base model learns from: the same work by an expert who forgets nothing, on made-up
 //! facts; [`invent`] makes documents and questions of such facts; [`majority`] answers without reading. Beside them: [`factbook`] reads entities, [`passages`] and [`facts`] cut documents and facts out of
 //! them, [`questions`] composes and checks, [`work`] holds what an expert writes at each step, [`made_up`] invents,
 //! [`random`] draws.

@@ -16,7 +16,7 @@ use serde_json::json;
 
 use crate::expert::steps_of;
 use crate::random::Random;
-use crate::reading::{Habits, Reading, World};
+use crate::reading::{Reading, ReadingHabits, World};
 
 /// Let a scripted reader work on tasks with a document, with a memory that forgets and goes wrong.
 ///
@@ -46,7 +46,7 @@ pub(crate) struct ReaderArguments {
     context: ContextOptions,
     #[command(flatten)]
     #[serde(flatten)]
-    habits: Habits,
+    habits: ReadingHabits,
     #[command(flatten)]
     #[serde(skip)]
     stage: StageArgs,
@@ -162,7 +162,7 @@ impl Reader<'_> {
             reading.read(&decode(chunk), world, &arguments.habits)
         } else {
             if count == 0 {
-                reading.read(&decode(reading.document), world, &Habits::faultless());
+                reading.read(&decode(reading.document), world, &ReadingHabits::faultless());
             }
             (reading.answer(), true)
         };

@@ -17,28 +17,28 @@ use crate::work::{Memory, UNKNOWN};
 /// How a reader works. What is not to be learnt is marked as cut short: `mempo-sft build` leaves such steps out, and shows what
 /// they wrote.
 #[derive(Debug, Clone, Copy, Args, Serialize)]
-pub(crate) struct Habits {
+pub(crate) struct ReadingHabits {
     /// Probability of dropping each known fact whenever the memory is rewritten
     #[arg(long, value_name = "P", default_value_t = 0.0)]
     forget: f64,
     /// Probability of spoiling the memory of a step, as a small model does: an entry about something else, a garbled name, a
-    /// wrong value, repetition, no end. Such a step is not to be learnt, the next one mends it
+    /// wrong value, repetition, no end. Such a step is not to be learnt; the next one mends what shows
     #[arg(long, value_name = "P", default_value_t = 0.0)]
     spoil: f64,
     /// Share of the steps to be learnt among those that are told nothing and have nothing to mend
     #[arg(long, value_name = "P", default_value_t = 1.0)]
-    dull: f64,
+    learn_dull: f64,
 }
 
-impl Habits {
+impl ReadingHabits {
     /// Those of a reader who makes no mistakes.
     pub(crate) fn faultless() -> Self {
-        Self { forget: 0.0, spoil: 0.0, dull: 1.0 }
+        Self { forget: 0.0, spoil: 0.0, learn_dull: 1.0 }
     }
 
     /// Refuses what is no probability.
     pub(crate) fn check(&self) -> anyhow::Result<()> {
-        for (name, value) in [("forget", self.forget), ("spoil", self.spoil), ("dull", self.dull)] {
+        for (name, value) in [("forget", self.forget), ("spoil", self.spoil), ("learn-dull", self.learn_dull)] {
             ensure!((0.0..=1.0).contains(&value), "--{name} {value}: expected a probability");
         }
         Ok(())
@@ -71,13 +71,16 @@ impl World {
         Ok(Self { passages, facts: facts.into_iter().collect() })
     }
 
-    /// A fact to put where it does not belong: as often as not one that the chunk tells, where it tells any.
-    fn other(&self, chunk: &str, random: &mut Random) -> (&str, &str) {
-        let is_told = |(name, value): &&(String, String)| chunk.contains(name) && chunk.contains(value);
-        let told: Vec<&(String, String)> = self.facts.iter().filter(is_told).collect();
+    /// A fact about nothing that was asked for, to put where it does not belong: as often as not one that the chunk tells, where it
+    /// tells any. Nothing where all facts were asked for.
+    fn other(&self, asked: &[&str], chunk: &str, random: &mut Random) -> Option<(&str, &str)> {
+        let others: Vec<&(String, String)> =
+            self.facts.iter().filter(|(name, _)| !asked.contains(&name.as_str())).collect();
+        let is_told = |(name, value): &(String, String)| chunk.contains(name) && chunk.contains(value);
+        let told: Vec<&(String, String)> = others.iter().copied().filter(|fact| is_told(fact)).collect();
         let near = !told.is_empty() && random.chance(0.5);
-        let (name, value) = if near { random.pick(&told) } else { random.pick(&self.facts) };
-        (name, value)
+        let from = if near { told } else { others };
+        (!from.is_empty()).then(|| random.pick(&from)).map(|(name, value)| (name.as_str(), value.as_str()))
     }
 }
 
@@ -99,18 +102,18 @@ impl<'d> Reading<'d> {
     }
 
     /// What is written about a chunk, and whether it is to be learnt.
-    pub(crate) fn read(&mut self, chunk: &str, world: &World, habits: &Habits) -> (String, bool) {
+    pub(crate) fn read(&mut self, chunk: &str, world: &World, habits: &ReadingHabits) -> (String, bool) {
         let is_mended = self.mend();
         let is_told = self.take_in(chunk, &world.passages, habits.forget);
-        if self.random.chance(habits.spoil) {
-            let asked: Vec<&str> = self.questions.iter().map(|question| question.mention.as_str()).collect();
-            let other = world.other(chunk, &mut self.random);
-            let text = spoil(&self.memory, &asked, other, &mut self.random);
-            self.spoilt = Some(text.clone());
-            return (text, false);
+        let whole = format!("<mem>{}</mem>", self.memory.render());
+        if self.random.chance(habits.spoil)
+            && let Some(spoilt) = self.spoil(chunk, world).filter(|text| *text != whole)
+        {
+            self.spoilt = Some(spoilt.clone());
+            return (spoilt, false);
         }
-        let is_learnt = is_told || is_mended || self.random.chance(habits.dull);
-        (format!("<mem>{}</mem>", self.memory.render()), is_learnt)
+        let is_learnt = is_told || is_mended || self.random.chance(habits.learn_dull);
+        (whole, is_learnt)
     }
 
     /// The answers, as far as the memory has them.
@@ -120,11 +123,17 @@ impl<'d> Reading<'d> {
         format!("<answer>{}</answer>", answers.collect::<Vec<_>>().join("; "))
     }
 
+    /// The memory with something wrong in it, if the world has what does not belong there.
+    fn spoil(&mut self, chunk: &str, world: &World) -> Option<String> {
+        let asked = asked(&self.questions);
+        let other = world.other(&asked, chunk, &mut self.random)?;
+        Some(spoil(&self.memory, &asked, other, &mut self.random))
+    }
+
     /// Makes what can be made of a spoilt memory; whether it was one.
     fn mend(&mut self) -> bool {
         let Some(spoilt) = self.spoilt.take() else { return false };
-        let asked: Vec<&str> = self.questions.iter().map(|question| question.mention.as_str()).collect();
-        self.memory = mend(&spoilt, &asked);
+        self.memory = mend(&spoilt, &asked(&self.questions));
         true
     }
 
@@ -145,6 +154,11 @@ impl<'d> Reading<'d> {
     }
 }
 
+/// What is asked about.
+fn asked(questions: &[Steps]) -> Vec<&str> {
+    questions.iter().map(|question| question.mention.as_str()).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,11 +166,12 @@ mod tests {
 
     const PERU: &str = "Peru\ncapital: Lima; named: x";
     const CHAD: &str = "Chad\ninternet code: .td; more";
-    const SPOILING: Habits = Habits { forget: 0.0, spoil: 1.0, dull: 1.0 };
+    const SPOILING: ReadingHabits = ReadingHabits { forget: 0.0, spoil: 1.0, learn_dull: 1.0 };
 
     fn world() -> World {
         let passages = [("pe", PERU), ("td", CHAD)].map(|(id, text)| (id.to_owned(), text.to_owned()));
-        let facts = [("Benin", "leopard"), ("Cuba", "Havana")].map(|(of, is)| (of.to_owned(), is.to_owned()));
+        let facts = [("Benin", "leopard"), ("Cuba", "Havana"), ("Peru", "Callao")]
+            .map(|(of, is)| (of.to_owned(), is.to_owned()));
         World { passages: HashMap::from(passages), facts: facts.to_vec() }
     }
 
@@ -177,10 +192,11 @@ mod tests {
         let (mut kept, mut wrong, mut lost) = (0, 0, 0);
         for seed in 0..1_000 {
             let mut reading = reading(seed);
-            reading.read(PERU, &world, &Habits::faultless());
+            reading.read(PERU, &world, &ReadingHabits::faultless());
             let (spoilt, is_learnt) = reading.read("Cuba\ncapital: Havana", &world, &SPOILING);
             assert!(!is_learnt && spoilt != "<mem>Peru = Lima</mem>", "{spoilt}");
-            let (mended, is_learnt) = reading.read("nothing", &world, &Habits { dull: 0.0, ..Habits::faultless() });
+            let (mended, is_learnt) =
+                reading.read("nothing", &world, &ReadingHabits { learn_dull: 0.0, ..ReadingHabits::faultless() });
             assert!(is_learnt, "{mended}");
             let values = ["Peru = Lima", "Peru = leopard", "Peru = Havana", "Chad = leopard", "Chad = Havana"];
             let text = mended.strip_prefix("<mem>").unwrap().strip_suffix("</mem>").unwrap();
@@ -193,7 +209,8 @@ mod tests {
             kept += u32::from(is_known);
             wrong += u32::from(!is_known && text.contains("Peru"));
             lost += u32::from(!text.contains("Peru"));
-            assert!(reading.answer().contains(if is_known { "<answer>Lima; " } else { "; " }));
+            let kept = entries.iter().find_map(|entry| entry.strip_prefix("Peru = ")).unwrap_or(UNKNOWN);
+            assert!(reading.answer().starts_with(&format!("<answer>{kept}; ")), "{mended}");
         }
         assert!(kept > 500 && wrong > 30 && lost > 30, "{kept} {wrong} {lost}");
     }
@@ -205,10 +222,10 @@ mod tests {
         for seed in 0..300 {
             let mut reading = reading(seed);
             let (spoilt, _) = reading.read("nothing", &world, &SPOILING);
-            let (text, _) = reading.read(PERU, &world, &Habits::faultless());
+            let (text, _) = reading.read(PERU, &world, &ReadingHabits::faultless());
             assert!(text.contains("Peru = Lima") && !text.contains("Peru = leopard"), "{spoilt} -> {text}");
             corrected += u32::from(spoilt.contains("Peru = leopard</mem>"));
-            let (text, _) = reading.read("Peru\ncapital: Havana", &world, &Habits::faultless());
+            let (text, _) = reading.read("Peru\ncapital: Havana", &world, &ReadingHabits::faultless());
             assert!(text.contains("Peru = Lima"), "{text}");
         }
         assert!(corrected > 5, "{corrected}");
@@ -217,7 +234,7 @@ mod tests {
     #[test]
     fn of_dull_steps_some_are_learnt_of_others_all() {
         let world = world();
-        let habits = Habits { dull: 0.2, ..Habits::faultless() };
+        let habits = ReadingHabits { learn_dull: 0.2, ..ReadingHabits::faultless() };
         let learnt = |chunk: &str| (0..1_000).filter(|seed| reading(*seed).read(chunk, &world, &habits).1).count();
         assert_eq!(learnt(CHAD), 1_000);
         assert!((150..250).contains(&learnt("nothing")));

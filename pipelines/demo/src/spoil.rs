@@ -6,8 +6,9 @@ use crate::work::Memory;
 
 const BETWEEN: &str = "; ";
 const IS: &str = " = ";
-/// Characters that a repetition may come to: about what fits into the longest step of the demo's readers.
-const MOST_REPEATED: usize = 240;
+/// Characters that a repetition comes to: up to about what fits into the longest step of the demo's readers.
+const LEAST_REPEATED: usize = 20;
+const MOST_REPEATED: usize = 260;
 
 /// A memory with one thing wrong in it, tags included: an entry about another entity than was asked for, without a value,
 /// under a garbled name, or twice; a wrong value under a right name; a memory that repeats itself or breaks off, without
@@ -77,7 +78,7 @@ fn part<'t>(text: &'t str, random: &mut Random) -> &'t str {
 fn runaway(entry: &str, random: &mut Random) -> String {
     let from = entry.floor_char_boundary(random.below(entry.len()));
     let piece = if random.chance(0.5) { entry[from..].to_owned() } else { format!("{BETWEEN}{entry}") };
-    piece.chars().cycle().take(20 + random.below(MOST_REPEATED)).collect()
+    piece.chars().cycle().take(LEAST_REPEATED + random.below(MOST_REPEATED - LEAST_REPEATED)).collect()
 }
 
 #[cfg(test)]
