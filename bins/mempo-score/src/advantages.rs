@@ -17,7 +17,9 @@ use serde_json::{Value, json};
 use joined::{JoinedRow, SegmentCells, check_finite, check_steps, joined_rows, next_task};
 
 use crate::explain::Explained;
-use crate::normalise::{Combine, Estimator, GroupAdvantages, GroupState, NormaliseOptions, Rewarded, group_advantages};
+use crate::normalise::{
+    Combine, Estimator, GroupAdvantages, GroupState, NormaliseOptions, Rewarded, group_advantages, not_negative,
+};
 use crate::query::Session;
 use crate::rollouts::Rollouts;
 use crate::spread::{Spread, SpreadOptions, TrajectoryCredit};
@@ -85,7 +87,7 @@ pub(crate) struct AdvantagesArguments {
     null_rewards: NullRewards,
     /// Subtract P from the reward of a trajectory whose format is not valid. Where few earn anything, nothing else tells steps that
     /// break off or repeat themselves from others. (A step of `--context memagent` that only rewrites the memory has no format)
-    #[arg(long, value_name = "P", value_parser = penalty)]
+    #[arg(long, value_name = "P", value_parser = not_negative)]
     #[serde(skip_serializing_if = "Option::is_none")]
     malformed_penalty: Option<f64>,
     /// Tokens of a memory that get its advantage
@@ -102,12 +104,6 @@ pub(crate) struct AdvantagesArguments {
     #[command(flatten)]
     #[serde(skip)]
     stage: ShardedStageArgs,
-}
-
-/// A number of at least 0.
-fn penalty(text: &str) -> Result<f64, String> {
-    let value: f64 = text.parse().map_err(|_| "expected a number".to_owned())?;
-    if value.is_finite() && value >= 0.0 { Ok(value) } else { Err("expected a number of at least 0".to_owned()) }
 }
 
 /// Joins trajectories, steps and scores by key, computes advantages task by task, writes `advantages`.

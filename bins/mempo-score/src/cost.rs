@@ -28,7 +28,7 @@ impl Cost {
     }
 
     /// Takes in that of another run.
-    pub(crate) fn add(&mut self, other: &Self) {
+    fn add(&mut self, other: &Self) {
         self.seconds += other.seconds;
         self.peak_memory_bytes = self.peak_memory_bytes.max(other.peak_memory_bytes);
     }
@@ -43,11 +43,12 @@ impl RunCost {
     }
 }
 
-/// What a group of tasks took, where runs can be told apart by it: each is of this group alone, or not of it at all.
+/// What a group of tasks took, where runs can be told apart by it: each is of this group alone, or not of it at all. All runs are of
+/// the group of all tasks.
 pub(crate) fn cost_of(costs: &[RunCost], group: &Group) -> Option<Cost> {
     let mut sum = None::<Cost>;
     for run in costs {
-        if run.group == *group {
+        if *group == Group::default() || run.group == *group {
             sum.get_or_insert_default().add(&run.cost);
         } else if !run.group.excludes(group) {
             return None;
@@ -86,6 +87,7 @@ mod tests {
         let (mixed, short) = (of(Some(2), None), of(Some(2), Some(7_000)));
         assert_eq!(mixed, short.shared(&of(Some(2), Some(14_000))));
         let costs = [run(1.0, None, mixed), run(2.0, None, short.clone())];
+        assert_eq!(cost_of(&costs, &Group::default()), Some(Cost { seconds: 3.0, peak_memory_bytes: None }));
         assert_eq!(cost_of(&costs, &short), None);
         assert_eq!(cost_of(&costs[1..], &short), Some(Cost { seconds: 2.0, peak_memory_bytes: None }));
     }

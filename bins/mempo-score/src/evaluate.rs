@@ -12,6 +12,7 @@ use mempo_run::{Input, ResultExt, print_data, print_table};
 use crate::baseline::{LabelledFile, read_answers};
 use crate::bootstrap::{LEVEL, RESAMPLES};
 use crate::contrast::{GroupFigures, group_figures, interaction_figures, paired_figures};
+use crate::cost::cost_of;
 use crate::facts::Facts;
 use crate::kept::{kept, read_kept};
 use crate::measure::{By, Measure, groups_of};
@@ -189,7 +190,7 @@ fn report(measured: Vec<Measured>, baseline: &str, with_tasks: bool, seed: u64) 
     });
     let differences = differences.collect();
     let figures = |run: &Measured, group| {
-        let cost = run.cost_of(group);
+        let cost = cost_of(&run.costs, group);
         GroupFigures { cost, ..group_figures(&run.tasks, group, seed) }
     };
     let runs = measured.into_iter().map(|run| Run {

@@ -11,7 +11,7 @@ use mempo_data::{has_extension, text_lines};
 use mempo_run::ResultExt;
 use serde::{Deserialize, Serialize};
 
-use crate::cost::RunCost;
+use crate::cost::{Cost, RunCost};
 use crate::measure::{METRICS, TaskFigures};
 use crate::measured::Measured;
 
@@ -23,6 +23,9 @@ struct Kept {
     /// Among how many trajectories of a task the best was looked for; 0: nowhere.
     best_of: usize,
     metrics: Vec<String>,
+    /// Of all runs of the name together, in figures that were kept before these were told apart.
+    #[serde(default, skip_serializing)]
+    cost: Option<Cost>,
     #[serde(flatten)]
     run: Measured,
 }
@@ -38,7 +41,7 @@ pub(crate) fn kept(path: &Path, runs: &[Measured], best_of: usize) -> anyhow::Re
             task.columns = known.iter().flat_map(|metric| task.columns[2 * metric..][..2].to_vec()).collect();
         }
         let metrics = known.iter().map(|metric| METRICS[*metric].name.to_owned()).collect();
-        lines += &serde_json::to_string(&Kept { best_of, metrics, run })?;
+        lines += &serde_json::to_string(&Kept { best_of, metrics, cost: None, run })?;
         lines.push('\n');
     }
     Ok(if has_extension(path, ".zst") { zstd::encode_all(lines.as_bytes(), ZSTD_LEVEL)? } else { lines.into_bytes() })
@@ -80,8 +83,8 @@ impl Kept {
                 .collect();
         }
         if self.run.costs.is_empty() && self.run.settings.is_some() {
-            // Kept before costs were told apart: of all runs of the name together.
-            self.run.costs.push(RunCost::new(self.run.cost.clone(), &self.run.tasks));
+            let cost = self.cost.map(|cost| RunCost::new(cost, &self.run.tasks));
+            self.run.costs.extend(cost);
         }
         Ok(self.run)
     }
@@ -158,7 +161,8 @@ mod tests {
 
         // Of figures that tell no costs run by run, and a new seed beside them, what a group took is not known by half.
         let mut unsplit = kept.clone();
-        unsplit.as_object_mut().unwrap().remove("costs");
+        let costs = unsplit.as_object_mut().unwrap().remove("costs").unwrap();
+        unsplit["cost"] = costs[0]["cost"].clone();
         fs_err::write(chain.path("unsplit.jsonl"), unsplit.to_string()).unwrap();
         chain.trajectories.iter_mut().for_each(|row| row.seed = 1);
         chain.write_rollouts("other");

@@ -8,8 +8,8 @@ use mempo_data::{Trajectory, groups, read_rows};
 use mempo_run::ResultExt;
 use serde::{Deserialize, Serialize};
 
-use crate::cost::{Cost, RunCost, cost_of};
-use crate::measure::{By, Group, Measure, TaskFigures, task_figures};
+use crate::cost::{Cost, RunCost};
+use crate::measure::{By, Measure, TaskFigures, task_figures};
 use crate::rollouts::{Rollouts, Settings};
 
 /// The trajectories of all runs of a name, summed up by task.
@@ -18,8 +18,7 @@ pub(crate) struct Measured {
     pub(crate) label: String,
     /// How they were sampled; nothing for answers from a file.
     pub(crate) settings: Option<Settings>,
-    pub(crate) cost: Cost,
-    /// The same run by run.
+    /// What sampling took, run by run.
     #[serde(default)]
     pub(crate) costs: Vec<RunCost>,
     /// Digests of the checkpoints that sampled.
@@ -49,23 +48,14 @@ impl Measured {
             tasks.push(task_figures(&group, measure));
         }
         let cost = rollouts.input.manifest().map(Cost::of).unwrap_or_default();
-        let costs = vec![RunCost::new(cost.clone(), &tasks)];
-        Ok(Self { label, settings: Some(rollouts.settings), cost, costs, policies, tasks })
+        let costs = vec![RunCost::new(cost, &tasks)];
+        Ok(Self { label, settings: Some(rollouts.settings), costs, policies, tasks })
     }
 
     /// Measures answers that came from a file.
     pub(crate) fn of_answers(rows: &[Trajectory], label: String, measure: &Measure<'_>) -> Self {
         let tasks = rows.iter().map(|row| task_figures(std::slice::from_ref(row), measure)).collect();
-        Self { label, settings: None, cost: Cost::default(), costs: vec![], policies: vec![], tasks }
-    }
-
-    /// What sampling a group's tasks took, as far as that is known.
-    pub(crate) fn cost_of(&self, group: &Group) -> Option<Cost> {
-        if *group == Group::default() {
-            self.settings.as_ref().map(|_| self.cost.clone())
-        } else {
-            cost_of(&self.costs, group)
-        }
+        Self { label, settings: None, costs: vec![], policies: vec![], tasks }
     }
 
     /// Takes in another run of the same name: sampled in the same way, of other tasks or under another seed.
@@ -87,7 +77,6 @@ impl Measured {
         let new = run.policies.into_iter().filter(|policy| !self.policies.contains(policy)).collect::<Vec<_>>();
         self.policies.extend(new);
         self.tasks.extend(run.tasks);
-        self.cost.add(&run.cost);
         self.costs.extend(run.costs);
         Ok(())
     }

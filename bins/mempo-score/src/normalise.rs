@@ -113,22 +113,22 @@ pub(crate) struct NormaliseOptions {
     )]
     pub(crate) min_memory_group: u32,
     /// Weight of the memory beside the trajectory
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, value_parser = not_negative)]
     pub(crate) alpha: f64,
     /// Weight of the memory at the end of training; between, by --progress, a straight line
-    #[arg(long)]
+    #[arg(long, value_parser = not_negative)]
     pub(crate) alpha_end: Option<f64>,
     /// How much of the training is done, from 0 to 1
     #[arg(long, default_value_t = 0.0, value_parser = share)]
     pub(crate) progress: f64,
     /// Least standard deviation that trajectory rewards are divided by, in the unit of the reward
-    #[arg(long, default_value_t = 1e-6)]
+    #[arg(long, default_value_t = 1e-6, value_parser = not_negative)]
     pub(crate) std_floor: f64,
     /// Least standard deviation that memory rewards are divided by, in the unit of `segments --difference`: probability of the
     /// answer, or nats a token, where 0.05 is a twentieth of that probability. Memories that differ by less get small
     /// advantages: 1e-5 and 1e-4 are both no answer. Sums of both rewards (--combine rewards and infomem) are divided by no less
     /// than the larger of the two floors
-    #[arg(long, default_value_t = 0.05)]
+    #[arg(long, default_value_t = 0.05, value_parser = not_negative)]
     pub(crate) memory_std_floor: f64,
     /// Centre only, without dividing by the standard deviation
     #[arg(long)]
@@ -137,6 +137,12 @@ pub(crate) struct NormaliseOptions {
 
 fn share(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|number| (0.0..=1.0).contains(number)).ok_or_else(|| "expected 0 to 1".to_owned())
+}
+
+/// A finite number of at least 0.
+pub(crate) fn not_negative(text: &str) -> Result<f64, String> {
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number >= 0.0);
+    number.ok_or_else(|| "expected a number of at least 0".to_owned())
 }
 
 impl NormaliseOptions {
@@ -399,6 +405,12 @@ mod tests {
     }
 
     /// Numbers written by `tests/reference/make.py` from the formulas alone.
+    #[test]
+    fn weights_floors_and_penalties_are_finite_and_not_negative() {
+        assert_eq!(["0", "0.5"].map(|text| not_negative(text).ok()), [Some(0.0), Some(0.5)]);
+        assert!(["-1", "nan", "inf", "x", ""].iter().all(|text| not_negative(text).is_err()));
+    }
+
     #[test]
     fn advantages_are_those_of_the_reference() {
         let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/reference/advantages.json");
